@@ -1,0 +1,202 @@
+// Memory-bound: reads the kept part of x once, writes y once; the mask is recomputed, never stored. Threads share the
+// lines of the innermost loop: a line is a plane of one channel (copied or zeroed whole), the channels of one position
+// (masked), or, in transposed layouts, a run of examples.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/simd.h"
+#include "example_tied_dropout_args.h"
+
+namespace memloc {
+namespace {
+
+constexpr int64_t kBlock = 1024;          // channels whose mask is held at a time, on the stack: 8 KiB at most
+constexpr int64_t kGrainElements = 32768;  // least work worth a thread, as in torch's own kernels
+
+// words[4 * q + j] = word j of quad first + q.
+MEMLOC_CLONES void draw_quads(uint32_t* __restrict__ words, const TiedMask& mask, int64_t example, int64_t first,
+                              int64_t count) {
+  const TiedMask m = mask;
+#pragma omp simd
+  for (int64_t q = 0; q < count; ++q) {
+    const Quad quad = m.draw(example, first + q);
+    for (int j = 0; j < 4; ++j) words[4 * q + j] = quad.word[j];
+  }
+}
+
+// bits[i] = all ones if channel first + i is kept, else 0; first is a multiple of 4.
+template <typename T>
+void mask_bits(T* bits, const TiedMask& mask, int64_t example, int64_t first, int64_t count) {
+  const int64_t kept = std::clamp<int64_t>(mask.num_generalization - first, 0, count);
+  std::fill(bits, bits + kept, static_cast<T>(-1));
+  if (mask.threshold == 0) {
+    std::fill(bits + kept, bits + count, T{0});
+    return;
+  }
+  uint32_t words[kBlock];
+  const int64_t skip = kept / 4;  // quads of generalization channels alone need no draw
+  draw_quads(words + 4 * skip, mask, example, first / 4 + skip, (count + 3) / 4 - skip);
+  const uint32_t last = static_cast<uint32_t>(mask.threshold - 1);
+  for (int64_t i = kept; i < count; ++i) bits[i] = words[i] <= last ? static_cast<T>(-1) : T{0};
+}
+
+// Where a line starts: walks the loops outside the innermost one, from any of its steps on.
+struct Cursor {
+  const Layout& layout;
+  int64_t index[Layout::kMaxLoops] = {};
+  int64_t x = 0, y = 0, id = 0, channel = 0;
+
+  Cursor(const Layout& l, int64_t line) : layout(l) {
+    for (int i = layout.count - 2; i >= 0; --i) {
+      move(layout.loop[i], index[i] = line % layout.loop[i].size);
+      line /= layout.loop[i].size;
+    }
+  }
+  void move(const Loop& loop, int64_t steps) {
+    x += steps * loop.x;
+    y += steps * loop.y;
+    id += steps * loop.id;
+    channel += steps * loop.channel;
+  }
+  void next() {
+    for (int i = layout.count - 2; i >= 0; --i) {
+      move(layout.loop[i], 1);
+      if (++index[i] < layout.loop[i].size) return;
+      move(layout.loop[i], -index[i]);
+      index[i] = 0;
+    }
+  }
+};
+
+template <typename T>
+struct Lines {
+  T* y;
+  const T* x;
+  const int64_t* ids;
+  TiedMask mask;
+  Layout layout;
+  bool stream;
+
+  void planes(int64_t begin, int64_t end) const {
+    const Loop inner = layout.inner();
+    const bool dense = inner.x == 1 && inner.y == 1;
+    Quad quad{};
+    int64_t drawn_id = 0, drawn_quad = -1;  // neighbouring planes share a draw
+    Cursor at(layout, begin);
+    for (int64_t line = begin; line < end; ++line, at.next()) {
+      const int64_t id = ids[at.id];
+      bool kept = at.channel < mask.num_generalization;
+      if (!kept && mask.threshold != 0) {
+        if (drawn_quad != at.channel / 4 || drawn_id != id) {
+          drawn_id = id;
+          drawn_quad = at.channel / 4;
+          quad = mask.draw(id, drawn_quad);
+        }
+        kept = mask.keep(at.channel, quad.word[at.channel % 4]);
+      }
+      T* const to = y + at.y;
+      const T* const from = x + at.x;
+      if (!dense) {
+        for (int64_t i = 0; i < inner.size; ++i) to[i * inner.y] = kept ? from[i * inner.x] : T{0};
+      } else if (kept) {
+        copy_line(to, from, inner.size, stream);
+      } else {
+        zero_line(to, inner.size, stream);
+      }
+    }
+  }
+
+  void channels(int64_t begin, int64_t end) const {
+    const Loop inner = layout.inner();
+    const bool dense = inner.x == 1 && inner.y == 1;
+    T bits[kBlock];
+    for (int64_t first = 0; first < inner.size; first += kBlock) {
+      const int64_t count = std::min(kBlock, inner.size - first);
+      int64_t drawn_id = -1;  // the positions of a row share its mask
+      Cursor at(layout, begin);
+      for (int64_t line = begin; line < end; ++line, at.next()) {
+        if (ids[at.id] != drawn_id) mask_bits(bits, mask, drawn_id = ids[at.id], first, count);
+        T* const to = y + at.y + first * inner.y;
+        const T* const from = x + at.x + first * inner.x;
+        if (dense) {
+          mask_line(to, from, bits, count, stream);
+        } else {
+          for (int64_t i = 0; i < count; ++i) to[i * inner.y] = bits[i] ? from[i * inner.x] : T{0};
+        }
+      }
+    }
+  }
+
+  void examples(int64_t begin, int64_t end) const {
+    const Loop inner = layout.inner();
+    Cursor at(layout, begin);
+    for (int64_t line = begin; line < end; ++line, at.next()) {
+      for (int64_t i = 0; i < inner.size; ++i) {
+        const bool kept = mask(ids[at.id + i * inner.id], at.channel);
+        y[at.y + i * inner.y] = kept ? x[at.x + i * inner.x] : T{0};
+      }
+    }
+  }
+
+  void operator()(int64_t begin, int64_t end) const {
+    if (layout.inner().channel != 0) {
+      channels(begin, end);
+    } else if (layout.inner().id != 0) {
+      examples(begin, end);
+    } else {
+      planes(begin, end);
+    }
+    if (stream) finish_streaming();
+  }
+};
+
+template <typename T>
+void run(torch::stable::Tensor& y, const ExampleTiedDropoutArgs& args) {
+  const Layout layout = args.layout(y);
+  const int64_t bytes = y.numel() * static_cast<int64_t>(sizeof(T));
+  prefer_huge_pages(y.mutable_data_ptr(), bytes);
+  const Lines<T> lines{static_cast<T*>(y.mutable_data_ptr()),
+                       static_cast<const T*>(args.x.const_data_ptr()),
+                       static_cast<const int64_t*>(args.example_ids.const_data_ptr()),
+                       args.mask(),
+                       layout,
+                       bytes >= kStreamBytes};
+  const int64_t line = layout.inner().size;
+  torch::stable::parallel_for(0, layout.numel() / line, std::max<int64_t>(1, kGrainElements / line), lines);
+}
+
+void check_ids(const torch::stable::Tensor& ids) {
+  const int64_t* const data = static_cast<const int64_t*>(ids.const_data_ptr());
+  const int64_t columns = ids.dim() == 2 ? ids.size(1) : 1;
+  const int64_t step = ids.dim() == 2 ? ids.stride(1) : 0;
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    const int64_t id = data[i / columns * ids.stride(0) + i % columns * step];
+    MEMLOC_CHECK(id >= 0, "example_tied_dropout: example_ids must be >= 0, got ", id);
+  }
+}
+
+torch::stable::Tensor example_tied_dropout(const torch::stable::Tensor& x, const torch::stable::Tensor& example_ids,
+                                           int64_t num_generalization, double p_mem, int64_t seed, int64_t site,
+                                           int64_t channel_dim) {
+  const ExampleTiedDropoutArgs args{x, example_ids, num_generalization, p_mem, seed, site, channel_dim};
+  args.check();
+  check_ids(example_ids);
+  torch::stable::Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  switch (element_size(x)) {
+    case 2:
+      run<uint16_t>(y, args);
+      break;
+    case 4:
+      run<uint32_t>(y, args);
+      break;
+    default:
+      run<uint64_t>(y, args);
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace memloc
+
+STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) { m.impl("example_tied_dropout", TORCH_BOX(&memloc::example_tied_dropout)); }

@@ -1,0 +1,108 @@
+// Example-tied dropout. A (site, example, channel) triple keeps one draw for life: the same in every epoch, on every
+// device, in every dtype and memory format, whatever else is in the batch.
+//
+//   y[b, c, s] = x[b, c, s]  if keep(example_ids[b], c)  else 0
+//   keep(e, c) = c < num_generalization  or  uniform(seed, site, e, c) < p_mem
+//
+// uniform is word c % 4 of Philox4x32-10 at counter (c / 4, site, e mod 2^32, e / 2^32) under key (seed mod 2^32,
+// seed / 2^32), read as a multiple of 2^-32. Values move as bits, so nothing here depends on the dtype but its width.
+//
+// Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023; Salmon et al., "Parallel random
+// numbers: as easy as 1, 2, 3", SC 2011 (Philox).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MEMLOC_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MEMLOC_HOST_DEVICE inline
+#endif
+
+namespace memloc {
+
+struct Quad {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 (constants of Salmon et al., table 2): four independent 32-bit words per counter.
+MEMLOC_HOST_DEVICE Quad philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0;
+    const uint64_t b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+struct TiedMask {
+  uint64_t seed;
+  uint32_t site;
+  int64_t num_generalization;
+  uint64_t threshold;  // p_mem in units of 2^-32, rounded up: word < threshold exactly where word * 2^-32 < p_mem
+
+  // The draws of channels 4 * quad .. 4 * quad + 3.
+  MEMLOC_HOST_DEVICE Quad draw(int64_t example, int64_t quad) const {
+    const uint64_t id = static_cast<uint64_t>(example);
+    return philox(static_cast<uint32_t>(quad), site, static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32),
+                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  }
+  MEMLOC_HOST_DEVICE bool keep(int64_t channel, uint32_t word) const {
+    return channel < num_generalization || word < threshold;
+  }
+  MEMLOC_HOST_DEVICE bool operator()(int64_t example, int64_t channel) const {
+    if (channel < num_generalization) return true;
+    if (threshold == 0) return false;
+    return keep(channel, draw(example, channel / 4).word[channel % 4]);
+  }
+};
+
+// One loop over the elements: how far a step moves in x, in y, in example_ids and along the channels.
+struct Loop {
+  int64_t size, x, y, id, channel;
+};
+
+// The elements of x as nested loops, outermost first, in the order in which y lies in memory. Loops that step as one are
+// merged, so a contiguous [B, C, H, W] is rows, channels, plane, and a channels-last one is rows, plane, channels.
+struct Layout {
+  static constexpr int kMaxLoops = 25;  // as many dimensions as torch's own elementwise kernels take on CUDA
+  Loop loop[kMaxLoops];
+  int count = 0;
+
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < count; ++i) n *= loop[i].size;
+    return n;
+  }
+  const Loop& inner() const { return loop[count - 1]; }
+
+  // Puts the loops in y's memory order and merges those that step as one; leaves at least one.
+  void simplify() {
+    std::stable_sort(loop, loop + count, [](const Loop& a, const Loop& b) { return a.y > b.y; });
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      const Loop next = loop[i];
+      if (next.size == 1) continue;
+      Loop* last = kept > 0 ? &loop[kept - 1] : nullptr;
+      const bool as_one = last != nullptr && last->x == next.x * next.size && last->y == next.y * next.size &&
+                          last->id == next.id * next.size && last->channel == next.channel * next.size;
+      if (as_one) {
+        const int64_t size = last->size * next.size;
+        *last = next;
+        last->size = size;
+      } else {
+        loop[kept++] = next;
+      }
+    }
+    if (kept == 0) loop[kept++] = Loop{1, 1, 1, 0, 0};
+    count = kept;
+  }
+};
+
+}  // namespace memloc

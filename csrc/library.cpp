@@ -1,0 +1,15 @@
+// Every operator's schema. Kernels register themselves beside their code: cpu/<op>.cpp and cuda/<op>.cpp.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+// An empty module: importing memloc_ext._C runs the registrations of the files linked into it.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
+
+STABLE_TORCH_LIBRARY(memloc_ext, m) {
+  m.def(
+      "example_tied_dropout(Tensor x, Tensor example_ids, int num_generalization, float p_mem, int seed, int site=0, "
+      "int channel_dim=1) -> Tensor");
+}

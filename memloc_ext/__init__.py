@@ -1,0 +1,8 @@
+"""Where does a neural network memorize? Fast PyTorch operators and the probes built on them."""
+
+from memloc_ext import nn, ops
+from memloc_ext._libraries import has_cuda_kernels
+from memloc_ext._version import __version__
+from memloc_ext.nn import example_ids
+
+__all__ = ["__version__", "example_ids", "has_cuda_kernels", "nn", "ops"]

@@ -1,0 +1,22 @@
+import os
+
+import pytest
+import torch
+
+import memloc_ext
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and memloc_ext.has_cuda_kernels:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device and a build with CUDA kernels")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
