@@ -1,0 +1,189 @@
+"""Example-tied dropout as a module, with the modes in which the paper evaluates it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.nn.example_ids import current_example_ids
+from memloc_ext.ops.example_tied_dropout import call, example_tied_dropout
+
+MODES = ("train", "test", "drop", "drop_gen")
+RESCALES = ("none", "authors", "expectation")
+
+
+class ExampleTiedDropout(nn.Module):
+    r"""Dropout whose mask belongs to the example, so that what is memorized goes into channels known beforehand.
+
+    Of ``C`` channels the first ``floor(p_gen * C)`` are *generalization* channels, kept for every example. Each other
+    one is a *memorization* channel, kept for an example with probability ``p_mem`` by a draw that never changes.
+
+    Modes:
+        - ``train``: each example's own mask; needs example ids. Nothing is rescaled.
+        - ``test``: every channel, memorization channels multiplied by ``p_mem``.
+        - ``drop``: memorization channels 0, generalization channels multiplied by ``rescale``'s factor.
+        - ``drop_gen``: generalization channels 0, memorization channels as they come: the reverse probe.
+
+    ``.train()`` selects ``train`` and ``.eval()`` selects ``drop``, until a mode is set by name; ``mode = None`` goes
+    back to that.
+
+    Args:
+        p_gen: Share of generalization channels, in ``[0, 1]``.
+        p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
+        seed: Names the assignment of channels to examples, any int64.
+        site: Number of this layer among those that share the seed, in ``[0, 2**32)``.
+        channel_dim: Dimension of the channels: 1 for images, -1 for tokens ``[batch, tokens, channels]``.
+        rescale: What ``drop`` multiplies generalization channels by: ``none``: 1; ``authors``:
+            ``(p_gen + p_mem) / p_gen``; ``expectation``: ``(p_gen + (1 - p_gen) * p_mem) / p_gen``, which keeps the
+            expected number of active channels.
+
+    Shape:
+        ``[batch, channels, ...]`` in and out, or with the channels at ``channel_dim``.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on example-tied dropout.
+    """
+
+    def __init__(
+        self,
+        p_gen: float = 0.2,
+        p_mem: float = 0.1,
+        *,
+        seed: int = 0,
+        site: int = 0,
+        channel_dim: int = 1,
+        rescale: str = "none",
+    ) -> None:
+        super().__init__()
+        check_probability("p_gen", p_gen)
+        check_probability("p_mem", p_mem)
+        if rescale not in RESCALES:
+            raise ValueError(f"ExampleTiedDropout: rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
+        if rescale != "none" and p_gen == 0:
+            raise ValueError(f"ExampleTiedDropout: rescale={rescale!r} divides by p_gen, which must be > 0, got 0")
+        self.p_gen = p_gen
+        self.p_mem = p_mem
+        self.seed = seed
+        self.site = site
+        self.channel_dim = channel_dim
+        self.rescale = rescale
+        self._mode: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """The mode in force: the one set by name, else the one that ``training`` selects."""
+        return self._mode or ("train" if self.training else "drop")
+
+    @mode.setter
+    def mode(self, mode: str | None) -> None:
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"ExampleTiedDropout: mode must be None or one of {', '.join(MODES)}, got {mode!r}")
+        self._mode = mode
+
+    def forward(self, x: Tensor, example_ids: Tensor | None = None) -> Tensor:
+        """Apply the mode in force; only ``train`` needs ids, by default those of `memloc_ext.example_ids`."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"ExampleTiedDropout: x must be a tensor, got {type(x).__name__}")
+        channels = x.shape[self.channel_dim]
+        kept = num_generalization(self.p_gen, channels)
+        mode = self.mode
+        if mode == "train":
+            settings = (kept, self.p_mem, self.seed, self.site, self.channel_dim)
+            if example_ids is not None:
+                return example_tied_dropout(x, example_ids, *settings)
+            ids = current_example_ids()
+            if ids is None:
+                raise ValueError(
+                    "ExampleTiedDropout: mode 'train' needs example ids: call the model inside "
+                    "`with memloc_ext.example_ids(ids):`, or pass example_ids to this module"
+                )
+            return call(x, ids.to(x.device), *settings)
+        if mode == "test":
+            factors = (1.0, self.p_mem)
+        elif mode == "drop":
+            factors = (self._rescale_factor(), 0.0)
+        else:
+            factors = (0.0, 1.0)
+        return _scale_pools(x, kept, *factors, self.channel_dim)
+
+    def _rescale_factor(self) -> float:
+        if self.rescale == "authors":
+            return (self.p_gen + self.p_mem) / self.p_gen
+        if self.rescale == "expectation":
+            return (self.p_gen + (1 - self.p_gen) * self.p_mem) / self.p_gen
+        return 1.0
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the assignment of channels to examples depends on, as the bytes of a JSON text.
+
+        A tensor, so that safetensors and ``torch.load(weights_only=True)`` carry it.
+        """
+        state = {"seed": self.seed, "site": self.site, "p_gen": self.p_gen, "p_mem": self.p_mem, "mode": self._mode}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` wrote; ValueError if it is something else."""
+        try:
+            values = json.loads(bytes(state.tolist()))
+            seed, site, mode = int(values["seed"]), int(values["site"]), values["mode"]
+            p_gen, p_mem = float(values["p_gen"]), float(values["p_mem"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"ExampleTiedDropout: the saved state cannot be read: {error}") from error
+        check_probability("p_gen", p_gen)
+        check_probability("p_mem", p_mem)
+        self.mode = mode
+        self.seed, self.site, self.p_gen, self.p_mem = seed, site, p_gen, p_mem
+
+    def extra_repr(self) -> str:
+        """Show the settings and the mode in force."""
+        return (
+            f"p_gen={self.p_gen}, p_mem={self.p_mem}, seed={self.seed}, site={self.site}, "
+            f"channel_dim={self.channel_dim}, rescale={self.rescale!r}, mode={self.mode!r}"
+        )
+
+
+def set_dropout_mode(model: nn.Module, mode: str | None) -> None:
+    """Set the mode of every `ExampleTiedDropout` in ``model``; None goes back to what ``training`` selects."""
+    for module in model.modules():
+        if isinstance(module, ExampleTiedDropout):
+            module.mode = mode
+
+
+@contextlib.contextmanager
+def dropout_mode(model: nn.Module, mode: str | None) -> Iterator[None]:
+    """Set the mode of every `ExampleTiedDropout` in ``model`` inside the ``with``; then each has its own back."""
+    before = [(m, m._mode) for m in model.modules() if isinstance(m, ExampleTiedDropout)]
+    try:
+        set_dropout_mode(model, mode)
+        yield
+    finally:
+        for module, own in before:
+            module.mode = own
+
+
+def num_generalization(p_gen: float, channels: int) -> int:
+    """Return how many of ``channels`` are generalization channels: ``floor(p_gen * channels)``."""
+    return math.floor(p_gen * channels)
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in ``[0, 1]``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def _scale_pools(x: Tensor, kept: int, generalization: float, memorization: float, channel_dim: int) -> Tensor:
+    factor = x.new_full((x.shape[channel_dim],), memorization)
+    factor[:kept] = generalization
+    shape = [1] * x.dim()
+    shape[channel_dim] = -1
+    factor = factor.view(shape)
+    return torch.where(
+        factor == 0, torch.zeros_like(factor), x * factor
+    )  # a channel switched off is 0 even where x is inf

@@ -1,0 +1,93 @@
+"""Put a dropout behind named modules of any model, without touching its code or its parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout
+
+_NAME = "dropout_after"
+
+
+def insert_example_tied_dropout(
+    model: nn.Module,
+    after: Sequence[str],
+    *,
+    p_gen: float = 0.2,
+    p_mem: float = 0.1,
+    seed: int = 0,
+    channel_dim: int = 1,
+    rescale: str = "none",
+) -> nn.Module:
+    """Put an `ExampleTiedDropout` on the output of each named module; the n-th name gets ``site`` n.
+
+    The model is changed in place. Parameter names, and all else in the state dict, stay as they were.
+
+    Args:
+        model: Any model.
+        after: Module names as in ``model.named_modules()``, in the order that numbers the sites.
+        p_gen: Share of generalization channels, in ``[0, 1]``.
+        p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
+        seed: Names the assignment of channels to examples, any int64.
+        channel_dim: Dimension of the channels in the outputs of those modules.
+        rescale: See `ExampleTiedDropout`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If a name is not in the model, is given twice, or names a module that cannot take one; the model is
+            then as it was.
+    """
+    return insert_after(
+        model,
+        after,
+        lambda site: ExampleTiedDropout(p_gen, p_mem, seed=seed, site=site, channel_dim=channel_dim, rescale=rescale),
+    )
+
+
+def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], nn.Module]) -> nn.Module:
+    """Put ``make(n)`` on the output of the n-th named module, in place, and return ``model``.
+
+    The new module becomes the child ``dropout_after`` of the one it follows; a plain ``nn.Sequential`` runs it as its
+    last step, any other module through a forward hook.
+
+    Raises:
+        TypeError: If ``after`` is a single string.
+        ValueError: As for `insert_example_tied_dropout`.
+    """
+    if isinstance(after, str):
+        raise TypeError(f"insert: after must be a list of module names, got the string {after!r}")
+    modules = dict(model.named_modules())
+    taken: set[int] = set()
+    for name in after:
+        if name not in modules:
+            raise ValueError(f"insert: after must name modules of the model; it has no {name!r}")
+        module = modules[name]
+        if id(module) in taken or hasattr(module, _NAME):
+            raise ValueError(f"insert: {name!r} already has a dropout behind it")
+        taken.add(id(module))
+        if not _runs_children_in_order(module) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise ValueError(
+                f"insert: {name!r} is a {type(module).__name__} that may run each of its children; name one of those"
+            )
+    new = [make(site) for site in range(len(after))]
+    for name, dropout in zip(after, new, strict=True):
+        module = modules[name]
+        dropout.train(module.training)
+        module.add_module(_NAME, dropout)
+        if not _runs_children_in_order(module):
+            module.register_forward_hook(_apply)
+    return model
+
+
+def _runs_children_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _apply(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    # looks its module up at run time, so that a copied or unpickled model uses its own
+    return getattr(module, _NAME)(output)

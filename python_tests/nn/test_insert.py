@@ -1,0 +1,100 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import memloc_ext
+from memloc_ext.models import build, channel_dim, dropout_sites, layer_groups
+from memloc_ext.nn import ExampleTiedDropout, insert_after, insert_example_tied_dropout
+from memloc_ext.reference import example_tied_dropout as reference
+
+IDS = torch.tensor([3, 1, 4])
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 12)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(2)])
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def masked(x: torch.Tensor, site: int) -> torch.Tensor:
+    return reference.example_tied_dropout(x, IDS, 3, 0.5, 9, site)
+
+
+def insert(model: nn.Module, after: list[str]) -> nn.Module:
+    return insert_example_tied_dropout(model, after, p_gen=0.25, p_mem=0.5, seed=9)
+
+
+def test_each_site_is_masked_once_under_its_own_number() -> None:
+    model, plain = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    names = [name for name, _ in model.named_parameters()]
+    assert insert(model, ["stem", "blocks.0", "blocks.1.1"]) is model
+    x = torch.randn(3, 4)
+    hidden = masked(plain.stem(x), 0)
+    hidden = masked(plain.blocks[0](hidden), 1)
+    hidden = masked(plain.blocks[1](hidden), 2)
+    with memloc_ext.example_ids(IDS):
+        torch.testing.assert_close(model(x), plain.head(hidden))
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(copied(x), model(x))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [m.site for m in model.modules() if isinstance(m, ExampleTiedDropout)] == [0, 1, 2]
+
+
+def test_a_copy_has_dropouts_of_its_own() -> None:
+    model = insert(Net(), ["stem"])
+    copied = copy.deepcopy(model).eval()
+    x = torch.randn(3, 4)
+    assert model.stem.dropout_after.mode == "train"
+    assert (copied.stem(x)[:, 3:] == 0).all()
+
+
+def test_it_follows_training_mode_and_leaves_errors_without_a_trace() -> None:
+    model = insert(Net().eval(), ["stem"])
+    assert model.stem.dropout_after.mode == "drop"
+    for after, message in (
+        (["head", "tail"], "it has no 'tail'"),
+        (["head", "head"], "already has a dropout"),
+        (["head", "stem"], "already has a dropout"),
+        (["head", "blocks"], "ModuleList that may run each of its children"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            insert(model, after)
+    with pytest.raises(ValueError, match="p_mem must be in"):
+        insert_example_tied_dropout(model, ["head"], p_mem=3)
+    with pytest.raises(TypeError, match="list of module names"):
+        insert(model, "head")
+    assert not hasattr(model.head, "dropout_after")
+    assert not model.head._forward_hooks
+
+
+def test_insert_after_takes_any_module() -> None:
+    model = insert_after(Net(), ["stem", "blocks.0"], lambda site: nn.Dropout(0.1 * site))
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet18", "vit"])
+def test_models_of_ours_take_it_at_their_own_sites(name: str) -> None:
+    model = build(name, in_channels=1, image_size=28, num_classes=5).eval()
+    groups = layer_groups(model)
+    x = torch.randn(3, 1, 28, 28)
+    plain = model(x)
+    insert_example_tied_dropout(model, dropout_sites(model), channel_dim=channel_dim(model))
+    assert layer_groups(model) == groups
+    memloc_ext.nn.set_dropout_mode(model, "train")
+    with memloc_ext.example_ids(IDS):
+        first, second = model(x), model(x)
+    assert first.shape == (3, 5)
+    torch.testing.assert_close(first, second)
+    assert not torch.equal(first, plain)
