@@ -1,0 +1,48 @@
+"""Import torchvision next to any build of torch.
+
+torchvision's binary wheels are built against CUDA; next to a CPU build of torch their operator library does not load
+and ``import torchvision`` stops at the first operator it cannot find. Models, datasets and transforms need none of
+those operators, so declaring the two schemas that the import asks for is enough.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_declared: list[torch.library.Library] = []  # a Library takes its operators away when it is collected
+
+
+def import_torchvision(submodule: str = "") -> ModuleType:
+    """Return ``torchvision`` or one of its submodules, mending the import only where it would fail.
+
+    Args:
+        submodule: Name below ``torchvision``, for example ``"models"``; empty for the package itself.
+
+    Raises:
+        ImportError: If torchvision is not installed.
+    """
+    if "torchvision" not in sys.modules and not _declared and not _operators_load():
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(operator + _BOXES)
+        _declared.append(library)
+    return importlib.import_module(f"torchvision.{submodule}" if submodule else "torchvision")
+
+
+def _operators_load() -> bool:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("torchvision is not installed; run: pip install 'memloc_ext[study]'")
+    try:
+        for path in Path(spec.origin).parent.glob("_C*"):
+            torch.ops.load_library(path)
+    except OSError:
+        return False
+    return hasattr(torch.ops.torchvision, "nms")

@@ -1,0 +1,173 @@
+"""One part of a data set: images, labels, and which examples count as memorized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from memloc_ext.data._memory import fits
+from memloc_ext.data.images import LazyImages
+
+MEAN = 0.5
+STD = 0.5
+"""Normalisation of every channel, for pixels scaled to [0, 1]: the models see inputs in [-1, 1]."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
+    """The N examples of one split; a map-style data set of ``(input, label, index)``.
+
+    Attributes:
+        inputs: Pixels, ``[N, channels, height, width]``: uint8 in 0 .. 255, or floating point in ``[0, 1]``. May be on
+            another device than the rest (see :meth:`to`).
+        labels: The labels to train on, ``[N]``, int64.
+        true_labels: The labels before any noise, ``[N]``, int64.
+        memorized: The examples that have to be memorized, because they are mislabelled or atypical, ``[N]``, bool. The
+            rest are "clean".
+        indices: The example's number in the data set, ``[N]``, int64. A subset keeps it, so that whatever is tied to an
+            example (its dropout mask) stays with it.
+
+    Raises:
+        ValueError: If a shape, device or value breaks the above.
+        TypeError: If a dtype does.
+    """
+
+    inputs: Tensor | LazyImages
+    labels: Tensor
+    true_labels: Tensor
+    memorized: Tensor
+    indices: Tensor
+
+    @classmethod
+    def clean(cls, inputs: Tensor | LazyImages, labels: Tensor) -> Split:
+        """Return a split with true labels, no memorized example, and examples numbered from 0."""
+        num = len(labels)
+        memorized = torch.zeros(num, dtype=torch.bool, device=labels.device)
+        return cls(inputs, labels, labels, memorized, torch.arange(num, device=labels.device))
+
+    def __post_init__(self) -> None:
+        if len(self.inputs.shape) != 4:
+            raise ValueError(f"Split: inputs must be [N, channels, height, width], got {list(self.inputs.shape)}")
+        if self.inputs.dtype != torch.uint8 and not self.inputs.dtype.is_floating_point:
+            raise TypeError(f"Split: inputs must be uint8 or floating point, got {self.inputs.dtype}")
+        for name in ("labels", "true_labels", "memorized", "indices"):
+            column = getattr(self, name)
+            dtype = torch.bool if name == "memorized" else torch.int64
+            if column.dtype != dtype:
+                raise TypeError(f"Split: {name} must be {dtype}, got {column.dtype}")
+            if column.shape != self.inputs.shape[:1]:
+                raise ValueError(
+                    f"Split: {name} must be [{self.inputs.shape[0]}] like inputs, got {list(column.shape)}"
+                )
+            if column.device != self.device:
+                raise ValueError(f"Split: {name} must be on {self.device} like labels, got {column.device}")
+            if (column < 0).any():
+                raise ValueError(f"Split: {name} must not be negative, got {int(column.min())}")
+        if isinstance(self.inputs, Tensor) and self.inputs.dtype.is_floating_point and self.inputs.numel():
+            low, high = self.inputs.aminmax()
+            if not (low >= 0 and high <= 1):  # also catches NaN
+                raise ValueError(f"Split: floating-point inputs must be in [0, 1], got {low:g} .. {high:g}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are returned."""
+        return self.labels.device
+
+    def __repr__(self) -> str:
+        shape, marked = list(self.inputs.shape), int(self.memorized.sum())
+        return f"Split({shape} {self.inputs.dtype}, {marked} memorized, on {self.device})"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        """Return example ``index`` of this split: normalised input ``[C, H, W]``, label, number in the data set."""
+        position = range(len(self))[index]  # raises IndexError at the end, which is how iteration stops
+        inputs, labels, indices = self.batch(torch.tensor([position]))
+        return inputs[0], int(labels), int(indices)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return examples by their position in this split.
+
+        Args:
+            rows: Positions, ``[B]``, int64, each in ``[0, N)``; or a mask, ``[N]``, bool.
+
+        Returns:
+            Inputs ``[B, C, H, W]`` float32, normalised: ``(p - 0.5) / 0.5`` for a pixel p scaled to ``[0, 1]``; labels
+            ``[B]`` int64; numbers in the data set ``[B]`` int64. All on :attr:`device`.
+
+        Raises:
+            IndexError: If a position is out of range.
+            TypeError: If ``rows`` is neither.
+        """
+        rows = self._positions("batch", rows)
+        pixels = self.inputs[rows.to(self.inputs.device)].to(self.device)
+        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        rows = rows.to(self.device)
+        return (scaled - MEAN) / STD, self.labels[rows], self.indices[rows]
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Iterate once over all examples, in order or shuffled; the last batch may be smaller.
+
+        Args:
+            batch_size: Examples in a batch, at least 1.
+            generator: Shuffles if given; on the CPU. Drawn from once, in this call.
+
+        Returns:
+            Batches as in :meth:`batch`.
+
+        Raises:
+            ValueError: If ``batch_size`` or the generator's device breaks the above.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batches: batch_size must be at least 1, got {batch_size}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"batches: generator must be on the CPU, got {generator.device}")
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        return (self.batch(order[start : start + batch_size]) for start in range(0, len(self), batch_size))
+
+    def subset(self, rows: Tensor) -> Split:
+        """Return a split of the examples at ``rows`` (as in :meth:`batch`), which keep their ``indices``."""
+        rows = self._positions("subset", rows)
+        inputs = self.inputs
+        inputs = inputs.subset(rows) if isinstance(inputs, LazyImages) else inputs[rows.to(inputs.device)]
+        rows = rows.to(self.device)
+        return Split(inputs, self.labels[rows], self.true_labels[rows], self.memorized[rows], self.indices[rows])
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the split with its batches on ``device``.
+
+        The inputs move there as a whole if they take at most half of its free memory. If not, they stay where they are
+        and each batch moves by itself.
+        """
+        device = torch.device(device)
+        inputs = self.inputs
+        if isinstance(inputs, Tensor) and fits(inputs.nbytes, device):
+            inputs = inputs.to(device)
+        return replace(
+            self,
+            inputs=inputs,
+            labels=self.labels.to(device),
+            true_labels=self.true_labels.to(device),
+            memorized=self.memorized.to(device),
+            indices=self.indices.to(device),
+        )
+
+    def _positions(self, function: str, rows: Tensor) -> Tensor:
+        if rows.dtype == torch.bool and rows.shape == self.labels.shape:
+            return rows.nonzero()[:, 0]
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise TypeError(
+                f"{function}: rows must be int64 [B] or bool [{len(self)}], got {rows.dtype} {list(rows.shape)}"
+            )
+        if rows.numel():
+            low, high = (int(bound) for bound in rows.aminmax())
+            if low < 0 or high >= len(self):
+                raise IndexError(f"{function}: rows must be in [0, {len(self)}), got {low if low < 0 else high}")
+        return rows
