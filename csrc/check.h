@@ -1,4 +1,5 @@
-// Argument checks below every dispatch mode. The message is written for the user: operator, argument, rule, what arrived.
+// Argument checks below every dispatch mode. The message is written for the user: operator, argument, rule, what
+// arrived.
 #pragma once
 
 #include <sstream>
@@ -15,7 +16,8 @@ template <typename... Parts>
 
 }  // namespace memloc
 
-// memloc_ext.ops turns a message that says "must have dtype" or "must be a tensor" into a TypeError, every other one into a ValueError.
+// memloc_ext.ops turns a message that says "must have dtype" or "must be a tensor" into a TypeError, every other one
+// into a ValueError.
 #define MEMLOC_CHECK(condition, ...)               \
   do {                                             \
     if (!(condition)) ::memloc::fail(__VA_ARGS__); \

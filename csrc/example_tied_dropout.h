@@ -24,6 +24,12 @@ namespace memloc {
 
 struct Quad {
   uint32_t word[4];
+
+  // word[i] for an index known at run time only, which would move the array out of a GPU's registers.
+  MEMLOC_HOST_DEVICE uint32_t at(int64_t i) const {
+    const uint32_t low = i & 1 ? word[1] : word[0], high = i & 1 ? word[3] : word[2];
+    return i & 2 ? high : low;
+  }
 };
 
 // Philox4x32-10 (constants of Salmon et al., table 2): four independent 32-bit words per counter.
@@ -59,7 +65,7 @@ struct TiedMask {
   MEMLOC_HOST_DEVICE bool operator()(int64_t example, int64_t channel) const {
     if (channel < num_generalization) return true;
     if (threshold == 0) return false;
-    return keep(channel, draw(example, channel / 4).word[channel % 4]);
+    return keep(channel, draw(example, channel / 4).at(channel % 4));
   }
 };
 
@@ -68,8 +74,8 @@ struct Loop {
   int64_t size, x, y, id, channel;
 };
 
-// The elements of x as nested loops, outermost first, in the order in which y lies in memory. Loops that step as one are
-// merged, so a contiguous [B, C, H, W] is rows, channels, plane, and a channels-last one is rows, plane, channels.
+// The elements of x as nested loops, outermost first, in the order in which y lies in memory. Loops that step as one
+// are merged, so a contiguous [B, C, H, W] is rows, channels, plane, and a channels-last one is rows, plane, channels.
 struct Layout {
   static constexpr int kMaxLoops = 25;  // as many dimensions as torch's own elementwise kernels take on CUDA
   Loop loop[kMaxLoops];

@@ -62,9 +62,9 @@ inline void ExampleTiedDropoutArgs::check() const {
   const bool per_token = example_ids.dim() == 2 && x.dim() > 2 && last && example_ids.size(0) == x.size(0) &&
                          example_ids.size(1) == x.size(1);
   MEMLOC_CHECK(per_row || per_token, op, "example_ids must have shape [", x.size(0), "]",
-               x.dim() > 2 && last ? ", or one id per token, [" + std::to_string(x.size(0)) + ", " +
-                                         std::to_string(x.size(1)) + "]"
-                                   : "",
+               x.dim() > 2 && last
+                   ? ", or one id per token, [" + std::to_string(x.size(0)) + ", " + std::to_string(x.size(1)) + "]"
+                   : "",
                ", to go with x of shape ", shape_of(x), ", got ", shape_of(example_ids));
   MEMLOC_CHECK(example_ids.is_cuda() == x.is_cuda() && example_ids.get_device_index() == x.get_device_index(), op,
                "example_ids must be on the device of x; got ids on ", example_ids.is_cuda() ? "CUDA" : "the CPU",

@@ -10,7 +10,7 @@
 namespace memloc {
 namespace {
 
-constexpr int64_t kBlock = 1024;          // channels whose mask is held at a time, on the stack: 8 KiB at most
+constexpr int64_t kBlock = 1024;           // channels whose mask is held at a time, on the stack: 8 KiB at most
 constexpr int64_t kGrainElements = 32768;  // least work worth a thread, as in torch's own kernels
 
 // words[4 * q + j] = word j of quad first + q.
@@ -92,7 +92,7 @@ struct Lines {
           drawn_quad = at.channel / 4;
           quad = mask.draw(id, drawn_quad);
         }
-        kept = mask.keep(at.channel, quad.word[at.channel % 4]);
+        kept = mask.keep(at.channel, quad.at(at.channel % 4));
       }
       T* const to = y + at.y;
       const T* const from = x + at.x;
@@ -199,4 +199,6 @@ torch::stable::Tensor example_tied_dropout(const torch::stable::Tensor& x, const
 }  // namespace
 }  // namespace memloc
 
-STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) { m.impl("example_tied_dropout", TORCH_BOX(&memloc::example_tied_dropout)); }
+STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) {
+  m.impl("example_tied_dropout", TORCH_BOX(&memloc::example_tied_dropout));
+}

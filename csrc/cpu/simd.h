@@ -32,7 +32,8 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  if (bytes > 0 && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+  if (bytes > 0 && end > begin)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
 #else
   (void)data, (void)bytes;
 #endif
@@ -45,7 +46,8 @@ inline void finish_streaming() {
 }
 
 #if defined(__SSE2__)
-// y[i] = value(i) for i in [0, n), written past the cache in 16-byte pieces; vector(i) gives the piece that starts at i.
+// y[i] = value(i) for i in [0, n), written past the cache in 16-byte pieces; vector(i) gives the piece that starts at
+// i.
 template <typename T, typename Value, typename Vector>
 inline void stream_line(T* y, int64_t n, Value value, Vector vector) {
   constexpr int64_t kLanes = 16 / sizeof(T);

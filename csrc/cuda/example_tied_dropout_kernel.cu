@@ -1,0 +1,228 @@
+// Memory-bound: reads the kept part of x once, writes y once, 16 bytes at a time; the mask is recomputed, never stored.
+// Three decompositions, by what the innermost loop of the layout is:
+//   planes    one channel's positions (NCHW): a warp takes up to 32 planes, each lane draws for one of them, then the
+//             whole warp copies or zeroes plane after plane
+//   channels  the channels of one position (NHWC, tokens): a thread takes 16 bytes of channels, draws for them once and
+//             applies that to several positions of the row
+//   elements  anything else: a thread per element
+#include <algorithm>
+
+#include "cuda/example_tied_dropout_kernel.h"
+
+namespace memloc {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int64_t kSegment = 8192;  // elements of a plane that a warp takes at a time, so that few large planes spread
+constexpr int kPositions = 8;       // positions of a row that share a thread's draw
+
+// What a loop nest of at most three steps by; an absent loop has size 1.
+struct Nest {
+  Loop outer, middle, inner;
+};
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+template <typename T>
+__device__ __forceinline__ bool same_alignment(const T* a, const T* b) {
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % sizeof(Vector) == 0;
+}
+
+// A warp writes y[0 .. n): x where kept, else 0. Pieces of 16 bytes, single elements before and after them.
+template <typename T>
+__device__ __forceinline__ void write_line(T* y, const T* x, int64_t n, bool kept, int lane) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(T);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(y) % sizeof(Vector) / sizeof(T);
+  int64_t head = misaligned == 0 ? 0 : kLanes - misaligned;
+  if (head > n || (kept && !same_alignment(x, y))) head = n;
+  const int64_t vectors = (n - head) / kLanes;
+  for (int64_t i = lane; i < head; i += kWarp) y[i] = kept ? x[i] : T{0};
+  Vector* const to = reinterpret_cast<Vector*>(y + head);
+  const Vector* const from = reinterpret_cast<const Vector*>(x + head);
+  for (int64_t i = lane; i < vectors; i += kWarp) to[i] = kept ? from[i] : Vector{};
+  for (int64_t i = head + vectors * kLanes + lane; i < n; i += kWarp) y[i] = kept ? x[i] : T{0};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    planes_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
+                  const Nest nest, int64_t segments, int lines_per_warp) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  const int64_t lines = nest.outer.size * nest.middle.size * segments;
+  const int64_t chunks = (lines + lines_per_warp - 1) / lines_per_warp;
+  for (int64_t chunk = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp; chunk < chunks; chunk += warps) {
+    const int64_t first = chunk * lines_per_warp;
+    const int count = static_cast<int>(min(static_cast<int64_t>(lines_per_warp), lines - first));
+    int64_t x_offset = 0, y_offset = 0, length = 0;
+    bool kept = false;
+    if (lane < count) {
+      const int64_t segment = (first + lane) % segments, plane = (first + lane) / segments;
+      const int64_t outer = plane / nest.middle.size, middle = plane % nest.middle.size;
+      const int64_t begin = segment * kSegment;
+      x_offset = outer * nest.outer.x + middle * nest.middle.x + begin;
+      y_offset = outer * nest.outer.y + middle * nest.middle.y + begin;
+      length = min(kSegment, nest.inner.size - begin);
+      kept = mask(ids[outer * nest.outer.id + middle * nest.middle.id],
+                  outer * nest.outer.channel + middle * nest.middle.channel);
+    }
+    for (int i = 0; i < count; ++i) {
+      const int64_t from = __shfl_sync(0xFFFFFFFFu, x_offset, i), to = __shfl_sync(0xFFFFFFFFu, y_offset, i);
+      const int64_t n = __shfl_sync(0xFFFFFFFFu, length, i);
+      write_line(y + to, x + from, n, __shfl_sync(0xFFFFFFFFu, kept, i), lane);
+    }
+  }
+}
+
+// Channels [first, first + kLanes) of one example as a mask of bits, for elements of type T; first % kLanes == 0.
+template <typename T, int kLanes>
+__device__ __forceinline__ void draw_bits(T (&bits)[kLanes], const TiedMask& mask, int64_t id, int64_t first) {
+  constexpr int kStep = kLanes < 4 ? kLanes : 4;  // channels of this piece that share a draw
+#pragma unroll
+  for (int i = 0; i < kLanes; i += kStep) {
+    const int64_t channel = first + i;
+    const bool drawn = mask.threshold != 0 && channel + kStep > mask.num_generalization;
+    const Quad quad = drawn ? mask.draw(id, channel / 4) : Quad{};
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) {
+      const uint32_t word = kStep == 4 ? quad.word[j] : quad.at((channel + j) % 4);
+      bits[i + j] = mask.keep(channel + j, word) ? static_cast<T>(-1) : T{0};
+    }
+  }
+}
+
+// kLanes elements of T: 16 bytes where the layout allows, else one.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    channels_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
+                    const Nest nest) {
+  struct alignas(sizeof(T) * kLanes) Piece {
+    T element[kLanes];
+  };
+  const int64_t pieces = nest.inner.size / kLanes;
+  const int64_t groups = (nest.middle.size + kPositions - 1) / kPositions;
+  const int64_t items = nest.outer.size * groups;
+  for (int64_t item = blockIdx.x * blockDim.y + threadIdx.y; item < items;
+       item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t row = groups == 1 ? item : item / groups;
+    const int64_t begin = groups == 1 ? 0 : item % groups * kPositions;
+    const int64_t end = min(begin + kPositions, nest.middle.size);
+    const int64_t id = ids[row * nest.outer.id];
+    for (int64_t piece = threadIdx.x; piece < pieces; piece += blockDim.x) {
+      T bits[kLanes];
+      draw_bits(bits, mask, id, piece * kLanes);
+      T any = 0;
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) any |= bits[i];
+      for (int64_t position = begin; position < end; ++position) {
+        Piece value{};
+        if (any != 0) {
+          value = *reinterpret_cast<const Piece*>(x + row * nest.outer.x + position * nest.middle.x + piece * kLanes);
+#pragma unroll
+          for (int i = 0; i < kLanes; ++i) value.element[i] &= bits[i];
+        }
+        *reinterpret_cast<Piece*>(y + row * nest.outer.y + position * nest.middle.y + piece * kLanes) = value;
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    elements_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
+                    const Layout layout, int64_t numel) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < numel;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    int64_t rest = i, from = 0, to = 0, id = 0, channel = 0;
+    for (int d = layout.count - 1; d >= 0; --d) {
+      const Loop& loop = layout.loop[d];
+      const int64_t index = rest % loop.size;
+      rest /= loop.size;
+      from += index * loop.x;
+      to += index * loop.y;
+      id += index * loop.id;
+      channel += index * loop.channel;
+    }
+    y[to] = mask(ids[id], channel) ? x[from] : T{0};
+  }
+}
+
+// The whole device once over: as many blocks as it holds at the same time, or fewer if there is less to do.
+cudaError_t grid_size(int64_t blocks_of_work, unsigned* blocks) {
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  *blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(blocks_of_work, int64_t{16} * processors)));
+  return error;
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vector) == 0; }
+
+template <typename T>
+cudaError_t launch(T* y, const T* x, const int64_t* ids, const TiedMask& mask, const Layout& layout,
+                   cudaStream_t stream) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(T);
+  const Loop& inner = layout.inner();
+  const Loop none{1, 0, 0, 0, 0};
+  const Nest nest{layout.count > 2 ? layout.loop[layout.count - 3] : none,
+                  layout.count > 1 ? layout.loop[layout.count - 2] : none, inner};
+  const bool dense = layout.count <= 3 && inner.x == 1 && inner.y == 1;
+  unsigned blocks = 0;
+  if (dense && inner.channel == 0 && inner.id == 0) {
+    const int64_t segments = (inner.size + kSegment - 1) / kSegment;
+    const int64_t lines = nest.outer.size * nest.middle.size * segments;
+    // as many lines to a warp as leave every multiprocessor of a large device its warps
+    const int lines_per_warp = static_cast<int>(std::clamp<int64_t>(lines / 8192, 1, kWarp));
+    const int64_t chunks = (lines + lines_per_warp - 1) / lines_per_warp;
+    const cudaError_t error = grid_size((chunks + kThreads / kWarp - 1) / (kThreads / kWarp), &blocks);
+    if (error != cudaSuccess) return error;
+    planes_kernel<<<blocks, kThreads, 0, stream>>>(y, x, ids, mask, nest, segments, lines_per_warp);
+    return cudaGetLastError();
+  }
+  // rows outside, positions inside, whatever the order in memory: ids may vary with the outer loop only
+  const bool rows_inside = nest.middle.id != 0 && nest.outer.id == 0;
+  const Nest rows = rows_inside ? Nest{nest.middle, nest.outer, inner} : nest;
+  if (dense && inner.channel == 1 && rows.middle.id == 0) {
+    const auto divides = [](int64_t stride) { return stride % kLanes == 0; };
+    const bool vectors = aligned(x) && aligned(y) && divides(inner.size) && divides(rows.outer.x) &&
+                         divides(rows.outer.y) && divides(rows.middle.x) && divides(rows.middle.y);
+    const int64_t pieces = vectors ? inner.size / kLanes : inner.size;
+    unsigned across = kWarp;  // threads along the channels: a power of two, at most the block
+    while (across < pieces && across < kThreads) across *= 2;
+    while (across > 1 && across / 2 >= pieces) across /= 2;
+    const dim3 block(across, kThreads / across);
+    const int64_t items = rows.outer.size * ((rows.middle.size + kPositions - 1) / kPositions);
+    const cudaError_t error = grid_size((items + block.y - 1) / block.y, &blocks);
+    if (error != cudaSuccess) return error;
+    if (vectors) {
+      channels_kernel<T, kLanes><<<blocks, block, 0, stream>>>(y, x, ids, mask, rows);
+    } else {
+      channels_kernel<T, 1><<<blocks, block, 0, stream>>>(y, x, ids, mask, rows);
+    }
+    return cudaGetLastError();
+  }
+  const int64_t numel = layout.numel();
+  const cudaError_t error = grid_size((numel + kThreads - 1) / kThreads, &blocks);
+  if (error != cudaSuccess) return error;
+  elements_kernel<<<blocks, kThreads, 0, stream>>>(y, x, ids, mask, layout, numel);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t example_tied_dropout_cuda(void* y, const void* x, const int64_t* ids, int width, const TiedMask& mask,
+                                      const Layout& layout, cudaStream_t stream) {
+  switch (width) {
+    case 2:
+      return launch(static_cast<uint16_t*>(y), static_cast<const uint16_t*>(x), ids, mask, layout, stream);
+    case 4:
+      return launch(static_cast<uint32_t*>(y), static_cast<const uint32_t*>(x), ids, mask, layout, stream);
+    default:
+      return launch(static_cast<uint64_t*>(y), static_cast<const uint64_t*>(x), ids, mask, layout, stream);
+  }
+}
+
+}  // namespace memloc
