@@ -1,0 +1,56 @@
+# Every target sets itself up: it creates .venv once, installs the pinned requirements and builds what changed.
+# `make VENV= test` uses the current environment instead and installs nothing into it: for a machine with a torch of its own.
+VENV ?= .venv
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_toolkit.py
+ACTIVATE := $(if $(VENV),PATH="$(CURDIR)/$(VENV)/bin:$$PATH",)
+PYTHON := $(ACTIVATE) python3
+READY := build/.ready$(if $(VENV),,-current)
+
+.PHONY: demo test bench lint wheel cuda-check cuda-test build clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
+	$(PYTHON) -m memloc_ext run
+
+test: $(READY)  ## all tests; those marked cuda are skipped without a GPU
+	$(PYTHON) -m pytest
+
+cuda-test: $(READY)  ## tests that need a GPU, and nothing else
+	$(PYTHON) -m pytest -m cuda
+
+bench: $(READY)  ## benchmarks, peers included; results under bench/results
+	$(PYTHON) -m bench
+
+lint: $(READY)
+	$(ACTIVATE) ruff check .
+	$(ACTIVATE) ruff format --check .
+	$(ACTIVATE) clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(ACTIVATE) pyright
+
+wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where torch and the toolkit have CUDA
+	rm -rf dist
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+cuda-check: $(READY)  ## compile and link every .cu without a GPU, report registers, fail on a spill
+	$(PYTHON) tools/cuda_check.py
+
+build: $(READY)
+
+clean:
+	rm -rf build dist *.egg-info memloc_ext/*.so
+
+ifneq ($(VENV),)
+$(READY): $(VENV)/.installed $(SOURCES)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@mkdir -p build && touch $@
+
+$(VENV)/.installed: requirements-dev.txt
+	test -x $(VENV)/bin/python3 || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+else
+$(READY): $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch $@
+endif
