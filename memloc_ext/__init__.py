@@ -4,5 +4,6 @@ from memloc_ext import nn, ops
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
 from memloc_ext.nn import example_ids
+from memloc_ext.run_directory import load_run
 
-__all__ = ["__version__", "example_ids", "has_cuda_kernels", "nn", "ops"]
+__all__ = ["__version__", "example_ids", "has_cuda_kernels", "load_run", "nn", "ops"]

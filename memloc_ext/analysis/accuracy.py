@@ -1,0 +1,94 @@
+"""Accuracy on clean, memorized and test examples, in every mode of example-tied dropout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.data import Dataset, Split
+from memloc_ext.nn import MODES, ExampleTiedDropout, dropout_mode, example_ids
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of examples in ``[0, 1]``; None where there is no such example.
+
+    Attributes:
+        clean: Clean training examples predicted as their label.
+        noisy: Memorized training examples predicted as the (wrong) label they were given.
+        noisy_true: Memorized training examples predicted as their true label.
+        test: Test examples predicted as their label; None in mode ``train``, where they have no mask.
+    """
+
+    clean: float | None
+    noisy: float | None
+    noisy_true: float | None
+    test: float | None
+
+
+def accuracy(model: nn.Module, dataset: Dataset, *, test: bool = True, batch_size: int = 512) -> Accuracy:
+    """Evaluate a model as it stands, in evaluation mode but in the dropout mode it is in; flags are put back.
+
+    Args:
+        model: Inputs ``[B, C, H, W]`` to logits ``[B, classes]``, on the device of ``dataset``.
+        dataset: Training and test examples.
+        test: Whether to look at the test examples.
+        batch_size: Examples at a time; does not change the result.
+
+    Returns:
+        The shares.
+    """
+    train = dataset.train
+    predicted = predict(model, train, batch_size=batch_size)
+    right, memorized = predicted == train.labels, train.memorized
+    return Accuracy(
+        clean=_share(right[~memorized]),
+        noisy=_share(right[memorized]),
+        noisy_true=_share((predicted == train.true_labels)[memorized]),
+        test=_share(predict(model, dataset.test, batch_size=batch_size) == dataset.test.labels) if test else None,
+    )
+
+
+def accuracy_by_mode(model: nn.Module, dataset: Dataset, *, batch_size: int = 512) -> dict[str, Accuracy]:
+    """Evaluate a model with example-tied dropout in each of its modes; its own mode is put back.
+
+    Args:
+        model: As for `accuracy`.
+        dataset: Training and test examples.
+        batch_size: Examples at a time; does not change the result.
+
+    Returns:
+        Mode to `Accuracy`.
+
+    Raises:
+        ValueError: If the model has no `ExampleTiedDropout`.
+    """
+    if not any(isinstance(module, ExampleTiedDropout) for module in model.modules()):
+        raise ValueError(f"accuracy_by_mode: model must hold an ExampleTiedDropout, got {type(model).__name__} without")
+    result = {}
+    for mode in MODES:
+        with dropout_mode(model, mode):
+            result[mode] = accuracy(model, dataset, test=mode != "train", batch_size=batch_size)
+    return result
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
+    """Return the predicted class of each example of a split, ``[N]``, in evaluation mode; flags are put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        classes = []
+        for inputs, _, indices in split.batches(batch_size):
+            with example_ids(indices):
+                classes.append(model(inputs).argmax(1))
+    finally:
+        for module, training in flags:
+            module.training = training
+    return torch.cat(classes) if classes else split.labels.new_empty(0)
+
+
+def _share(right: Tensor) -> float | None:
+    return right.double().mean().item() if right.numel() else None

@@ -1,0 +1,88 @@
+"""The command line: ``memloc run``, ``memloc train``, ``memloc dropout`` and ``memloc info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from memloc_ext.info import info
+from memloc_ext.study import VARIANTS, StudyConfig, Variant, run_study
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+    output: Path | None = None
+    """Run directory, by default runs/<command>-<dataset>-<model>-seed<seed>; the same command continues one there."""
+    tensorboard: bool = False
+    """Log every epoch for TensorBoard."""
+
+    def run(self, command: str, variants: tuple[Variant, ...]) -> None:
+        from memloc_ext.report import text_table, write_report
+
+        config = self.study
+        name = f"{command}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
+        output = self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
+        run = run_study(config, output, variants=variants, tensorboard=self.tensorboard, say=_say)
+        report = write_report(run)
+        print(f"\n{text_table(run.metrics)}\n\nreport: {report}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(_Command):
+    """Everything: plain training, example-tied dropout and its controls, each evaluated in every mode, and a report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(_Command):
+    """Train a model without dropout, with a checkpoint after every epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout(_Command):
+    """Train a model with example-tied dropout and evaluate it in every mode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Print versions, kernels, instruction set and GPU."""
+
+
+_VARIANTS: dict[type, tuple[Variant, ...]] = {Run: VARIANTS, Train: ("plain",), Dropout: ("example_tied",)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a wrong setting or a missing file ends it with one line and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in ([], ["info"]):  # needs nothing but torch and numpy
+        print(info())
+        return
+    try:
+        import tyro
+    except ImportError:
+        sys.exit("memloc: this command needs more packages; run: pip install 'memloc_ext[study]'")
+    subcommand = tyro.conf.subcommand
+    commands = (
+        Annotated[Run, subcommand("run")]
+        | Annotated[Train, subcommand("train")]
+        | Annotated[Dropout, subcommand("dropout")]
+        | Annotated[Info, subcommand("info")]
+    )
+    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    try:
+        command = tyro.cli(commands, prog="memloc", args=arguments, config=flags, description=__doc__)
+        if isinstance(command, Info):
+            print(info())
+        else:
+            command.run(type(command).__name__.lower(), _VARIANTS[type(command)])
+    except (ValueError, ImportError, FloatingPointError, OSError) as error:
+        sys.exit(f"memloc: {error}")
+    except KeyboardInterrupt:
+        sys.exit("memloc: interrupted; the same command goes on from the last finished epoch")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""The report of a run: a table for the terminal, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from memloc_ext import figures
+from memloc_ext._version import __version__
+from memloc_ext.figures import percent
+from memloc_ext.files import write_atomically
+from memloc_ext.run_directory import FIGURES, REPORT, Run
+
+_COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy → true", "test": "test"}
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of a run as text: a row per model and mode, accuracy in percent."""
+    cells = [["accuracy (%)", *_COLUMNS.values()]]
+    cells += [[figures.row_name(row), *(percent(row[column]) for column in _COLUMNS)] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def answers(run: Run) -> list[str]:
+    """Return what the run says, in sentences with its numbers."""
+    rows = {(row["model"], row["mode"]): row for row in run.metrics}
+    sentences = []
+    plain = rows.get(("plain", "as trained"))
+    if plain and plain["noisy"] is not None:
+        sentences.append(
+            f"Plain training memorizes: it gives {percent(plain['noisy'])} % of the memorized examples the label they "
+            f"were given, and {percent(plain['noisy_true'])} % their true one."
+        )
+    own, drop = rows.get(("example_tied", "train")), rows.get(("example_tied", "drop"))
+    if own and drop and own["noisy"] is not None:
+        sentences.append(
+            "Example-tied dropout puts that into channels known beforehand: switching them off takes accuracy on the "
+            f"memorized examples from {percent(own['noisy'])} % to {percent(drop['noisy'])} %, and clean training "
+            f"examples from {percent(own['clean'])} % to {percent(drop['clean'])} %."
+        )
+        sentences.append(
+            f"Without those channels, {percent(drop['noisy_true'])} % of the memorized examples get their true label, "
+            f"and {percent(drop['test'])} % of the test examples are right"
+            + (f" ({percent(plain['test'])} % after plain training)." if plain else ".")
+        )
+    return sentences
+
+
+def write_report(run: Run) -> Path:
+    """Write the figures of a run and its report into its directory.
+
+    Args:
+        run: A finished run.
+
+    Returns:
+        The path of the report, an HTML page that needs no other file.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
+    drawn = {
+        "accuracy": figures.png(figures.accuracy_bars(run.metrics)),
+        "curves": figures.png(figures.accuracy_curves(run.histories)),
+    }
+    folder = run.path / FIGURES
+    folder.mkdir(exist_ok=True)
+    for name, picture in drawn.items():
+        write_atomically(folder / f"{name}.png", picture)
+    template = resources.files("memloc_ext").joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = (
+        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        .from_string(template)
+        .render(
+            version=__version__,
+            config=run.config,
+            answers=answers(run),
+            columns=figures.COLUMNS,
+            rows=[(figures.row_name(row), [percent(row[column]) for column in figures.COLUMNS]) for row in run.metrics],
+            settings=_flat(run.config),
+            pictures={name: base64.b64encode(picture).decode() for name, picture in drawn.items()},
+        )
+    )
+    path = run.path / REPORT
+    write_atomically(path, page.encode())
+    return path
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

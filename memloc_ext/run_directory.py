@@ -1,0 +1,98 @@
+"""A run on disk: what was asked, what came out of it, and one function that reads it back."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memloc_ext.files import read_json, write_atomically, write_json
+
+CONFIG = "config.json"
+METRICS = "metrics"
+HISTORY = "history"
+FIGURES = "figures"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its folder.
+        config: The settings it was started with.
+        metrics: Rows of its table: ``model``, ``mode`` and the shares of `Accuracy`.
+        histories: Model to its records, one per epoch.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    histories: dict[str, list[dict[str, float]]]
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run directory.
+
+    Args:
+        path: The folder that a ``memloc`` command wrote.
+
+    Raises:
+        FileNotFoundError: If it holds no finished run.
+        ValueError: If a file in it is damaged; names the file.
+    """
+    path = Path(path)
+    for name in (CONFIG, f"{METRICS}.json"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"load_run: {path} holds no finished run, {name} is missing")
+    histories = {file.parent.name: read_json(file) for file in sorted(path.glob(f"*/{HISTORY}.json"))}
+    return Run(path, read_json(path / CONFIG), read_json(path / f"{METRICS}.json"), histories)
+
+
+def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:
+    """Create a run directory, or go back to one with the same settings.
+
+    Args:
+        path: The folder; created if missing.
+        config: The settings, JSON.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, or something else; nothing is written then.
+    """
+    path = Path(path)
+    file = path / CONFIG
+    if file.exists():
+        stored = read_json(file)
+        if not isinstance(stored, dict):
+            raise ValueError(f"{file}: must be the settings of a run, got {type(stored).__name__}")
+        changed = [name for name in {**config, **stored} if stored.get(name) != config.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{path} holds a run with {name} = {stored.get(name)}, not {config.get(name)}; "
+                "give another --output, or remove that folder"
+            )
+        return path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} must be a new or empty folder or one that holds a run; give another --output")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(config))
+    return path
+
+
+def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as ``<name>.json`` and as ``<name>.csv``, whose columns are the keys in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path / f"{name}.csv", text.getvalue().encode())
+    write_json(path / f"{name}.json", list(rows))
