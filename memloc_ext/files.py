@@ -1,0 +1,79 @@
+"""Write files so that nobody, whatever happens, finds half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file, or replace it, as a whole: it holds the old bytes or the new ones, even after a power failure.
+
+    A process that is killed here leaves ``.<name>.<random>.tmp`` beside the file, which nothing reads.
+
+    Args:
+        path: The file; its folder must exist.
+        data: All its bytes.
+
+    Raises:
+        TypeError: If ``data`` is not ``bytes``.
+        OSError: If the file cannot be written, for example because the disk is full; an old one is then as it was.
+    """
+    if not isinstance(data, bytes):
+        raise TypeError(f"write_atomically: data must be bytes, got {type(data).__name__}")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or the new name may reach the disk before what it names
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON with sorted keys, by `write_atomically`: equal values give equal bytes.
+
+    Args:
+        path: The file; its folder must exist.
+        value: Dictionaries with string keys, lists, strings, finite numbers, booleans and None.
+
+    Raises:
+        TypeError: If ``value`` holds something else.
+        ValueError: If it holds NaN or an infinity, which JSON does not have, or a lone surrogate.
+        OSError: If the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"write_json: value for {path} must be JSON: {error}") from error
+    write_atomically(path, text + b"\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises:
+        ValueError: If the file is not JSON, or holds NaN or an infinity; names it.
+        OSError: If it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_bytes(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be JSON: {error}") from error
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

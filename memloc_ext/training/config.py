@@ -1,0 +1,64 @@
+"""The settings of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Schedule = Literal["cosine", "triangular"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the defaults are the paper's for its layer-level probes.
+
+    Attributes:
+        epochs: Passes over the split, at least 1.
+        batch_size: Examples in a batch, at least 1; the last batch of an epoch may be smaller.
+        learning_rate: Peak of the schedule, positive.
+        momentum: Of SGD, in ``[0, 1)``.
+        weight_decay: Of SGD, on every parameter, at least 0.
+        schedule: How the learning rate follows the iterations, see `memloc_ext.training.schedules`.
+        precision: Type of the forward pass under autocast; weights stay float32. ``float16`` scales the loss.
+        compile: Run the forward pass through ``torch.compile``.
+        seed: Names the order of the examples and the model's own draws (standard dropout), at least 0. The model comes
+            initialised: its weights do not depend on it.
+
+    Raises:
+        ValueError: If a value breaks the above.
+        TypeError: If it is not a plain Python number, boolean or string, as the attribute asks.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, training for the layer probes.
+    """
+
+    epochs: int = 50
+    batch_size: int = 512
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    precision: Precision = "float32"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), kinds.get(str(field.type), (str,))
+            if type(value) not in allowed:  # neither a bool as a number, nor numpy's, which checkpoints cannot hold
+                raise TypeError(f"TrainConfig: {field.name} must be {allowed[-1].__name__}, got {type(value).__name__}")
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive and finite"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+            "precision": (self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
+            "seed": (self.seed >= 0, "at least 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"TrainConfig: {name} must be {rule}, got {getattr(self, name)!r}")

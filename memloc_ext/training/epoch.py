@@ -1,0 +1,93 @@
+"""One epoch of SGD, whose draws depend on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc_ext.data.split import Split
+from memloc_ext.nn.example_ids import example_ids
+from memloc_ext.training.config import TrainConfig
+from memloc_ext.training.schedules import SCHEDULES
+
+
+@contextlib.contextmanager
+def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Generator]:
+    """Seed PyTorch's generators inside the ``with``, and give them their states back after it.
+
+    What is drawn inside depends on ``seed`` and ``epoch`` alone, so that a training can continue after any epoch.
+
+    Args:
+        seed: At least 0.
+        epoch: At least 0.
+        device: The CPU, whose generator is always seeded, or a CUDA device, whose own is seeded as well.
+
+    Yields:
+        A generator on the CPU for the order of the examples, independent of the others.
+    """
+    order, draws = (int(word) for word in np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64))
+    devices = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        # not torch.manual_seed, which also seeds the devices that are not given back
+        torch.default_generator.manual_seed(draws)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(draws)
+        yield torch.Generator().manual_seed(order)
+
+
+def train_epoch(
+    forward: Callable[[Tensor], Tensor],
+    split: Split,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    epoch: int,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Run one step of the optimizer for each batch of the split, inside ``memloc_ext.example_ids``.
+
+    Args:
+        forward: The model: inputs ``[B, C, H, W]`` to logits ``[B, classes]``.
+        split: The training examples, at least one.
+        optimizer: Of the model's parameters; the learning rate of its groups is set for each step.
+        scaler: Of the gradients; not enabled unless the precision is float16.
+        config: Batch size, learning rate, schedule, precision; and ``epochs``, which the schedule is spread over.
+        epoch: Number of this epoch, from 1 to ``config.epochs``.
+        generator: Shuffles the examples.
+
+    Returns:
+        ``loss``: cross-entropy, mean over the examples of the epoch, each before the step of its batch;
+        ``learning_rate``: that of the last step.
+
+    Raises:
+        FloatingPointError: If the loss of a batch is not finite; the parameters are as before that batch.
+    """
+    device = split.device
+    steps = math.ceil(len(split) / config.batch_size)
+    mixed = config.precision != "float32"
+    autocast = torch.autocast(device.type, getattr(torch, config.precision), enabled=mixed)
+    total, rate = 0.0, 0.0
+    for batch, (inputs, labels, ids) in enumerate(split.batches(config.batch_size, generator)):
+        # the middle of the step, since at either end of the schedule the rate is 0 and a step would be wasted
+        middle = (epoch - 1) * steps + batch + 0.5
+        rate = config.learning_rate * SCHEDULES[config.schedule](middle, config.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        with example_ids(ids):
+            with autocast:
+                loss = F.cross_entropy(forward(inputs).float(), labels)
+            scaler.scale(loss).backward()
+        value = loss.item()  # after backward is launched, so that the device does not idle
+        if not math.isfinite(value):
+            raise FloatingPointError(f"train: loss must be finite, got {value} in epoch {epoch}, batch {batch}")
+        scaler.step(optimizer)
+        scaler.update()
+        total += value * len(labels)
+    return {"loss": total / len(split), "learning_rate": rate}

@@ -1,0 +1,126 @@
+"""Train a model with a checkpoint after every epoch, such that a run that was killed can be continued."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memloc_ext.data.split import Split
+from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
+from memloc_ext.training.config import TrainConfig
+from memloc_ext.training.epoch import epoch_rng, train_epoch
+from memloc_ext.training.report import progress_bar, tensorboard_log
+from memloc_ext.training.resume import digest, restore
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+_OWN = ("epoch", "loss", "learning_rate")
+
+
+def train(
+    model: nn.Module,
+    split: Split,
+    config: TrainConfig,
+    *,
+    checkpoints: str | Path,
+    evaluate: Evaluate | None = None,
+    progress: bool = True,
+    tensorboard: str | Path | None = None,
+) -> list[dict[str, float]]:
+    """Train by SGD on the cross-entropy, mean over the batch; save the initial model and the one after each epoch.
+
+    If ``checkpoints`` already holds some, the training continues after the newest, whose state replaces the model's; a
+    finished one is just loaded. Killed at any moment and continued, a training ends like an unbroken one: on the CPU
+    bit for bit, with the same number of threads.
+
+    The model is trained in place, all of its modules in training mode. In the end they get their ``training`` flags
+    back, the parameters are left without gradients, and the global generators are as they were.
+
+    Args:
+        model: Inputs ``[B, C, H, W]`` to logits ``[B, classes]``, initialised, on the split's device; compiled or not.
+        split: The training examples, at least one.
+        config: How to train.
+        checkpoints: Folder of the ``epoch_<number>.pt``; created if missing.
+        evaluate: Called with ``model`` in evaluation mode at the start and after each epoch; returns numbers by name.
+        progress: Show a bar of the epochs if the standard error output is a terminal.
+        tensorboard: Folder to log every record to.
+
+    Returns:
+        A record per epoch, the initial model's first: ``epoch``, the numbers of ``evaluate``, and from epoch 1 on
+        ``loss`` and ``learning_rate`` (see `train_epoch`).
+
+    Raises:
+        ValueError: If the model is on another device, the split is empty, ``evaluate`` uses one of those names, or the
+            newest checkpoint is damaged or comes from another config, model or split; no file changes then.
+        FloatingPointError: If the loss or a weight is no longer finite; the checkpoints before stay.
+        ImportError: If ``progress`` or ``tensorboard`` needs a package that is not installed.
+    """
+    original = getattr(model, "_orig_mod", model)  # of a compiled model, whose own state dict has other names
+    _check_place(original, split)
+    checkpoints, device, data = Path(checkpoints), split.device, digest(split)
+    forward = torch.compile(original) if config.compile else model
+    optimizer = torch.optim.SGD(
+        original.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_borrowed(original))
+        history = restore(checkpoints, original, optimizer, scaler, config, data)
+        reports = []
+        if progress:
+            reports.append(stack.enter_context(progress_bar(config.epochs, max(len(history) - 1, 0))))
+        if tensorboard is not None:
+            reports.append(stack.enter_context(tensorboard_log(Path(tensorboard), len(history))))
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for epoch in range(len(history), config.epochs + 1):
+            record: dict[str, float] = {"epoch": epoch}
+            with epoch_rng(config.seed, epoch, device) as generator:
+                if epoch > 0:
+                    original.train()
+                    record |= train_epoch(forward, split, optimizer, scaler, config, epoch, generator)
+                    _check_finite(original, epoch)
+                if evaluate is not None:
+                    original.eval()
+                    record |= _numbers(evaluate(model))
+            history.append(record)
+            for report in reports:
+                report(record)
+            state = (original.state_dict(), optimizer.state_dict(), scaler.state_dict())
+            save_checkpoint(checkpoints, Checkpoint(epoch, *state, history, asdict(config), data))
+    return history
+
+
+@contextlib.contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.zero_grad()
+        for module, training in flags:
+            module.training = training
+
+
+def _check_place(model: nn.Module, split: Split) -> None:
+    if len(split) == 0:
+        raise ValueError("train: split must hold at least one example, got none")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.device != split.device:
+            raise ValueError(f"train: model must be on {split.device} like split, got {name} on {value.device}")
+
+
+def _check_finite(model: nn.Module, epoch: int) -> None:
+    for name, value in model.named_parameters():  # a buffer may be infinite, as attention masks are
+        if not value.isfinite().all():  # the loss does not tell after the last step
+            raise FloatingPointError(f"train: {name} must be finite, got NaN or an infinity in epoch {epoch}")
+
+
+def _numbers(evaluated: Mapping[str, float]) -> dict[str, float]:
+    for name in _OWN:
+        if name in evaluated:
+            raise ValueError(f"train: evaluate must not name a number {', '.join(_OWN)}, got {name}")
+    return {name: float(value) for name, value in evaluated.items()}  # also of a tensor or numpy scalar

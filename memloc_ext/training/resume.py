@@ -1,0 +1,83 @@
+"""Continue a training that was interrupted, if it is the same one."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.data.split import Split
+from memloc_ext.training.checkpoint import list_checkpoints, load_checkpoint
+from memloc_ext.training.config import TrainConfig
+
+_DATA = "the digest of split's labels and indices"
+
+
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    data: str,
+) -> list[dict[str, float]]:
+    """Give model, optimizer and scaler the state of the newest checkpoint.
+
+    Args:
+        folder: Of the checkpoints; without one nothing changes.
+        model: Not compiled.
+        optimizer: Of the model's parameters.
+        scaler: Of the gradients.
+        config: Must be the one in the checkpoint.
+        data: The `digest` of the split; likewise.
+
+    Returns:
+        The history up to that checkpoint, one record per epoch; empty without one.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, or differs in the config, in the name, shape, dtype or extra state of
+            anything in the model, or in the data; says in what. Nothing changes then.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        return []
+    path = found[max(found)]
+    try:
+        saved = load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"train: {error}; delete it to continue from the one before") from error
+    given = _identity(asdict(config), model.state_dict(), data)
+    stored = _identity(saved.config, saved.model, saved.data)
+    for name in stored | given:
+        if given.get(name) != stored.get(name):
+            raise ValueError(
+                f"train: {name} must be {stored.get(name)} to continue {path}, got {given.get(name)}; "
+                "train with other settings in another folder"
+            )
+    model.load_state_dict(saved.model)
+    optimizer.load_state_dict(saved.optimizer)
+    scaler.load_state_dict(saved.scaler)
+    return saved.history
+
+
+def digest(split: Split) -> str:
+    """Return the SHA-256 of the labels and indices, in hexadecimal; the pixels would take too long to read."""
+    sha = hashlib.sha256()
+    for column in (split.labels, split.indices):
+        sha.update(column.cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _identity(config: dict[str, Any], state: dict[str, Any], data: str) -> dict[str, Any]:
+    settings = {f"config.{name}": value for name, value in config.items()}
+    return settings | {f"model.{name}": _trait(name, value) for name, value in state.items()} | {_DATA: data}
+
+
+def _trait(name: str, value: Any) -> Any:
+    if name.endswith("_extra_state"):  # settings of a module, such as the seed of its dropout, not weights
+        return value.cpu().numpy().tobytes() if isinstance(value, Tensor) else value
+    return f"{value.dtype} {list(value.shape)}"

@@ -1,0 +1,108 @@
+import os
+import stat
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memloc_ext.files import read_json, write_atomically, write_json
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "a.bin"
+    write_atomically(path, b"old")
+    write_atomically(str(path), b"\x00new")
+    assert path.read_bytes() == b"\x00new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_others_may_read_the_file_as_the_umask_says(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "atomic", b"")
+    assert stat.S_IMODE((tmp_path / "atomic").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error, old):
+    path = tmp_path / "a.bin"
+    if old is not None:
+        path.write_bytes(old)
+
+    def fail(*arguments):
+        assert len(os.listdir(tmp_path)) == 1 + (old is not None)  # the new bytes are on their way, beside the old
+        raise error
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, b"new")
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == ({} if old is None else {"a.bin": old})
+
+
+def test_the_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("folder" if is_folder(fd) else "file"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    write_atomically(tmp_path / "a.bin", b"new")
+    assert calls == ["file", "replace", "folder"]
+
+
+def is_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def test_only_bytes_are_taken(tmp_path):
+    with pytest.raises(TypeError, match="write_atomically: data must be bytes, got str"):
+        write_atomically(tmp_path / "a.bin", "text")  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_folder_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "a.bin", b"")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)  # each example overwrites
+@given(VALUES)
+def test_json_comes_back(tmp_path, value):
+    path = tmp_path / "a.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_json_of_equal_values_is_equal(tmp_path):
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    write_json(first, {"b": 1, "a": ["ö"]})
+    write_json(second, {"a": ["ö"], "b": 1})
+    assert first.read_text(encoding="utf-8") == '{\n  "a": [\n    "ö"\n  ],\n  "b": 1\n}\n'
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(float("nan"), ValueError), ([float("inf")], ValueError), ("\ud800", ValueError), (1j, TypeError)],
+)
+def test_what_json_cannot_hold_is_refused(tmp_path, value, error):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(error, match=r"write_json: value for .*a\.json must be JSON: "):
+        write_json(path, value)
+    assert read_json(path) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"NaN", b"[-Infinity]", b"\xff\xfe\xfa", b"[" * 100_000])
+def test_a_corrupt_file_is_named(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: must be JSON: "):
+        read_json(path)
+
+
+def test_a_missing_file_is_not_corrupt(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "a.json")
