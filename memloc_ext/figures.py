@@ -37,7 +37,8 @@ def percent(value: float | None) -> str:
 
 def row_name(row: Mapping[str, Any]) -> str:
     """Name a row of the table for a reader."""
-    name, mode = NAMES.get(row["model"], row["model"]), MODES.get(row["mode"])
+    name = str(NAMES.get(row["model"], row["model"]))
+    mode = MODES.get(row["mode"])
     return f"{name}, {mode}" if mode else name
 
 
@@ -75,6 +76,7 @@ def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
                 values = [100 * record.get(dropped, float("nan")) for record in history]
                 axes.plot(epochs, values, "--", color=color, label=f"{name}, after drop")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"{title}, given label", fontsize=10)
         axes.set_ylim(-3, 103)
         axes.spines[["top", "right"]].set_visible(False)

@@ -49,8 +49,9 @@ def load_run(path: str | Path) -> Run:
     for name in (CONFIG, f"{METRICS}.json"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"load_run: {path} holds no finished run, {name} is missing")
-    histories = {file.parent.name: read_json(file) for file in sorted(path.glob(f"*/{HISTORY}.json"))}
-    return Run(path, read_json(path / CONFIG), read_json(path / f"{METRICS}.json"), histories)
+    metrics = read_json(path / f"{METRICS}.json")
+    models = dict.fromkeys(row["model"] for row in metrics)
+    return Run(path, read_json(path / CONFIG), metrics, {m: read_json(path / m / f"{HISTORY}.json") for m in models})
 
 
 def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:

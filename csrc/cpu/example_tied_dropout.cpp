@@ -77,32 +77,37 @@ struct Lines {
   Layout layout;
   bool stream;
 
-  void planes(int64_t begin, int64_t end) const {
+  void plane(T* to, const T* from, bool kept) const {
     const Loop inner = layout.inner();
-    const bool dense = inner.x == 1 && inner.y == 1;
-    Quad quad{};
-    int64_t drawn_id = 0, drawn_quad = -1;  // neighbouring planes share a draw
+    if (inner.x != 1 || inner.y != 1) {
+      for (int64_t i = 0; i < inner.size; ++i) to[i * inner.y] = kept ? from[i * inner.x] : T{0};
+    } else if (kept) {
+      copy_line(to, from, inner.size, stream);
+    } else {
+      zero_line(to, inner.size, stream);
+    }
+  }
+
+  // Planes whose neighbours in memory are the next channels of the same example: one draw for a block of them.
+  void planes_by_row(int64_t begin, int64_t end) const {
+    const Loop channels = layout.loop[layout.count - 2];
+    uint8_t bits[kBlock];
+    while (begin < end) {
+      const Cursor at(layout, begin);
+      const int64_t first = at.channel - at.channel % 4, skip = at.channel % 4;
+      const int64_t count = std::min({end - begin, channels.size - at.channel, kBlock - skip});
+      mask_bits(bits, mask, ids[at.id], first, skip + count);
+      for (int64_t i = 0; i < count; ++i) {
+        plane(y + at.y + i * channels.y, x + at.x + i * channels.x, bits[skip + i] != 0);
+      }
+      begin += count;
+    }
+  }
+
+  void planes(int64_t begin, int64_t end) const {
     Cursor at(layout, begin);
     for (int64_t line = begin; line < end; ++line, at.next()) {
-      const int64_t id = ids[at.id];
-      bool kept = at.channel < mask.num_generalization;
-      if (!kept && mask.threshold != 0) {
-        if (drawn_quad != at.channel / 4 || drawn_id != id) {
-          drawn_id = id;
-          drawn_quad = at.channel / 4;
-          quad = mask.draw(id, drawn_quad);
-        }
-        kept = mask.keep(at.channel, quad.at(at.channel % 4));
-      }
-      T* const to = y + at.y;
-      const T* const from = x + at.x;
-      if (!dense) {
-        for (int64_t i = 0; i < inner.size; ++i) to[i * inner.y] = kept ? from[i * inner.x] : T{0};
-      } else if (kept) {
-        copy_line(to, from, inner.size, stream);
-      } else {
-        zero_line(to, inner.size, stream);
-      }
+      plane(y + at.y, x + at.x, mask(ids[at.id], at.channel));
     }
   }
 
@@ -143,6 +148,8 @@ struct Lines {
       channels(begin, end);
     } else if (layout.inner().id != 0) {
       examples(begin, end);
+    } else if (layout.count > 1 && layout.loop[layout.count - 2].channel != 0) {
+      planes_by_row(begin, end);
     } else {
       planes(begin, end);
     }
