@@ -1,0 +1,114 @@
+"""Example-tied dropout against a copy of its input, a gathered table of masks, and standard dropout.
+
+The bound is traffic: the kernel reads the share of x that it keeps and writes y, where a copy reads and writes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.measure import interleaved, ratios
+from memloc_ext.ops import example_tied_dropout
+from memloc_ext.reference import example_tied_dropout as reference
+
+P_GEN, P_MEM, SEED = 0.2, 0.1, 0
+EXAMPLES = 60_000  # rows of the table of masks that the peer gathers from: a data set like MNIST
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input: shape, dtype, and ``nchw``, ``nhwc`` (channels-last memory) or ``tokens`` ([B, T, C], an id each)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    form: str
+
+    def __str__(self) -> str:
+        return f"{self.form}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self, device: str) -> tuple[Tensor, Tensor]:
+        """Return x and example ids."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.shape, generator=generator).to(device, self.dtype)
+        if self.form == "nhwc":
+            x = x.contiguous(memory_format=torch.channels_last)
+        ids = self.shape[:2] if self.form == "tokens" else self.shape[:1]
+        return x, torch.randint(EXAMPLES, ids, generator=generator).to(device)
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the channels."""
+        return -1 if self.form == "tokens" else 1
+
+    @property
+    def settings(self) -> tuple[int, float, int, int, int]:
+        """The operator's arguments after x and ids."""
+        return int(P_GEN * self.shape[self.channel_dim]), P_MEM, SEED, 0, self.channel_dim
+
+
+CASES = [
+    Case((256, 256, 16, 16), torch.float32, "nchw"),
+    Case((256, 256, 16, 16), torch.bfloat16, "nchw"),
+    Case((256, 256, 16, 16), torch.float32, "nhwc"),
+    Case((512, 256, 4, 4), torch.float32, "nchw"),
+    Case((32, 512, 1024), torch.float32, "tokens"),
+]
+
+
+def check(case: Case, x: Tensor, ids: Tensor) -> None:
+    """Fail unless the operator gives exactly what the reference gives."""
+    actual = example_tied_dropout(x, ids, *case.settings)
+    if not torch.equal(actual, reference.example_tied_dropout(x, ids, *case.settings)):
+        raise AssertionError(f"example_tied_dropout differs from its reference on {case}")
+
+
+def kept_share(case: Case, ids: Tensor) -> float:
+    """Return the share of x that is kept, and so has to be read."""
+    kept, p_mem, seed, site, dim = case.settings
+    return reference.keep_mask(ids, case.shape[dim], kept, p_mem, seed, site).double().mean().item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_example_tied_dropout(case: Case, benchmark: Any) -> None:
+    x, ids = case.inputs("cpu")
+    check(case, x, ids)
+    channels = case.shape[case.channel_dim]
+    every = torch.arange(EXAMPLES)
+    table = reference.keep_mask(every, channels, case.settings[0], P_MEM, SEED).to(case.dtype)
+    view = [n if d < ids.dim() else 1 for d, n in enumerate(case.shape)]
+    view[case.channel_dim] = channels
+    times = interleaved(
+        {
+            "ours": lambda: example_tied_dropout(x, ids, *case.settings),
+            "clone": x.clone,
+            "mask table": lambda: x * table[ids].view(view),
+            "nn.Dropout": lambda: torch.nn.functional.dropout(x, 0.5),
+        }
+    )
+    benchmark.extra_info["time over"] = ratios(times, "ours")
+    benchmark.extra_info["bound over clone"] = round((1 + kept_share(case, ids)) / 2, 3)
+    benchmark.pedantic(example_tied_dropout, (x, ids, *case.settings), rounds=5)
+
+
+def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
+    """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first."""
+    for case in CASES:
+        shape = (4 * case.shape[0], *case.shape[1:])  # larger than the L2 cache
+        large = Case(shape, case.dtype, case.form)
+        x, ids = large.inputs("cuda")
+        check(large, x, ids)
+        settings = large.settings
+        bytes_kept = round(x.nbytes * (1 + kept_share(large, ids)))
+        yield (
+            f"example_tied_dropout {large}",
+            lambda x=x, ids=ids, settings=settings: torch.ops.memloc_ext.example_tied_dropout(x, ids, *settings),
+            bytes_kept,
+            lambda x=x: x.clone(),
+            2 * x.nbytes,
+        )
