@@ -75,7 +75,6 @@ def machine() -> dict[str, object]:
 
 def folder() -> Path:
     """Return the folder for the results of this machine, named after its GPU or its processor."""
-    name = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}-{torch.get_num_threads()}-threads"
-    )
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"{cpu_name()}-{torch.get_num_threads()}-threads"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,171 @@
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import memloc_ext
+from memloc_ext.cli import main
+from memloc_ext.nn import ExampleTiedDropout, FixedDropout
+from memloc_ext.report import answers, text_table, write_report
+from memloc_ext.study import DataConfig, DropoutConfig, ModelConfig, StudyConfig, build_model, load_data, run_study
+from memloc_ext.training import TrainConfig
+
+SMALL = StudyConfig(model=ModelConfig("lenet"), train=TrainConfig(epochs=1, batch_size=256, learning_rate=0.05))
+QUICK = ["--model", "lenet", "--epochs", "1", "--batch-size", "256"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
+    return run_study(SMALL, tmp_path_factory.mktemp("study") / "run")
+
+
+def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
+    path = finished.path
+    assert memloc_ext.load_run(path) == finished
+    modes = [(row["model"], row["mode"]) for row in finished.metrics]
+    tied = [("example_tied", mode) for mode in ("train", "test", "drop", "drop_gen")]
+    assert modes == [("plain", "as trained"), *tied, ("standard", "as trained"), ("fixed", "as trained")]
+    assert [len(history) for history in finished.histories.values()] == [2] * 4
+    assert finished.config["train"]["epochs"] == 1
+    with open(path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["clean"]) for row in rows] == [row["clean"] for row in finished.metrics]
+    assert rows[1]["test"] == ""
+    assert sorted(file.name for file in (path / "plain" / "checkpoints").iterdir()) == ["epoch_000.pt", "epoch_001.pt"]
+
+
+def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
+    page = write_report(finished).read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for sentence in answers(finished):
+        assert sentence.split("%")[0] in page
+    assert sorted(file.name for file in (finished.path / "figures").iterdir()) == ["accuracy.png", "curves.png"]
+    assert (finished.path / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "example-tied dropout, own mask" in text_table(finished.metrics)
+
+
+def test_a_finished_run_is_not_trained_again(finished) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("epoch_*.pt")}
+    assert len(before) == 8
+    assert run_study(SMALL, finished.path) == finished
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_other_settings_do_not_touch_a_run(finished) -> None:
+    before = {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()}
+    other = replace(SMALL, train=replace(SMALL.train, epochs=2))
+    with pytest.raises(ValueError, match=r"holds a run with train = .*'epochs': 1.*give another --output"):
+        run_study(other, finished.path)
+    assert {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        run_study(SMALL, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+        memloc_ext.load_run(tmp_path)
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / name).write_text((finished.path / name).read_text())
+    (tmp_path / "metrics.json").write_text('[{"mod')
+    with pytest.raises(ValueError, match=r"metrics\.json: must be JSON"):
+        memloc_ext.load_run(tmp_path)
+
+
+def test_variants_start_from_the_same_weights_and_differ_in_dropout_only() -> None:
+    dataset = load_data(SMALL)
+    state = torch.get_rng_state()
+    networks = {variant: build_model(SMALL, dataset, variant) for variant in memloc_ext.study.VARIANTS}
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = dict(networks["plain"].named_parameters())
+    for model in networks.values():
+        for name, value in model.named_parameters():
+            assert torch.equal(value, plain[name])
+    sites = {
+        variant: sum(isinstance(m, ExampleTiedDropout | FixedDropout | torch.nn.Dropout) for m in model.modules())
+        for variant, model in networks.items()
+    }
+    assert sites == {"plain": 0, "example_tied": 4, "standard": 4, "fixed": 4}
+    tied = [m for m in networks["example_tied"].modules() if isinstance(m, ExampleTiedDropout)]
+    assert [m.site for m in tied] == [0, 1, 2, 3]
+    named = replace(SMALL, dropout=DropoutConfig(sites=("conv1",)))
+    assert sum(isinstance(m, ExampleTiedDropout) for m in build_model(named, dataset, "example_tied").modules()) == 1
+
+
+def test_a_file_of_memorized_examples_takes_the_place_of_noise(tmp_path: Path) -> None:
+    (tmp_path / "scores.txt").write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
+    dataset = load_data(replace(SMALL, data=DataConfig(memorized=tmp_path / "scores.txt", below=0.5)))
+    assert torch.equal(dataset.train.labels, dataset.train.true_labels)
+    assert dataset.train.memorized.nonzero()[:, 0].tolist() == list(range(40))
+
+
+def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["dropout", *QUICK, "--output", str(tmp_path / "tied")])
+    output = capsys.readouterr()
+    assert "example-tied dropout, drop" in output.out
+    assert "plain training" not in output.out
+    assert "[1/1] example_tied: 1 epochs on digits" in output.err
+    assert f"report: {tmp_path / 'tied' / 'report.html'}" in output.out
+    main(["train", *QUICK, "--output", str(tmp_path / "plain")])
+    assert list(memloc_ext.load_run(tmp_path / "plain").histories) == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnits"], "mnits"),
+        (["--dataset", "mnist", "--root", "nowhere"], "nowhere"),
+        (["--model", "alexnet"], "alexnet"),
+        (["--noise", "1.5"], "fraction must be in"),
+        (["--p-gen", "2"], "p_gen must be in"),
+        (["--device", "tpu9"], "device must be"),
+        (["--memorized", "nothing.npy"], "nothing.npy"),
+    ],
+)
+def test_wrong_settings_end_with_one_line_and_no_folder(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", *arguments])
+    assert message in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--epochs", "many"], ["--noize", "0.1"]])
+def test_options_that_do_not_parse_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", *arguments])
+    assert stop.value.code == 2
+    assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"]])
+def test_info_needs_no_package_beside_torch_and_numpy(arguments: list[str], tmp_path: Path) -> None:
+    for name in ("tyro", "matplotlib", "sklearn", "torchvision", "tqdm", "jinja2"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "memloc_ext", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert memloc_ext.__version__ in done.stdout
+    assert torch.__version__ in done.stdout
+    assert re.search(r"operator example_tied_dropout +CPU", done.stdout)
+
+
+def test_config_is_plain_json(finished) -> None:
+    config = json.loads((finished.path / "config.json").read_text())
+    assert config["data"]["dataset"] == "digits"
+    assert config["variants"] == ["plain", "example_tied", "standard", "fixed"]
