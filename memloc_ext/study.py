@@ -103,6 +103,10 @@ class StudyConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=20, batch_size=64, learning_rate=0.1))
     device: str = "auto"
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
 
 def load_data(config: StudyConfig) -> Dataset:
     """Load the data set of a study on its device, with its label noise or its memorized examples."""
@@ -191,7 +195,7 @@ def run_study(
         ValueError: If a setting is wrong, or ``output`` holds a run with other settings.
         FileNotFoundError: If the data set's files are missing.
     """
-    settings = json.loads(json.dumps({"variants": list(variants), **asdict(config)}, default=str))
+    settings = {"variants": list(variants), **config.as_json()}
     dataset = load_data(config)
     networks: dict[Variant, nn.Module] = {variant: build_model(config, dataset, variant) for variant in variants}
     path = open_run(output, settings)

@@ -56,17 +56,13 @@ def main() -> None:
         table.append({**names, "mean": mean, "deviation": deviation, "runs": [{k: r[k] for k in SHARES} for r in rows]})
     print(text_table([{**row, **row["mean"]} for row in table]))
     if options.result:
-        command = " ".join(["python", *sys.argv])
-        config = dataclasses.asdict(options.study)
-        write_json(
-            options.result,
-            {
-                "command": command,
-                "config": {name: str(value) for name, value in config.items()},
-                "info": info().splitlines(),
-                "table": table,
-            },
-        )
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "config": options.study.as_json(),
+            "info": info().splitlines(),
+            "table": table,
+        }
+        write_json(options.result, result)
 
 
 if __name__ == "__main__":
