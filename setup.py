@@ -11,29 +11,22 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
-        f"memloc_ext: {error}; it compiles against the PyTorch you already have, so run: pip install 'torch>=2.10' "
-        "pybind11 ninja setuptools && pip install --no-build-isolation ."
+        f"memloc_ext: {error}; it compiles against the PyTorch you already have, so run: "
+        "pip install 'torch>=2.10' pybind11 ninja 'setuptools>=77' && pip install --no-build-isolation ."
     )
 from setuptools import Extension, setup
 
-from tools.cuda_toolkit import cuda_home, gencode
+from tools.cuda_toolkit import choose_cuda, gencode
 
-mode = os.environ.get("MEMLOC_CUDA", "auto")
-if mode not in ("auto", "0", "1"):
-    sys.exit(f"memloc_ext: MEMLOC_CUDA must be 0, 1 or unset, got {mode!r}")
-toolkit = cuda_home()
-if mode == "1" and toolkit is None:
-    sys.exit("MEMLOC_CUDA=1 but no CUDA toolkit was found; set CUDA_HOME or unset MEMLOC_CUDA")
-with_cuda = mode == "1" or (mode == "auto" and torch.version.cuda is not None and toolkit is not None)
+ROOT = os.path.dirname(os.path.abspath(__file__))
+toolkit, archs = choose_cuda(torch.version.cuda)
 with_host = os.environ.get("MEMLOC_HOST", "1") != "0"
-archs = os.environ.get("MEMLOC_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"
-print(f"memloc_ext: torch {torch.__version__}, CUDA kernels: {archs if with_cuda else 'no'}", file=sys.stderr)
+print(f"memloc_ext: torch {torch.__version__}, CUDA kernels: {archs if toolkit else 'no'}", file=sys.stderr)
 
-OLDEST_TORCH = (
-    "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the binaries load in this release and every later one
-)
-CSRC = os.path.abspath("csrc")
-CXX = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", f"-I{CSRC}", OLDEST_TORCH]
+# Oldest torch that the binaries load in: 2.10. Source paths are cut from messages, so that a build tells no folder.
+COMMON = ["-O3", "-std=c++17", f"-I{ROOT}/csrc", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+PREFIXES = [f"-fmacro-prefix-map={path}/=" for path in (ROOT, os.path.dirname(torch.__file__))]
+HOST = ["-g0", "-fvisibility=hidden", "-Wall", *PREFIXES]
 STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 extensions = [
@@ -41,13 +34,13 @@ extensions = [
         "memloc_ext._C",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         py_limited_api=True,
-        extra_compile_args={"cxx": CXX},
+        extra_compile_args={"cxx": [*COMMON, *HOST, "-fopenmp-simd"]},
         extra_link_args=STRIP,
     )
 ]
-if with_cuda:
+if toolkit:
     cpp_extension.CUDA_HOME = toolkit  # torch leaves it unset in a CPU build; BuildExtension needs it to find nvcc
-    nvcc = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas", "-v", f"-I{CSRC}", OLDEST_TORCH, "-DUSE_CUDA", *gencode(archs)]
+    nvcc = [*COMMON, "-DUSE_CUDA", "-lineinfo", *gencode(archs)]
     extensions.append(
         cpp_extension.CppExtension(  # not CUDAExtension: it links libraries that a CPU build of torch does not have
             "memloc_ext._C_cuda",
@@ -56,32 +49,17 @@ if with_cuda:
             include_dirs=[f"{toolkit}/include"],
             library_dirs=[f"{toolkit}/lib64"],
             libraries=["cudart"],
-            extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": nvcc},
-            extra_link_args=[
-                "-Wl,--no-as-needed",
-                "-ltorch",
-                *STRIP,
-            ],  # libtorch pulls in libtorch_cuda where there is one
+            extra_compile_args={"cxx": [*COMMON, *HOST, "-DUSE_CUDA"], "nvcc": nvcc},
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch", *STRIP],  # pulls in libtorch_cuda where there is one
         )
     )
 if with_host:
-    host_args = [
-        "-O2",
-        "-g0",
-        "-std=c++17",
-        "-fvisibility=hidden",
-        f'-DMEMLOC_CUDA_ARCHS="{archs if with_cuda else ""}"',
-    ]
-    extensions.append(
-        Extension(
-            "memloc_ext._host",
-            sorted(glob.glob("csrc/host/*.cpp")),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=host_args,
-            extra_link_args=STRIP,
-            language="c++",
-        )
-    )
+    host = Extension("memloc_ext._host", sorted(glob.glob("csrc/host/*.cpp")), language="c++")
+    host.define_macros = [("MEMLOC_CUDA_ARCHS", f'"{archs if toolkit else ""}"')]
+    host.include_dirs.append(pybind11.get_include())
+    host.extra_compile_args = [*COMMON, *HOST]
+    host.extra_link_args = STRIP
+    extensions.append(host)
 
 setup(
     ext_modules=extensions,

@@ -1,10 +1,31 @@
-"""Find the CUDA toolkit and spell its architecture flags: shared by setup.py and the compile check."""
+"""Whether, with what and for which cards the CUDA kernels are built: shared by setup.py and the compile check."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
+
+
+def choose_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
+    """Follow ``MEMLOC_CUDA`` and ``MEMLOC_CUDA_ARCHS``; exit with one sentence where they cannot be followed.
+
+    Args:
+        torch_cuda: ``torch.version.cuda``, None in a CPU build.
+
+    Returns:
+        The toolkit to build with, None for no CUDA kernels, and the architectures.
+    """
+    mode = os.environ.get("MEMLOC_CUDA") or "auto"
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"memloc_ext: MEMLOC_CUDA must be 0, 1 or unset, got {mode!r}")
+    home = cuda_home()
+    if mode == "1" and home is None:
+        sys.exit("MEMLOC_CUDA=1 but no CUDA toolkit was found; set CUDA_HOME or unset MEMLOC_CUDA")
+    wanted = mode == "1" or (mode == "auto" and torch_cuda is not None)
+    archs = os.environ.get("MEMLOC_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"
+    return home if wanted else None, archs
 
 
 def cuda_home() -> str | None:
