@@ -2,11 +2,13 @@
 # `make VENV= test` uses the current environment instead and installs nothing into it: for a machine with a torch of its own.
 VENV ?= .venv
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_toolkit.py
-ACTIVATE := $(if $(VENV),PATH="$(CURDIR)/$(VENV)/bin:$$PATH",)
+ACTIVATE := $(if $(VENV),PATH="$(abspath $(VENV))/bin:$$PATH",)
 PYTHON := $(ACTIVATE) python3
+# a build with other switches is another build
+SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC_HOST)|$(CUDA_HOME)
 READY := build/.ready$(if $(VENV),,-current)
 
-.PHONY: demo test bench lint wheel cuda-check cuda-test build clean
+.PHONY: demo test bench lint wheel cuda-check cuda-test build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
@@ -16,7 +18,7 @@ test: $(READY)  ## all tests; those marked cuda are skipped without a GPU
 	$(PYTHON) -m pytest
 
 cuda-test: $(READY)  ## tests that need a GPU, and nothing else
-	$(PYTHON) -m pytest -m cuda
+	MEMLOC_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda
 
 bench: $(READY)  ## benchmarks, peers included; results under bench/results
 	$(PYTHON) -m bench
@@ -28,7 +30,7 @@ lint: $(READY)
 	$(ACTIVATE) pyright
 
 wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where torch and the toolkit have CUDA
-	rm -rf dist
+	rm -rf dist build/lib.* build/bdist.*  # or what an earlier build left there is packed too
 	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 
@@ -40,17 +42,22 @@ build: $(READY)
 clean:
 	rm -rf build dist *.egg-info memloc_ext/*.so
 
+build/.switches: FORCE
+	@mkdir -p build
+	@echo '$(SWITCHES)' | cmp -s - $@ || { rm -f memloc_ext/*.so; echo '$(SWITCHES)' >$@; }
+
 ifneq ($(VENV),)
-$(READY): $(VENV)/.installed $(SOURCES)
+$(READY): $(VENV)/.installed $(SOURCES) build/.switches
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@mkdir -p build && touch $@
 
 $(VENV)/.installed: requirements-dev.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 for its pinned tools")'
 	test -x $(VENV)/bin/python3 || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 else
-$(READY): $(SOURCES)
+$(READY): $(SOURCES) build/.switches
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch $@
 endif

@@ -20,7 +20,7 @@ from tools.cuda_toolkit import choose_cuda, gencode
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 toolkit, archs = choose_cuda(torch.version.cuda)
-with_host = os.environ.get("MEMLOC_HOST", "1") != "0"
+with_host = (os.environ.get("MEMLOC_HOST") or "1") != "0"
 print(f"memloc_ext: torch {torch.__version__}, CUDA kernels: {archs if toolkit else 'no'}", file=sys.stderr)
 
 # Oldest torch that the binaries load in: 2.10. Source paths are cut from messages, so that a build tells no folder.
@@ -40,7 +40,7 @@ extensions = [
 ]
 if toolkit:
     cpp_extension.CUDA_HOME = toolkit  # torch leaves it unset in a CPU build; BuildExtension needs it to find nvcc
-    nvcc = [*COMMON, "-DUSE_CUDA", "-lineinfo", *gencode(archs)]
+    nvcc = [*COMMON, "-DUSE_CUDA", *gencode(archs)]
     extensions.append(
         cpp_extension.CppExtension(  # not CUDAExtension: it links libraries that a CPU build of torch does not have
             "memloc_ext._C_cuda",
@@ -48,7 +48,7 @@ if toolkit:
             py_limited_api=True,
             include_dirs=[f"{toolkit}/include"],
             library_dirs=[f"{toolkit}/lib64"],
-            libraries=["cudart"],
+            libraries=["cudart_static", "dl", "rt"],
             extra_compile_args={"cxx": [*COMMON, *HOST, "-DUSE_CUDA"], "nvcc": nvcc},
             extra_link_args=["-Wl,--no-as-needed", "-ltorch", *STRIP],  # pulls in libtorch_cuda where there is one
         )

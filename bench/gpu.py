@@ -18,8 +18,8 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 
-def seconds(function: Callable[[], object], rounds: int = 30) -> float:
-    """Return the median time of a call on the device."""
+def seconds(function: Callable[[], object], rounds: int = 30) -> list[float]:
+    """Return the quartiles of the time of a call on the device."""
     for _ in range(3):
         function()
     times = []
@@ -30,7 +30,7 @@ def seconds(function: Callable[[], object], rounds: int = 30) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+    return statistics.quantiles(times, n=4)
 
 
 def main() -> None:
@@ -48,13 +48,14 @@ def main() -> None:
     cases = []
     for file in sorted(HERE.glob("bench_*.py")):
         for name, ours, our_bytes, peer, peer_bytes in importlib.import_module(f"bench.{file.stem}").gpu_cases():
-            time, peer_time = seconds(ours), seconds(peer)
+            (low, time, high), (_, peer_time, _) = seconds(ours), seconds(peer)
             bandwidth, ceiling = our_bytes / time, peer_bytes / peer_time
             cases.append(
                 {
                     "case": name,
                     "time_over_copy": round(time / peer_time, 3),
                     "microseconds": round(1e6 * time, 1),
+                    "quartiles": [round(1e6 * low, 1), round(1e6 * high, 1)],
                     "bandwidth_GB_per_s": round(bandwidth / 1e9),
                     "copy_GB_per_s": round(ceiling / 1e9),
                     "share_of_copy_bandwidth": round(bandwidth / ceiling, 3),

@@ -58,6 +58,16 @@ def cpu_name() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+def huge_pages() -> str:
+    """Return when the system puts memory on 2 MiB pages: ``always``, ``madvise`` (if a program asks) or ``never``."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    match = re.search(r"\[(\w+)\]", text)
+    return match[1] if match else "unknown"
+
+
 def machine() -> dict[str, object]:
     """Return the machine and the versions that a result was measured with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -65,6 +75,7 @@ def machine() -> dict[str, object]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "instruction_set": build_info().get("cpu_capability", "unknown"),
+        "transparent_hugepages": huge_pages(),
         "gpu": gpu,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -1,9 +1,20 @@
 """Where does a neural network memorize? Fast PyTorch operators and the probes built on them."""
 
-from memloc_ext import nn, ops
+from memloc_ext import analysis, data, models, nn, ops, training
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
 from memloc_ext.nn import example_ids
 from memloc_ext.run_directory import load_run
 
-__all__ = ["__version__", "example_ids", "has_cuda_kernels", "load_run", "nn", "ops"]
+__all__ = [
+    "__version__",
+    "analysis",
+    "data",
+    "example_ids",
+    "has_cuda_kernels",
+    "load_run",
+    "models",
+    "nn",
+    "ops",
+    "training",
+]

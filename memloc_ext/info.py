@@ -36,11 +36,12 @@ def info() -> str:
     build = build_info()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     archs = build.get("cuda_archs", "")
+    instructions = build.get("cpu_capability", torch.backends.cpu.get_cpu_capability())
     lines = {
         "memloc_ext": __version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
         "python": f"{platform.python_version()}, numpy {numpy.__version__}",
-        "CPU kernels": f"{build.get('cpu_capability', 'unknown instruction set')}, {torch.get_num_threads()} threads",
+        "CPU kernels": f"{instructions}, {torch.get_num_threads()} threads",
         "CUDA kernels": ("loaded" if has_cuda_kernels else "no") + (f", built for {archs}" if archs else ""),
         "GPU": ", ".join(gpus) or "none",
         "compiler": build.get("compiler", "unknown"),

@@ -12,9 +12,9 @@ from memloc_ext import figures
 from memloc_ext._version import __version__
 from memloc_ext.figures import percent
 from memloc_ext.files import write_atomically
-from memloc_ext.run_directory import FIGURES, REPORT, Run
+from memloc_ext.run_directory import FIGURES, REPORT, Run, flat
 
-_COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy → true", "test": "test"}
+_COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy -> true", "test": "test"}
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -85,17 +85,10 @@ def write_report(run: Run) -> Path:
             answers=answers(run),
             columns=figures.COLUMNS,
             rows=[(figures.row_name(row), [percent(row[column]) for column in figures.COLUMNS]) for row in run.metrics],
-            settings=_flat(run.config),
+            settings=flat(run.config),
             pictures={name: base64.b64encode(picture).decode() for name, picture in drawn.items()},
         )
     )
     path = run.path / REPORT
     write_atomically(path, page.encode())
     return path
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

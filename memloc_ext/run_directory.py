@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ METRICS = "metrics"
 HISTORY = "history"
 FIGURES = "figures"
 REPORT = "report.html"
+_PLACE = ("data.root", "data.download", "device")
+"""Settings that say where and not what: a run may go on under others."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ def load_run(path: str | Path) -> Run:
     for name in (CONFIG, f"{METRICS}.json"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"load_run: {path} holds no finished run, {name} is missing")
-    metrics = read_json(path / f"{METRICS}.json")
-    models = dict.fromkeys(row["model"] for row in metrics)
-    return Run(path, read_json(path / CONFIG), metrics, {m: read_json(path / m / f"{HISTORY}.json") for m in models})
+    file = path / f"{METRICS}.json"
+    metrics = read_json(file)
+    if not isinstance(metrics, list) or not metrics or not all(_is_row(row) for row in metrics):
+        raise ValueError(f"{file}: must be the table of a run")
+    histories = {row["model"]: read_json(path / row["model"] / f"{HISTORY}.json") for row in metrics}
+    return Run(path, read_json(path / CONFIG), metrics, histories)
 
 
 def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:
@@ -70,18 +76,15 @@ def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:
     path = Path(path)
     file = path / CONFIG
     if file.exists():
-        stored = read_json(file)
-        if not isinstance(stored, dict):
-            raise ValueError(f"{file}: must be the settings of a run, got {type(stored).__name__}")
-        changed = [name for name in {**config, **stored} if stored.get(name) != config.get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{path} holds a run with {name} = {stored.get(name)}, not {config.get(name)}; "
-                "give another --output, or remove that folder"
-            )
+        stored, given = flat(read_json(file)), flat(config)
+        for name in {**given, **stored}:
+            if name not in _PLACE and stored.get(name) != given.get(name):
+                raise ValueError(
+                    f"{path} holds a run with {name} = {stored.get(name)}, not {given.get(name)}; "
+                    "give another --output, or remove that folder"
+                )
         return path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not _is_temporary(entry) for entry in path.iterdir())):
         raise ValueError(f"{path} must be a new or empty folder or one that holds a run; give another --output")
     path.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(config))
@@ -97,3 +100,19 @@ def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Non
     writer.writerows(rows)
     write_atomically(path / f"{name}.csv", text.getvalue().encode())
     write_json(path / f"{name}.json", list(rows))
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one dictionary with dotted names."""
+    if not isinstance(config, Mapping):
+        return {prefix.removesuffix("."): config}
+    return {name: value for key, inner in config.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
+
+
+def _is_row(row: Any) -> bool:
+    names = [row.get(key) for key in ("model", "mode")] if isinstance(row, dict) else [None]
+    return all(isinstance(name, str) and re.fullmatch(r"\w[\w ]*", name) for name in names)
+
+
+def _is_temporary(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.name.endswith(".tmp")  # left by write_atomically when it was killed

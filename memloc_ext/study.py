@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -134,8 +135,8 @@ def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.M
     width = config.model.width
     if width is None:
         width = 0.5 if (config.model.model, dataset.name) == ("resnet9", "digits") else 1.0
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = models.build(
             config.model.model,
             num_classes=dataset.num_classes,
@@ -237,9 +238,12 @@ def _present(result: Accuracy, prefix: str = "") -> dict[str, float]:
 
 
 def _device(name: str) -> torch.device:
+    gpu = torch.cuda.is_available() and has_cuda_kernels
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and has_cuda_kernels else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from error
+        return torch.device("cuda" if gpu else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if name != "cpu" and (not gpu or int(match[1] or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device must be one that torch and this build can use, see `memloc info`, got {name!r}")
+    return torch.device(name)

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() and memloc_ext.has_cuda_kernels:
         return
+    if os.environ.get("MEMLOC_REQUIRE_CUDA"):
+        pytest.exit("make cuda-test: no CUDA device, or a build without CUDA kernels; see `memloc info`", returncode=1)
     skip = pytest.mark.skip(reason="needs a CUDA device and a build with CUDA kernels")
     for item in items:
         if "cuda" in item.keywords:

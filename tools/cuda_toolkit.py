@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,9 +24,24 @@ def choose_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
     home = cuda_home()
     if mode == "1" and home is None:
         sys.exit("MEMLOC_CUDA=1 but no CUDA toolkit was found; set CUDA_HOME or unset MEMLOC_CUDA")
-    wanted = mode == "1" or (mode == "auto" and torch_cuda is not None)
     archs = os.environ.get("MEMLOC_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"
-    return home if wanted else None, archs
+    if home is None or mode == "0" or (mode == "auto" and torch_cuda is None):
+        return None, archs
+    version = toolkit_version(home)
+    if torch_cuda is not None and version.split(".")[0] != torch_cuda.split(".")[0]:
+        sys.exit(
+            f"memloc_ext: torch is built for CUDA {torch_cuda} but the toolkit in {home} is {version}; "
+            "set CUDA_HOME to one with the same first number, or MEMLOC_CUDA=0 to build without CUDA kernels"
+        )
+    return home, archs
+
+
+def toolkit_version(home: str) -> str:
+    """Return a toolkit's version, for example ``"13.0"``, from its own header."""
+    header = Path(home, "include", "cuda.h").read_text(encoding="utf-8", errors="replace")
+    match = re.search(r"#define\s+CUDA_VERSION\s+(\d+)", header)
+    number = int(match[1]) if match else 0
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cuda_home() -> str | None:
@@ -37,8 +53,8 @@ def cuda_home() -> str | None:
     candidates = [
         os.environ.get("CUDA_HOME"),
         os.environ.get("CUDA_PATH"),
-        os.path.join(os.sep, "usr", "local", "cuda"),  # where NVIDIA's installer puts it
         Path(nvcc).resolve().parents[1] if nvcc else None,
+        os.path.join(os.sep, "usr", "local", "cuda"),  # where NVIDIA's installer puts it
     ]
     for home in candidates:
         if home and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
@@ -49,8 +65,10 @@ def cuda_home() -> str | None:
 def gencode(archs: str) -> list[str]:
     """Turn ``"8.0+PTX;9.0a"`` into nvcc's flags; ``+PTX`` adds code that later cards compile for themselves."""
     flags = []
-    for arch in archs.replace(" ", ";").split(";"):
+    for arch in filter(None, archs.replace(" ", ";").split(";")):
         number = arch.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            sys.exit(f"memloc_ext: CUDA architectures must be numbers such as 8.0+PTX or 9.0a, got {arch!r}")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

@@ -24,6 +24,17 @@ MEMLOC_CLONES void draw_quads(uint32_t* __restrict__ words, const TiedMask& mask
   }
 }
 
+// words[4 * i + j] = word j of a quad of channels, of the i-th example.
+MEMLOC_CLONES void draw_examples(uint32_t* __restrict__ words, const TiedMask& mask, const int64_t* __restrict__ ids,
+                                 int64_t stride, int64_t count, int64_t quad) {
+  const TiedMask m = mask;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Quad drawn = m.draw(ids[i * stride], quad);
+    for (int j = 0; j < 4; ++j) words[4 * i + j] = drawn.word[j];
+  }
+}
+
 // bits[i] = all ones if channel first + i is kept, else 0; first is a multiple of 4.
 template <typename T>
 void mask_bits(T* bits, const TiedMask& mask, int64_t example, int64_t first, int64_t count) {
@@ -132,13 +143,27 @@ struct Lines {
     }
   }
 
+  // Neighbours in memory are examples: neighbouring lines, which are channels, share the draws of a block of them.
   void examples(int64_t begin, int64_t end) const {
     const Loop inner = layout.inner();
-    Cursor at(layout, begin);
-    for (int64_t line = begin; line < end; ++line, at.next()) {
-      for (int64_t i = 0; i < inner.size; ++i) {
-        const bool kept = mask(ids[at.id + i * inner.id], at.channel);
-        y[at.y + i * inner.y] = kept ? x[at.x + i * inner.x] : T{0};
+    uint32_t words[4 * kBlock / 4];
+    for (int64_t first = 0; first < inner.size; first += kBlock / 4) {
+      const int64_t count = std::min(kBlock / 4, inner.size - first);
+      int64_t drawn_id = -1, drawn_quad = -1;
+      Cursor at(layout, begin);
+      for (int64_t line = begin; line < end; ++line, at.next()) {
+        const int64_t* const own = ids + at.id + first * inner.id;
+        const bool always = at.channel < mask.num_generalization, never = !always && mask.threshold == 0;
+        if (!always && !never && (drawn_id != at.id || drawn_quad != at.channel / 4)) {
+          draw_examples(words, mask, own, inner.id, count, drawn_quad = at.channel / 4);
+          drawn_id = at.id;
+        }
+        T* const to = y + at.y + first * inner.y;
+        const T* const from = x + at.x + first * inner.x;
+        const uint32_t* const word = words + at.channel % 4;
+        for (int64_t i = 0; i < count; ++i) {
+          to[i * inner.y] = always || (!never && word[4 * i] < mask.threshold) ? from[i * inner.x] : T{0};
+        }
       }
     }
   }

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cuda/example_tied_dropout_kernel.h"
-#include "cuda/stream.h"
+#include "cuda/launch.h"
 #include "example_tied_dropout_args.h"
 
 namespace memloc {

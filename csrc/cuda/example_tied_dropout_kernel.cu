@@ -1,7 +1,7 @@
 // Memory-bound: reads the kept part of x once, writes y once, 16 bytes at a time; the mask is recomputed, never stored.
 // Three decompositions, by what the innermost loop of the layout is:
 //   planes    one channel's positions (NCHW): a warp takes up to 32 planes, each lane draws for one of them, then the
-//             whole warp copies or zeroes plane after plane
+//             whole warp copies or zeroes plane after plane, several short ones at a time
 //   channels  the channels of one position (NHWC, tokens): a thread takes 16 bytes of channels, draws for them once and
 //             applies that to several positions of the row
 //   elements  anything else: a thread per element
@@ -26,30 +26,33 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+__device__ __forceinline__ int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
 template <typename T>
 __device__ __forceinline__ bool same_alignment(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % sizeof(Vector) == 0;
 }
 
-// A warp writes y[0 .. n): x where kept, else 0. Pieces of 16 bytes, single elements before and after them.
+// `lanes` threads, this one the lane-th, write y[0 .. n): x where kept, else 0. Pieces of 16 bytes, single elements
+// before and after them.
 template <typename T>
-__device__ __forceinline__ void write_line(T* y, const T* x, int64_t n, bool kept, int lane) {
+__device__ __forceinline__ void write_line(T* y, const T* x, int64_t n, bool kept, int lane, int lanes) {
   constexpr int kLanes = sizeof(Vector) / sizeof(T);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(y) % sizeof(Vector) / sizeof(T);
   int64_t head = misaligned == 0 ? 0 : kLanes - misaligned;
   if (head > n || (kept && !same_alignment(x, y))) head = n;
   const int64_t vectors = (n - head) / kLanes;
-  for (int64_t i = lane; i < head; i += kWarp) y[i] = kept ? x[i] : T{0};
+  for (int64_t i = lane; i < head; i += lanes) y[i] = kept ? x[i] : T{0};
   Vector* const to = reinterpret_cast<Vector*>(y + head);
   const Vector* const from = reinterpret_cast<const Vector*>(x + head);
-  for (int64_t i = lane; i < vectors; i += kWarp) to[i] = kept ? from[i] : Vector{};
-  for (int64_t i = head + vectors * kLanes + lane; i < n; i += kWarp) y[i] = kept ? x[i] : T{0};
+  for (int64_t i = lane; i < vectors; i += lanes) to[i] = kept ? from[i] : Vector{};
+  for (int64_t i = head + vectors * kLanes + lane; i < n; i += lanes) y[i] = kept ? x[i] : T{0};
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     planes_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
-                  const Nest nest, int64_t segments, int lines_per_warp) {
+                  const Nest nest, int64_t segments, int lines_per_warp, int lanes_per_line) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int64_t lines = nest.outer.size * nest.middle.size * segments;
@@ -69,10 +72,10 @@ __global__ void __launch_bounds__(kThreads)
       kept = mask(ids[outer * nest.outer.id + middle * nest.middle.id],
                   outer * nest.outer.channel + middle * nest.middle.channel);
     }
-    for (int i = 0; i < count; ++i) {
+    for (int i = lane / lanes_per_line; i < round_up(count, kWarp / lanes_per_line); i += kWarp / lanes_per_line) {
       const int64_t from = __shfl_sync(0xFFFFFFFFu, x_offset, i), to = __shfl_sync(0xFFFFFFFFu, y_offset, i);
-      const int64_t n = __shfl_sync(0xFFFFFFFFu, length, i);
-      write_line(y + to, x + from, n, __shfl_sync(0xFFFFFFFFu, kept, i), lane);
+      const int64_t n = __shfl_sync(0xFFFFFFFFu, length, i);  // 0 beyond the last line
+      write_line(y + to, x + from, n, __shfl_sync(0xFFFFFFFFu, kept, i), lane % lanes_per_line, lanes_per_line);
     }
   }
 }
@@ -176,10 +179,13 @@ cudaError_t launch(T* y, const T* x, const int64_t* ids, const TiedMask& mask, c
     const int64_t lines = nest.outer.size * nest.middle.size * segments;
     // as many lines to a warp as leave every multiprocessor of a large device its warps
     const int lines_per_warp = static_cast<int>(std::clamp<int64_t>(lines / 8192, 1, kWarp));
+    // short planes share a warp: 4 lanes write 64 bytes of one, and so on up to the whole warp
+    int lanes_per_line = 4;
+    while (lanes_per_line < kWarp && lanes_per_line * kLanes < inner.size) lanes_per_line *= 2;
     const int64_t chunks = (lines + lines_per_warp - 1) / lines_per_warp;
     const cudaError_t error = grid_size((chunks + kThreads / kWarp - 1) / (kThreads / kWarp), &blocks);
     if (error != cudaSuccess) return error;
-    planes_kernel<<<blocks, kThreads, 0, stream>>>(y, x, ids, mask, nest, segments, lines_per_warp);
+    planes_kernel<<<blocks, kThreads, 0, stream>>>(y, x, ids, mask, nest, segments, lines_per_warp, lanes_per_line);
     return cudaGetLastError();
   }
   // rows outside, positions inside, whatever the order in memory: ids may vary with the outer loop only

@@ -135,7 +135,7 @@ def _complete(name: str, place: Path, files: str, download: bool) -> Iterator[No
         yield
     except (RuntimeError, ValueError, AssertionError) as error:
         if download:
-            raise
+            raise OSError(f"{name}: the download failed: {error}; put {files} into {place} by hand") from error
         raise FileNotFoundError(
             f"{name}: no complete copy in {place}; pass --download (download=True) or put {files} there"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from memloc_ext.models.layout import Layout
@@ -40,8 +42,8 @@ class ResNet9(nn.Module):
         super().__init__()
         if image_size < 6:
             raise ValueError(f"ResNet9: image_size must be at least 6, got {image_size}")
-        if not width > 0:
-            raise ValueError(f"ResNet9: width must be positive, got {width}")
+        if not 0 < width < math.inf:
+            raise ValueError(f"ResNet9: width must be positive and finite, got {width}")
         c64, c128, c256 = (max(1, round(channels * width)) for channels in (64, 128, 256))
         self.conv1 = _conv(in_channels, c64)
         self.conv2 = _conv(c64, c128, kernel_size=5, stride=2 if image_size >= 11 else 1, padding=2)

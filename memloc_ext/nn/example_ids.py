@@ -13,7 +13,8 @@ from memloc_ext.ops.example_tied_dropout import check_example_ids
 
 
 class _Current(threading.local):  # not a ContextVar: torch.compile cannot read one
-    ids: Tensor | None = None
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
 
 
 _current = _Current()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,10 @@ class ExampleTiedDropout(nn.Module):
         rescale: str = "none",
     ) -> None:
         super().__init__()
-        check_probability("p_gen", p_gen)
-        check_probability("p_mem", p_mem)
+        check_settings(p_gen, p_mem, seed, site, channel_dim)
         if rescale not in RESCALES:
             raise ValueError(f"ExampleTiedDropout: rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
-        if rescale != "none" and p_gen == 0:
-            raise ValueError(f"ExampleTiedDropout: rescale={rescale!r} divides by p_gen, which must be > 0, got 0")
+        _check_rescale(rescale, p_gen)
         self.p_gen = p_gen
         self.p_mem = p_mem
         self.seed = seed
@@ -86,10 +85,7 @@ class ExampleTiedDropout(nn.Module):
 
     def forward(self, x: Tensor, example_ids: Tensor | None = None) -> Tensor:
         """Apply the mode in force; only ``train`` needs ids, by default those of `memloc_ext.example_ids`."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"ExampleTiedDropout: x must be a tensor, got {type(x).__name__}")
-        channels = x.shape[self.channel_dim]
-        kept = num_generalization(self.p_gen, channels)
+        kept = num_generalization(self.p_gen, num_channels(x, self.channel_dim))
         mode = self.mode
         if mode == "train":
             settings = (kept, self.p_mem, self.seed, self.site, self.channel_dim)
@@ -129,14 +125,21 @@ class ExampleTiedDropout(nn.Module):
         """Take over what `get_extra_state` wrote; ValueError if it is something else."""
         try:
             values = json.loads(bytes(state.tolist()))
-            seed, site, mode = int(values["seed"]), int(values["site"]), values["mode"]
-            p_gen, p_mem = float(values["p_gen"]), float(values["p_mem"])
+            p_gen, p_mem, seed, site = (values[name] for name in ("p_gen", "p_mem", "seed", "site"))
+            check_settings(p_gen, p_mem, seed, site, self.channel_dim)
+            _check_rescale(self.rescale, p_gen)
+            self.mode = values["mode"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"ExampleTiedDropout: the saved state cannot be read: {error}") from error
-        check_probability("p_gen", p_gen)
-        check_probability("p_mem", p_mem)
-        self.mode = mode
-        self.seed, self.site, self.p_gen, self.p_mem = seed, site, p_gen, p_mem
+        self.p_gen, self.p_mem, self.seed, self.site = p_gen, p_mem, seed, site
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        own = prefix + "_extra_state"
+        if own in missing:  # a state dict from before the dropout was put in still loads, and its settings stay
+            missing.remove(own)
 
     def extra_repr(self) -> str:
         """Show the settings and the mode in force."""
@@ -166,16 +169,42 @@ def dropout_mode(model: nn.Module, mode: str | None) -> Iterator[None]:
 
 
 def num_generalization(p_gen: float, channels: int) -> int:
-    """Return how many of ``channels`` are generalization channels: ``floor(p_gen * channels)``."""
+    """Return how many of ``channels`` are generalization channels: ``floor(p_gen * channels)`` in floating point."""
     return math.floor(p_gen * channels)
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raise unless ``value`` is a number in ``[0, 1]``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+def num_channels(x: Tensor, channel_dim: int) -> int:
+    """Return the size of ``x`` at ``channel_dim``; raise unless ``x`` is a tensor that has it, after the batch."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"dropout: x must be a tensor, got {type(x).__name__}")
+    if not -x.dim() < channel_dim < x.dim():
+        raise ValueError(
+            f"dropout: channel_dim must name a dimension of x after the batch, got {channel_dim} "
+            f"for shape {list(x.shape)}"
+        )
+    return x.shape[channel_dim]
+
+
+def check_settings(p_gen: float, p_mem: float, seed: int, site: int, channel_dim: int) -> None:
+    """Raise TypeError or ValueError unless the settings of a dropout are what its module asks for."""
+    for name, value in (("p_gen", p_gen), ("p_mem", p_mem)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"dropout: {name} must be a number in [0, 1], got {type(value).__name__}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"dropout: {name} must be in [0, 1], got {value}")
+    ranges = {"seed": (seed, -(2**63), 2**63), "site": (site, 0, 2**32), "channel_dim": (channel_dim, -25, 25)}
+    for name, (number, low, high) in ranges.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"dropout: {name} must be an integer, got {type(number).__name__}")
+        if not low <= number < high:
+            raise ValueError(f"dropout: {name} must be in [{low}, {high}), got {number}")
+    if channel_dim == 0:
+        raise ValueError("dropout: channel_dim must not be the batch, got 0")
+
+
+def _check_rescale(rescale: str, p_gen: float) -> None:
+    if rescale != "none" and p_gen == 0:
+        raise ValueError(f"ExampleTiedDropout: rescale={rescale!r} divides by p_gen, which must be > 0, got 0")
 
 
 def _scale_pools(x: Tensor, kept: int, generalization: float, memorization: float, channel_dim: int) -> Tensor:

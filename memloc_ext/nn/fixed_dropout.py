@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.example_tied_dropout import check_probability, num_generalization
+from memloc_ext.nn.example_tied_dropout import check_settings, num_channels, num_generalization
 from memloc_ext.ops.example_tied_dropout import call
 
 
@@ -29,8 +29,7 @@ class FixedDropout(nn.Module):
         self, p_gen: float = 0.2, p_mem: float = 0.1, *, seed: int = 0, site: int = 0, channel_dim: int = 1
     ) -> None:
         super().__init__()
-        check_probability("p_gen", p_gen)
-        check_probability("p_mem", p_mem)
+        check_settings(p_gen, p_mem, seed, site, channel_dim)
         self.p_gen = p_gen
         self.p_mem = p_mem
         self.seed = seed
@@ -39,7 +38,7 @@ class FixedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero the channels outside the mask."""
-        kept = num_generalization(self.p_gen, x.shape[self.channel_dim])
+        kept = num_generalization(self.p_gen, num_channels(x, self.channel_dim))
         ids = torch.zeros(1, dtype=torch.int64, device=x.device).expand(x.shape[0])
         return call(x, ids, kept, self.p_mem, self.seed, self.site, self.channel_dim)
 

@@ -22,13 +22,15 @@ def insert_example_tied_dropout(
     channel_dim: int = 1,
     rescale: str = "none",
 ) -> nn.Module:
-    """Put an `ExampleTiedDropout` on the output of each named module; the n-th name gets ``site`` n.
+    """Put an `ExampleTiedDropout` on the output of each named module.
 
-    The model is changed in place. Parameter names, and all else in the state dict, stay as they were.
+    Sites are numbered in the order of the names, from 0, or on from those that the model has.
+
+    The model is changed in place. Parameter names stay as they were, and a state dict from before still loads.
 
     Args:
         model: Any model.
-        after: Module names as in ``model.named_modules()``, in the order that numbers the sites.
+        after: Module names as in ``model.named_modules()``, in the order of their sites.
         p_gen: Share of generalization channels, in ``[0, 1]``.
         p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
         seed: Names the assignment of channels to examples, any int64.
@@ -42,10 +44,12 @@ def insert_example_tied_dropout(
         ValueError: If a name is not in the model, is given twice, or names a module that cannot take one; the model is
             then as it was.
     """
+    there = [module.site for module in model.modules() if isinstance(module, ExampleTiedDropout)]
+    first = max(there, default=-1) + 1  # sites that shared a number would share their masks
     return insert_after(
         model,
         after,
-        lambda site: ExampleTiedDropout(p_gen, p_mem, seed=seed, site=site, channel_dim=channel_dim, rescale=rescale),
+        lambda n: ExampleTiedDropout(p_gen, p_mem, seed=seed, site=first + n, channel_dim=channel_dim, rescale=rescale),
     )
 
 
@@ -61,6 +65,7 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
     """
     if isinstance(after, str):
         raise TypeError(f"insert: after must be a list of module names, got the string {after!r}")
+    after = list(after)
     modules = dict(model.named_modules())
     taken: set[int] = set()
     for name in after:

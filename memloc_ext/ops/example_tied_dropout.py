@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from memloc_ext.ops import _errors
@@ -68,9 +69,11 @@ def check_example_ids(example_ids: Tensor) -> None:
     """Raise ValueError if an id on a CUDA device is negative; the operator itself checks ids on the CPU.
 
     Reading them waits for the device, so nothing is checked where that is not possible: while a graph is captured or
-    compiled, and inside ``vmap``.
+    compiled, inside ``vmap``, and on fake tensors.
     """
     if not example_ids.is_cuda or example_ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if isinstance(example_ids, FakeTensor):
         return
     if torch.cuda.is_current_stream_capturing() or is_batchedtensor(example_ids):
         return
@@ -80,7 +83,12 @@ def check_example_ids(example_ids: Tensor) -> None:
 
 
 @torch.library.register_fake("memloc_ext::example_tied_dropout")
-def _(x: Tensor, *_: object) -> Tensor:
+def _(x: Tensor, example_ids: Tensor, *_: object) -> Tensor:
+    if x.device != example_ids.device:  # a meta tensor brings even real ones here
+        raise ValueError(
+            "example_tied_dropout: example_ids must be on the device of x; "
+            f"got ids on {example_ids.device} and x on {x.device}"
+        )
     return torch.empty_like(x)
 
 

@@ -23,8 +23,8 @@ class TrainConfig:
         schedule: How the learning rate follows the iterations, see `memloc_ext.training.schedules`.
         precision: Type of the forward pass under autocast; weights stay float32. ``float16`` scales the loss.
         compile: Run the forward pass through ``torch.compile``.
-        seed: Names the order of the examples and the model's own draws (standard dropout), at least 0. The model comes
-            initialised: its weights do not depend on it.
+        seed: In [0, 2**63); names the order of the examples and the draws of standard dropout (in a study also the
+            initial weights, the label noise and the dropout masks).
 
     Raises:
         ValueError: If a value breaks the above.
@@ -57,7 +57,7 @@ class TrainConfig:
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
             "precision": (self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**63, "in [0, 2**63)"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:

@@ -56,7 +56,7 @@ def test_sites_have_their_channels_on_the_declared_dimension(name):
     assert (
         channels
         == {
-            "lenet": [6, 16, 120, 84],
+            "lenet": [120, 84],
             "resnet9": [64, 128, 128, 256, 256, 128],
             "resnet18": [64, 64, 128, 256, 512],
             "resnet50": [64, 256, 512, 1024, 2048],

@@ -51,5 +51,5 @@ def test_is_the_network_of_the_paper():
 def test_refuses_an_image_or_a_width_that_leaves_nothing():
     with pytest.raises(ValueError, match="ResNet9: image_size must be at least 6, got 5"):
         ResNet9(image_size=5)
-    with pytest.raises(ValueError, match=r"ResNet9: width must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"ResNet9: width must be positive and finite, got 0\.0"):
         ResNet9(width=0.0)

@@ -113,6 +113,10 @@ def test_settings_survive_state_dict_round_trips(mode: str | None, tmp_path: Pat
 
 def test_an_unreadable_state_is_refused() -> None:
     layer = module()
+    rescaled = module(rescale="authors")
+    with pytest.raises(ValueError, match="p_gen, which must be > 0"):
+        rescaled.set_extra_state(module(p_gen=0.0).get_extra_state())
+    assert rescaled.p_gen == 0.25
     for state in (torch.tensor([1, 2], dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8), None, torch.randn(3)):
         with pytest.raises(ValueError, match="cannot be read"):
             layer.set_extra_state(state)
@@ -142,6 +146,18 @@ def test_errors() -> None:
     for name, value in {"p_gen": 1.1, "p_mem": -0.1}.items():
         with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got {value}"):
             module(**{name: value})
+    for name, value in {"site": -1, "seed": 2**63, "channel_dim": 0}.items():
+        with pytest.raises(ValueError, match=rf"{name} must .*got {value}"):
+            module(**{name: value})
+        if name != "seed":
+            with pytest.raises(ValueError, match=rf"{name} must .*got {value}"):
+                FixedDropout(**{name: value})
+    with pytest.raises(TypeError, match="seed must be an integer, got float"):
+        module(seed=1.5)
+    for bad in (torch.randn(8), torch.randn(())):
+        for layer in (module().eval(), FixedDropout()):
+            with pytest.raises(ValueError, match="channel_dim must name a dimension of x after the batch, got 1"):
+                layer(bad)
     with pytest.raises(TypeError, match="p_gen must be a number"):
         module(p_gen="0.2")
     with pytest.raises(ValueError, match="rescale must be one of none, authors, expectation, got 'all'"):

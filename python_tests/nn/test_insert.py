@@ -79,6 +79,23 @@ def test_it_follows_training_mode_and_leaves_errors_without_a_trace() -> None:
     assert not model.head._forward_hooks
 
 
+def test_sites_of_a_second_call_go_on_from_those_of_the_first() -> None:
+    model = insert(insert(Net(), ["stem"]), ["blocks.0", "blocks.1"])
+    assert [m.site for m in model.modules() if isinstance(m, ExampleTiedDropout)] == [0, 1, 2]
+
+
+def test_a_state_dict_from_before_loads_strictly_and_keeps_the_settings() -> None:
+    before = Net()
+    model = insert(Net(), ["stem", "blocks.0"])
+    model.load_state_dict(before.state_dict())
+    assert torch.equal(model.head.weight, before.head.weight)
+    assert model.stem.dropout_after.seed == 9
+    state = before.state_dict()
+    del state["head.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        model.load_state_dict(state)
+
+
 def test_insert_after_takes_any_module() -> None:
     model = insert_after(Net(), ["stem", "blocks.0"], lambda site: nn.Dropout(0.1 * site))
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.1]

@@ -309,6 +309,8 @@ BAD = [
     ({"example_ids": torch.arange(12).view(4, 3), "channel_dim": -1}, ValueError, r"one id per token, \[4, 6\]"),
     ({"example_ids": torch.tensor([0, 1, -1, 2])}, ValueError, "example_ids must be >= 0, got -1"),
     ({"example_ids": torch.tensor([0, 1, -(2**63), 2])}, ValueError, "got -9223372036854775808"),
+    ({"example_ids": torch.arange(4, device="meta")}, ValueError, "on the device of x; got ids on meta and x on cpu"),
+    ({"x": torch.ones(4, 6).to_sparse()}, TypeError, "no kernel for torch.sparse_coo on cpu"),
     ({"num_generalization": -1}, ValueError, r"num_generalization must be in \[0, 6\], got -1"),
     ({"num_generalization": 7}, ValueError, r"num_generalization must be in \[0, 6\], got 7"),
     ({"num_generalization": 1.5}, TypeError, "num_generalization"),

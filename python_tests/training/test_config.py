@@ -23,7 +23,7 @@ def test_the_defaults_are_the_papers():
         ("weight_decay", -1.0, "at least 0 and finite"),
         ("schedule", "linear", "one of cosine, triangular"),
         ("precision", "float64", "one of float32, bfloat16, float16"),
-        ("seed", -1, "at least 0"),
+        ("seed", -1, r"in \[0, 2\*\*63\)"),
     ],
 )
 def test_refuses_values(name, value, rule):

@@ -15,7 +15,7 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 inline void check_cuda(cudaError_t error, const char* op) {
-  MEMLOC_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+  MEMLOC_CHECK(error == cudaSuccess, "CUDA error in ", op, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace memloc
