@@ -1,8 +1,8 @@
 """Example-tied dropout against a copy of its input, a gathered table of masks, and standard dropout.
 
-The bound is traffic: the kernel reads the share of x that it keeps and writes y, where a copy reads and writes all. On a
-CPU a large new output also costs a page fault per page, 4 KiB for ``clone`` and, where the system grants them, 2 MiB for
-ours; a copy into memory that was used before has none.
+The bound is traffic: the kernel reads the share of x that it keeps and writes y, where a copy reads and writes all. On
+a CPU a large new output also costs a page fault per page, 4 KiB for ``clone`` and, where the system grants them, 2 MiB
+for ours; a copy into memory that was used before has none.
 """
 
 from __future__ import annotations

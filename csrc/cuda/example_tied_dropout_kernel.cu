@@ -13,6 +13,7 @@ namespace memloc {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // to a multiprocessor, at least: leaves a thread 64 registers
 constexpr int kWarp = 32;
 constexpr int64_t kSegment = 8192;  // elements of a plane that a warp takes at a time, so that few large planes spread
 constexpr int kPositions = 8;       // positions of a row that share a thread's draw
@@ -50,7 +51,7 @@ __device__ __forceinline__ void write_line(T* y, const T* x, int64_t n, bool kep
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     planes_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
                   const Nest nest, int64_t segments, int lines_per_warp, int lanes_per_line) {
   const int lane = threadIdx.x % kWarp;
@@ -99,7 +100,7 @@ __device__ __forceinline__ void draw_bits(T (&bits)[kLanes], const TiedMask& mas
 
 // kLanes elements of T: 16 bytes where the layout allows, else one.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     channels_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
                     const Nest nest) {
   struct alignas(sizeof(T) * kLanes) Piece {
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     elements_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
                     const Layout layout, int64_t numel) {
   for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < numel;

@@ -21,15 +21,6 @@ CONFIG = TrainConfig(epochs=4, batch_size=32, learning_rate=0.05)
 LONG = replace(CONFIG, epochs=100)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other are slow where other processes keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_split(seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(200, 1, 8, 8, generator=generator)

@@ -15,15 +15,6 @@ from memloc_ext.training.epoch import epoch_rng
 CONFIG = TrainConfig(epochs=3, batch_size=32, learning_rate=0.05)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other are slow where other processes keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def split():
     """200 digits with label noise, whose numbers in the data set are not their rows."""
