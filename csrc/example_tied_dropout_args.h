@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "example_tied_dropout.h"
+#include "tensor_text.h"
 
 namespace memloc {
 
@@ -21,28 +22,6 @@ struct ExampleTiedDropoutArgs {
   TiedMask mask() const;
   Layout layout(const torch::stable::Tensor& y) const;
 };
-
-inline std::string shape_of(const torch::stable::Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
-
-// Width of x's elements in bytes; 0 for a dtype this operator does not take.
-inline int element_size(const torch::stable::Tensor& x) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Double:
-      return 8;
-    default:
-      return 0;
-  }
-}
 
 inline void ExampleTiedDropoutArgs::check() const {
   const char* const op = "example_tied_dropout: ";

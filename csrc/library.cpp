@@ -12,4 +12,9 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "example_tied_dropout(Tensor x, Tensor example_ids, int num_generalization, float p_mem, int seed, int site=0, "
       "int channel_dim=1) -> Tensor");
+  m.def("linear_grad_sqnorm(Tensor input, Tensor grad_output, *, str method=\"auto\") -> Tensor");
+  m.def(
+      "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "
+      "padding, "
+      "SymInt[2] dilation, SymInt groups, *, str method=\"auto\") -> Tensor");
 }

@@ -1,5 +1,13 @@
 // memloc_ext._host: what Python asks of the build itself. No torch header, so it builds in seconds.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "grad_sqnorm.h"
 
 namespace py = pybind11;
 
@@ -22,9 +30,25 @@ py::dict build_info() {
   return info;
 }
 
+using Numbers = std::array<int64_t, 5>;
+
+std::pair<std::string, std::map<std::string, double>> grad_sqnorm_plan(int64_t groups, int64_t inputs, int64_t outputs,
+                                                                       const Numbers& y, const Numbers& x) {
+  const memloc::GradSqnormShape shape{
+      groups, inputs, outputs, {y[0], y[1], y[2], y[3], y[4]}, {x[0], x[1], x[2], x[3], x[4]}};
+  std::map<std::string, double> counts{{"direct", shape.direct()}, {"gram", shape.gram()}};
+  if (shape.outer_applies()) counts["outer"] = shape.outer();
+  const char* const names[] = {"outer", "direct", "gram"};
+  return {names[static_cast<int>(shape.choose())], counts};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Build information.";
+  m.doc() = "Build information and cost models.";
   m.def("build_info", &build_info, "Compiler, CUDA architectures built for (empty: none), CPU instruction set in use.");
+  m.def("grad_sqnorm_plan", &grad_sqnorm_plan, py::arg("groups"), py::arg("inputs"), py::arg("outputs"), py::arg("y"),
+        py::arg("x"),
+        "The way that is taken, and the multiply-adds per example of each; axes are (size, kernel, stride, "
+        "padding, dilation).");
 }

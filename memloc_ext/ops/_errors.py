@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 
-def call(operator: Callable[..., Any], name: str, *arguments: object) -> Any:
-    """Run ``operator(*arguments)``.
+def call(operator: Callable[..., Any], name: str, *arguments: object, **options: object) -> Any:
+    """Run ``operator(*arguments, **options)``.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument breaks another rule of the operator.
     """
     if torch.compiler.is_compiling():
-        return operator(*arguments)
+        return operator(*arguments, **options)
     try:
-        return operator(*arguments)
+        return operator(*arguments, **options)
     except RuntimeError as error:
         message = str(error).partition("\n")[0]
         if message.startswith(f"{name}: "):

@@ -1,0 +1,130 @@
+"""Per-example gradient norms of one layer against the layer's own weight gradient, and against materialising them.
+
+The bound is arithmetic: multiply-adds of the cheapest way over those of the weight gradient, at the same rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from bench.measure import interleaved, ratios
+from memloc_ext.ops import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
+from memloc_ext.reference import grad_sqnorm as reference
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: batch, positions, inputs, outputs."""
+
+    batch: int
+    positions: int
+    inputs: int
+    outputs: int
+
+    def __str__(self) -> str:
+        return f"linear-{self.batch}x{self.positions}-{self.inputs}-to-{self.outputs}"
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return the input and the gradient of the output."""
+        x = torch.randn(self.batch, self.positions, self.inputs)
+        return x.relu(), torch.randn(self.batch, self.positions, self.outputs)
+
+    def plan(self) -> Plan:
+        """Return the way that is taken."""
+        return plan_linear(self.positions, self.inputs, self.outputs)
+
+    def norms(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute the norms."""
+        return linear_grad_sqnorm(x, g)
+
+    def materialised(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute them from one example's gradient beside the other."""
+        return reference.linear_grad_sqnorm(x, g)
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute the gradient of the batch."""
+        return g.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    """A convolution: batch, inputs, outputs, image side, kernel side, stride, padding."""
+
+    batch: int
+    inputs: int
+    outputs: int
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+
+    def __str__(self) -> str:
+        return f"conv-{self.batch}x{self.size}x{self.size}-{self.inputs}-to-{self.outputs}-k{self.kernel}s{self.stride}"
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """Kernel size, stride, padding, dilation."""
+        k, s, p = self.kernel, self.stride, self.padding
+        return (k, k), (s, s), (p, p), (1, 1)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return the input and the gradient of the output."""
+        x = torch.randn(self.batch, self.inputs, self.size, self.size).relu()
+        side = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return x, torch.randn(self.batch, self.outputs, side, side)
+
+    def plan(self) -> Plan:
+        """Return the way that is taken."""
+        return plan_conv2d(self.inputs, self.outputs, (self.size, self.size), *self.geometry)
+
+    def norms(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute the norms."""
+        return conv2d_grad_sqnorm(x, g, *self.geometry, 1)
+
+    def materialised(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute them from one example's gradient beside the other."""
+        patches = torch.nn.functional.unfold(x, self.kernel, 1, self.padding, self.stride)
+        return (g.flatten(2) @ patches.transpose(1, 2)).square().sum((1, 2))
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute the gradient of the batch."""
+        shape = (self.outputs, self.inputs, self.kernel, self.kernel)
+        return conv2d_weight(x, shape, g, self.stride, self.padding)
+
+
+CASES = [
+    Linear(32, 64, 256, 768),
+    Linear(64, 256, 768, 3072),
+    Conv2d(64, 3, 64, 32, 3, 1, 1),
+    Conv2d(64, 64, 128, 32, 5, 2, 2),
+    Conv2d(64, 128, 128, 16, 3, 1, 1),
+    Conv2d(64, 128, 256, 16, 3, 1, 1),
+    Conv2d(64, 256, 256, 8, 3, 1, 1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_grad_sqnorm(case: Linear | Conv2d, benchmark: Any) -> None:
+    torch.manual_seed(0)
+    x, g = case.tensors()
+    torch.testing.assert_close(case.norms(x[:3], g[:3]), case.materialised(x[:3], g[:3]), rtol=1e-4, atol=0)
+    times = interleaved(
+        {
+            "ours": lambda: case.norms(x, g),
+            "weight gradient": lambda: case.weight_gradient(x, g),
+            "materialised": lambda: case.materialised(x, g),
+        },
+        rounds=9,
+    )
+    plan = case.plan()
+    benchmark.extra_info["time over"] = ratios(times, "ours")
+    benchmark.extra_info["method"] = plan.method
+    floor = min(plan.multiply_adds.values()) / plan.multiply_adds["direct"]
+    benchmark.extra_info["multiply-adds over the weight gradient's"] = round(floor, 3)
+    benchmark.pedantic(case.norms, (x, g), rounds=3)

@@ -1,0 +1,122 @@
+// Per-example gradient norms on the CPU: picks the way and the instruction set; threads share the examples. The kernels
+// are in grad_sqnorm_kernels.inc, compiled once per instruction set (grad_sqnorm_*.cpp). Sums of tiles are added up in
+// double.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdlib>
+
+#include "cpu/grad_sqnorm_kernels.h"
+#include "grad_sqnorm_args.h"
+
+namespace memloc {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The best instruction set of this machine, or a lesser one that MEMLOC_CPU_CAPABILITY names.
+template <typename Source>
+GradSqnormKernels<Source> kernels() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  const char* const named = std::getenv("MEMLOC_CPU_CAPABILITY");
+  const std::string wanted = named != nullptr ? named : "";
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && wanted != "avx2" && wanted != "baseline") return grad_sqnorm_avx512<Source>();
+  if (avx2 && wanted != "baseline") return grad_sqnorm_avx2<Source>();
+#endif
+  return grad_sqnorm_baseline<Source>();
+}
+
+// The layer as an image: a linear layer's positions are the columns of one row, its features the channels.
+template <typename Source>
+Operand<Source> operand(const Tensor& t, bool conv) {
+  const Source* const data = static_cast<const Source*>(t.const_data_ptr());
+  if (conv) return {data, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  return {data, t.stride(0), t.stride(2), 0, t.stride(1)};
+}
+
+KernelAxis kernel_axis(const Axis& axis) {
+  return {axis.size, axis.positions(), axis.kernel, axis.stride, axis.padding, axis.dilation, axis.residues()};
+}
+
+template <typename Source>
+void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
+  const Operand<Source> xs = operand<Source>(x, false), gs = operand<Source>(g, false);
+  torch::stable::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
+    const auto square = [](const Source* p, int64_t n, int64_t step) {
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(p[i * step]);
+        sum += value * value;
+      }
+      return sum;
+    };
+    for (int64_t b = begin; b < end; ++b) {
+      out[b] =
+          square(xs.data + b * xs.batch, s.inputs, xs.channel) * square(gs.data + b * gs.batch, s.outputs, gs.channel);
+    }
+  });
+}
+
+template <typename Source>
+void run(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv, double* out) {
+  if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, out);
+  const GradSqnormProblem<Source> problem{
+      operand<Source>(x, conv), operand<Source>(g, conv), s.groups, s.inputs, s.outputs,
+      kernel_axis(s.y),         kernel_axis(s.x)};
+  const GradSqnormKernels<Source> way = kernels<Source>();
+  const GradSqnormKernel<Source> kernel = method == GradSqnormMethod::kGram ? way.gram : way.direct;
+  torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) { kernel(problem, out, begin, end); });
+}
+
+Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv) {
+  const std::vector<int64_t> batch{x.size(0)};
+  const Tensor out = torch::stable::new_zeros(x, torch::headeronly::IntHeaderOnlyArrayRef(batch), ScalarType::Double);
+  double* const data = static_cast<double*>(out.mutable_data_ptr());
+  if (x.numel() != 0 && g.numel() != 0) {
+    switch (x.scalar_type()) {
+      case ScalarType::Half:
+        run<c10::Half>(method, x, g, s, conv, data);
+        break;
+      case ScalarType::BFloat16:
+        run<c10::BFloat16>(method, x, g, s, conv, data);
+        break;
+      case ScalarType::Float:
+        run<float>(method, x, g, s, conv, data);
+        break;
+      default:
+        run<double>(method, x, g, s, conv, data);
+    }
+  }
+  return x.scalar_type() == ScalarType::Double ? out : torch::stable::to(out, ScalarType::Float);
+}
+
+Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const std::string& method) {
+  const GradSqnormShape shape = linear_shape(input, grad_output);
+  const GradSqnormMethod way = parse_method("linear_grad_sqnorm", method, "gram", shape);
+  const auto rows = [&](const Tensor& t) {
+    const std::vector<int64_t> sizes{t.size(0), shape.x.size, t.size(-1)};
+    return torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+  };
+  return sqnorm(way, rows(input), rows(grad_output), shape, false);
+}
+
+Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::vector<int64_t> kernel_size,
+                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                          int64_t groups, const std::string& method) {
+  const GradSqnormShape shape = conv2d_shape(input, grad_output, kernel_size, stride, padding, dilation, groups);
+  return sqnorm(parse_method("conv2d_grad_sqnorm", method, "shifted_gram", shape), input, grad_output, shape, true);
+}
+
+}  // namespace
+}  // namespace memloc
+
+STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) {
+  m.impl("linear_grad_sqnorm", TORCH_BOX(&memloc::linear_grad_sqnorm));
+  m.impl("conv2d_grad_sqnorm", TORCH_BOX(&memloc::conv2d_grad_sqnorm));
+}

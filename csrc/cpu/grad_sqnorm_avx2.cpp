@@ -1,0 +1,31 @@
+// The kernels of per-example gradient norms for AVX2 and FMA.
+#include <stdlib.h>
+#include <string.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <new>
+
+#include "cpu/grad_sqnorm_kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx2,fma,f16c")
+#define MEMLOC_VECTOR_BYTES 32
+#define MEMLOC_TILE_ROWS 6
+
+namespace memloc {
+namespace {
+#include "cpu/grad_sqnorm_kernels.inc"
+}  // namespace
+
+template <typename Source>
+GradSqnormKernels<Source> grad_sqnorm_avx2() {
+  return {&direct_sqnorm<Source>, &gram_sqnorm<Source>};
+}
+template GradSqnormKernels<float> grad_sqnorm_avx2();
+template GradSqnormKernels<double> grad_sqnorm_avx2();
+template GradSqnormKernels<c10::BFloat16> grad_sqnorm_avx2();
+template GradSqnormKernels<c10::Half> grad_sqnorm_avx2();
+
+}  // namespace memloc
+#endif

@@ -1,0 +1,90 @@
+// Per-example gradient norms, the side that knows tensors: argument checks and shapes, for every device's kernel.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "grad_sqnorm.h"
+#include "tensor_text.h"
+
+namespace memloc {
+
+inline GradSqnormMethod parse_method(const char* op, const std::string& method, const char* gram,
+                                     const GradSqnormShape& shape) {
+  if (method == "auto") return shape.choose();
+  if (method == "direct") return GradSqnormMethod::kDirect;
+  if (method == gram) return GradSqnormMethod::kGram;
+  MEMLOC_CHECK(method == "outer", op, ": method must be auto, outer, direct or ", gram, ", got ", method);
+  MEMLOC_CHECK(shape.outer_applies(), op, ": method outer needs one position and one kernel offset");
+  return GradSqnormMethod::kOuter;
+}
+
+inline void check_pair(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output) {
+  MEMLOC_CHECK(input.defined(), op, ": input must be a tensor, got None");
+  MEMLOC_CHECK(grad_output.defined(), op, ": grad_output must be a tensor, got None");
+  MEMLOC_CHECK(element_size(input) != 0, op, ": input must have dtype float16, bfloat16, float32 or float64, got ",
+               torch::headeronly::toString(input.scalar_type()));
+  MEMLOC_CHECK(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have dtype ",
+               torch::headeronly::toString(input.scalar_type()), " like input, got ",
+               torch::headeronly::toString(grad_output.scalar_type()));
+  MEMLOC_CHECK(grad_output.is_cuda() == input.is_cuda() && grad_output.get_device_index() == input.get_device_index(),
+               op, ": grad_output must be on the device of input");
+}
+
+// input [batch, *, in], grad_output [batch, *, out]
+inline GradSqnormShape linear_shape(const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output) {
+  const char* const op = "linear_grad_sqnorm";
+  check_pair(op, input, grad_output);
+  bool same = input.dim() >= 2 && grad_output.dim() == input.dim();
+  int64_t positions = 1;
+  for (int64_t d = 0; same && d + 1 < input.dim(); ++d) {
+    same = input.size(d) == grad_output.size(d);
+    if (d > 0) positions *= input.size(d);
+  }
+  MEMLOC_CHECK(same, op, ": input and grad_output must be [batch, *, in] and [batch, *, out], got ", shape_of(input),
+               " and ", shape_of(grad_output));
+  return {1, input.size(-1), grad_output.size(-1), {1, 1, 1, 0, 1}, {positions, 1, 1, 0, 1}};
+}
+
+// input [batch, in, height, width], grad_output [batch, out, rows, columns]
+inline GradSqnormShape conv2d_shape(const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output,
+                                    const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                    int64_t groups) {
+  const char* const op = "conv2d_grad_sqnorm";
+  check_pair(op, input, grad_output);
+  MEMLOC_CHECK(input.dim() == 4 && grad_output.dim() == 4 && input.size(0) == grad_output.size(0), op,
+               ": input and grad_output must be [batch, in, height, width] and [batch, out, rows, columns], got ",
+               shape_of(input), " and ", shape_of(grad_output));
+  const char* const names[] = {"kernel_size", "stride", "padding", "dilation"};
+  const std::vector<int64_t>* const values[] = {&kernel, &stride, &padding, &dilation};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t least = i == 2 ? 0 : 1;
+    for (const int64_t value : *values[i]) {
+      MEMLOC_CHECK(value >= least && value < (int64_t{1} << 31), op, ": ", names[i], " must be at least ", least,
+                   ", got ", value);
+    }
+    MEMLOC_CHECK(values[i]->size() == 2, op, ": ", names[i], " must be two numbers, got ", values[i]->size());
+  }
+  const double pixels = (input.size(2) + 2.0 * padding[0]) * (input.size(3) + 2.0 * padding[1]);
+  MEMLOC_CHECK(pixels < 1u << 31, op, ": padding must leave an image of less than 2^31 pixels, got ", pixels);
+  MEMLOC_CHECK(groups >= 1 && input.size(1) % groups == 0 && grad_output.size(1) % groups == 0, op,
+               ": groups must divide the ", input.size(1), " input and ", grad_output.size(1), " output channels, got ",
+               groups);
+  const GradSqnormShape shape{groups,
+                              input.size(1) / groups,
+                              grad_output.size(1) / groups,
+                              {input.size(2), kernel[0], stride[0], padding[0], dilation[0]},
+                              {input.size(3), kernel[1], stride[1], padding[1], dilation[1]}};
+  const int64_t reach_y = dilation[0] * (kernel[0] - 1) + 1, reach_x = dilation[1] * (kernel[1] - 1) + 1;
+  MEMLOC_CHECK(shape.y.size + 2 * padding[0] >= reach_y && shape.x.size + 2 * padding[1] >= reach_x &&
+                   grad_output.size(2) == shape.y.positions() && grad_output.size(3) == shape.x.positions(),
+               op, ": grad_output must be the gradient of the convolution's output, got ", shape_of(grad_output),
+               " for input ", shape_of(input), " and kernel ", kernel[0], " x ", kernel[1]);
+  return shape;
+}
+
+}  // namespace memloc

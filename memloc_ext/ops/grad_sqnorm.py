@@ -1,0 +1,133 @@
+"""Per-example gradient norms: the public functions, and what PyTorch needs to know about the operators."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memloc_ext.ops import _errors
+
+_linear = torch.ops.memloc_ext.linear_grad_sqnorm.default
+_conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm.default
+
+
+def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "auto") -> Tensor:
+    r"""Return the squared norm of each example's weight gradient of a linear layer, which is never materialised.
+
+    Example ``b``'s gradient is the *sum* over its positions of ``grad_output[b, t] input[b, t]^T``. If the loss is a
+    mean over the batch, ``grad_output`` is divided by its size: multiply the norms by its square for those of the
+    example's own loss. Not differentiable. Runs on the CPU.
+
+    Args:
+        input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
+        grad_output: Gradient of the loss by what it returned, ``[batch, *, out]``, of the same dtype.
+        method: ``auto`` takes the cheapest way (see `plan_linear`); ``outer`` (one position only), ``direct`` or
+            ``gram`` forces one. Where the sum over positions cancels, ``gram`` loses twice the digits of ``direct``.
+
+    Returns:
+        ``[batch]``; float64 for float64 inputs, else float32. Float32 tiles are added up in float64.
+
+    Raises:
+        ValueError: If a shape, device or ``method`` breaks the above.
+        TypeError: If a dtype or a type does.
+
+    Source: Goodfellow, "Efficient per-example gradient computations", 2015 (``outer``).
+    """
+    return _errors.call(_linear, "linear_grad_sqnorm", input, grad_output, method=method)
+
+
+def conv2d_grad_sqnorm(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    method: str = "auto",
+) -> Tensor:
+    r"""Return the squared norm of each example's weight gradient of a 2-d convolution, which is never materialised.
+
+    The patches are not unfolded either. Scale, precision and devices as in `linear_grad_sqnorm`.
+
+    Args:
+        input: What the layer was given, ``[batch, in, height, width]``; any of four float dtypes, any strides.
+        grad_output: Gradient of the loss by what it returned, ``[batch, out, rows, columns]``, of the same dtype.
+        kernel_size: Two numbers, at least 1.
+        stride: Two numbers, at least 1.
+        padding: Two numbers, at least 0; the padding is zeros.
+        dilation: Two numbers, at least 1.
+        groups: Divides ``in`` and ``out``.
+        method: ``auto``, ``outer``, ``direct`` or ``shifted_gram``, as in `linear_grad_sqnorm`.
+
+    Returns:
+        ``[batch]``; float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: If a shape, number, device or ``method`` breaks the above.
+        TypeError: If a dtype or a type does.
+
+    Source: Rochette, Manoel, Tramel, "Efficient per-example gradient computations in convolutional neural networks",
+    2019.
+    """
+    settings = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    return _errors.call(_conv2d, "conv2d_grad_sqnorm", input, grad_output, *settings, method=method)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer's per-example norms are computed.
+
+    Attributes:
+        method: ``outer``, ``direct`` or ``gram`` (for a convolution: the shifted one).
+        multiply_adds: Multiply-adds per example of each way that applies.
+    """
+
+    method: str
+    multiply_adds: dict[str, float]
+
+
+def plan_linear(positions: int, in_features: int, out_features: int) -> Plan:
+    """Return the way that ``auto`` takes for a linear layer with so many positions (tokens) per example."""
+    return _plan(1, in_features, out_features, (positions, 1, 1, 0, 1), (1, 1, 1, 0, 1))
+
+
+def plan_conv2d(
+    in_channels: int,
+    out_channels: int,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Plan:
+    """Return the way that ``auto`` takes for a convolution over images of ``size`` = (height, width)."""
+    axes = list(zip(size, kernel_size, stride, padding, dilation, strict=True))
+    return _plan(groups, in_channels // groups, out_channels // groups, *axes)
+
+
+def _plan(groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
+    host = importlib.import_module("memloc_ext._host")
+    return Plan(*host.grad_sqnorm_plan(groups, inputs, outputs, tuple(y), tuple(x)))
+
+
+@torch.library.register_fake("memloc_ext::linear_grad_sqnorm")
+def _(input: Tensor, grad_output: Tensor, *, method: str = "auto") -> Tensor:
+    return _norms(input, grad_output)
+
+
+@torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm")
+def _(input: Tensor, grad_output: Tensor, *_: object, method: str = "auto") -> Tensor:
+    return _norms(input, grad_output)
+
+
+def _norms(input: Tensor, grad_output: Tensor) -> Tensor:
+    if input.device != grad_output.device:
+        raise ValueError(f"grad_sqnorm: grad_output must be on {input.device} like input, got {grad_output.device}")
+    return input.new_empty(input.shape[0], dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
