@@ -68,7 +68,7 @@ class Conv2d:
         return f"conv-{self.batch}x{self.size}x{self.size}-{self.inputs}-to-{self.outputs}-k{self.kernel}s{self.stride}"
 
     @property
-    def geometry(self) -> tuple[tuple[int, int], ...]:
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Kernel size, stride, padding, dilation."""
         k, s, p = self.kernel, self.stride, self.padding
         return (k, k), (s, s), (p, p), (1, 1)

@@ -47,9 +47,8 @@ def main() -> None:
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda"], cwd=HERE.parent, check=False)
     cases = []
     for file in sorted(HERE.glob("bench_*.py")):
-        for name, ours, our_bytes, peer, peer_bytes in getattr(
-            importlib.import_module(f"bench.{file.stem}"), "gpu_cases", tuple
-        )():
+        gpu_cases = getattr(importlib.import_module(f"bench.{file.stem}"), "gpu_cases", tuple)
+        for name, ours, our_bytes, peer, peer_bytes in gpu_cases():
             (low, time, high), (_, peer_time, _) = seconds(ours), seconds(peer)
             bandwidth, ceiling = our_bytes / time, peer_bytes / peer_time
             cases.append(
