@@ -4,13 +4,15 @@
 //   linear   G_b = sum over positions t of g[b, t, :] x[b, t, :]^T           out[b] = ||G_b||^2
 //   conv2d   the same with the unfolded patch at t for x[b, t, :], summed over the groups
 //
-// Ways, in multiply-adds per example and group (T positions, p outputs, d inputs, k kernel offsets):
-//   outer          ||x||^2 ||g||^2, for T = 1                                         d + p
-//   direct         tiles of G_b in registers, squared and summed                      T k d p
-//   gram           sum over t, t' of (x_t . x_t') (g_t . g_t')                        T^2 (d + p + 1)
-//   shifted_gram   the same for a convolution: patches overlap, so the Gram of its    U V d + T V p + k T V / 2
-//                  pixels serves all k offsets: U pixels against V positions of a
-//                  zero-padded row-major image (per residue class of the stride)
+// Ways, in multiply-adds per example (T positions, p outputs and d inputs of a group, k kernel offsets):
+//   outer          ||x||^2 ||g||^2, for a single position, pixel, offset and group    d + p
+//   direct         tiles of G_b in registers, squared and summed                      T k d p, for each group
+//   gram           sum over t, t' of (x_t . x_t') (g_t . g_t')                        T^2 (d + p + 1/2), for each group
+//   shifted_gram   the same for a convolution: patches overlap, so the Gram of its    U V d + T W p + k T W / 2
+//                  pixels serves all k offsets: U pixels against V places of a
+//                  zero-padded image (for each residue of the stride), W of them in
+//                  the rows that positions have
+// Both Grams are symmetric: the counts are those of the whole products, of which kernels compute a little over half.
 //
 // Source: Goodfellow, "Efficient per-example gradient computations", 2015 (outer); Rochette, Manoel, Tramel, "Efficient
 // per-example gradient computations in convolutional neural networks", 2019 (direct and gram for convolutions).
@@ -18,6 +20,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace memloc {
 
@@ -31,11 +34,7 @@ struct Axis {
   int64_t positions() const { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; }
   int64_t residue(int64_t offset) const { return offset * dilation % stride; }
   // How many residues the offsets have: those of offsets 0 .. residues() - 1, which then repeat.
-  int64_t residues() const {
-    int64_t n = 1;
-    while (n < kernel && residue(n) != 0) ++n;
-    return n;
-  }
+  int64_t residues() const { return std::min(kernel, stride / std::gcd(stride, dilation)); }
   int64_t shift(int64_t offset) const { return offset * dilation / stride; }
   // Positions and the furthest shift: so many pixels of a residue, with padding, meet any position.
   int64_t extent() const { return positions() + shift(kernel - 1); }
@@ -44,6 +43,19 @@ struct Axis {
   int64_t end_pixel(int64_t residue) const {
     const int64_t end = (padding + size - residue + stride - 1) / stride;
     return std::max(first_pixel(residue), std::min(extent(), end));
+  }
+  // All of them, over the residues that the offsets have.
+  double pixels() const {
+    double sum = 0;
+    for (int64_t i = 0; i < residues(); ++i) sum += end_pixel(residue(i)) - first_pixel(residue(i));
+    return sum;
+  }
+  // Whether there is such an axis; numbers below 2^31 keep every product of two of them in range.
+  bool valid() const {
+    for (const int64_t n : {size, kernel, stride, padding, dilation}) {
+      if (n < 0 || n >= int64_t{1} << 31) return false;
+    }
+    return kernel > 0 && stride > 0 && dilation > 0 && dilation * (kernel - 1) < size + 2 * padding;
   }
 };
 
@@ -55,24 +67,24 @@ struct GradSqnormShape {
   double positions() const { return 1.0 * y.positions() * x.positions(); }
   double direct() const { return positions() * y.kernel * x.kernel * inputs * outputs * groups; }
   double gram() const {
+    if (y.positions() == 1 && x.positions() > 1) return GradSqnormShape{groups, inputs, outputs, x, y}.gram();
     const double padded = 1.0 * y.extent() * x.extent(), span = 1.0 * y.positions() * x.extent();
-    double pixels = 0;  // of all residues that an offset has
-    for (int64_t i = 0; i < y.residues(); ++i) {
-      for (int64_t j = 0; j < x.residues(); ++j) {
-        const int64_t b = y.residue(i), a = x.residue(j);
-        pixels += 1.0 * (y.end_pixel(b) - y.first_pixel(b)) * (x.end_pixel(a) - x.first_pixel(a));
-      }
-    }
     const double sums = 0.5 * y.kernel * x.kernel * positions() * span;
-    return groups * (pixels * padded * inputs + positions() * span * outputs + sums);
+    return groups * (y.pixels() * x.pixels() * padded * inputs + positions() * span * outputs + sums);
   }
-  bool outer_applies() const { return positions() == 1 && y.kernel == 1 && x.kernel == 1 && groups == 1; }
+  bool outer_applies() const {
+    return positions() == 1 && groups == 1 && y.kernel == 1 && x.kernel == 1 && y.size + 2 * y.padding == 1 &&
+           x.size + 2 * x.padding == 1;
+  }
   double outer() const { return 1.0 * inputs + outputs; }
 
-  // Scratch of the Gram way for one example, in elements.
-  double gram_scratch() const {
-    const double padded = 1.0 * y.extent() * x.extent();
-    return (std::min(padded, 1.0 * y.size * x.size) + positions() + inputs + outputs) * padded;
+  // Scratch for one example, in elements; 64 bounds what rounding up to a tile adds.
+  double scratch(GradSqnormMethod method) const {
+    if (method == GradSqnormMethod::kOuter) return 0;
+    const double padded = (y.size + 2.0 * y.padding) * (x.size + 2.0 * x.padding);
+    if (method == GradSqnormMethod::kDirect) return (inputs + 64.0) * padded + (outputs + 64.0) * positions();
+    const double places = 1.0 * y.extent() * x.extent() + 64, pixels = std::min(places, 1.0 * y.size * x.size);
+    return (pixels + positions() + inputs + outputs + 256) * (places + 64);
   }
 
   GradSqnormMethod choose() const {
@@ -82,7 +94,8 @@ struct GradSqnormShape {
     // panels).
     const double elements = groups * (1.0 * y.size * x.size * inputs + positions() * outputs);
     const bool cheaper = 1.55 * gram() + 90 * elements < direct() + 45 * elements;
-    return cheaper && gram_scratch() <= kMostScratch ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
+    return cheaper && scratch(GradSqnormMethod::kGram) <= kMostScratch ? GradSqnormMethod::kGram
+                                                                       : GradSqnormMethod::kDirect;
   }
 
   static constexpr double kMostScratch = 16 << 20;  // elements, per thread

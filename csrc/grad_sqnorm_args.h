@@ -14,12 +14,18 @@ namespace memloc {
 
 inline GradSqnormMethod parse_method(const char* op, const std::string& method, const char* gram,
                                      const GradSqnormShape& shape) {
-  if (method == "auto") return shape.choose();
-  if (method == "direct") return GradSqnormMethod::kDirect;
-  if (method == gram) return GradSqnormMethod::kGram;
-  MEMLOC_CHECK(method == "outer", op, ": method must be auto, outer, direct or ", gram, ", got ", method);
-  MEMLOC_CHECK(shape.outer_applies(), op, ": method outer needs one position and one kernel offset");
-  return GradSqnormMethod::kOuter;
+  MEMLOC_CHECK(method == "auto" || method == "outer" || method == "direct" || method == gram, op,
+               ": method must be auto, outer, direct or ", gram, ", got ", method);
+  MEMLOC_CHECK(method != "outer" || shape.outer_applies(), op,
+               ": method outer needs a single position, pixel, kernel offset and group");
+  const GradSqnormMethod way = method == "auto"     ? shape.choose()
+                               : method == "outer"  ? GradSqnormMethod::kOuter
+                               : method == "direct" ? GradSqnormMethod::kDirect
+                                                    : GradSqnormMethod::kGram;
+  // below this every size in bytes fits, and no machine has more
+  MEMLOC_CHECK(shape.scratch(way) < 1e12, op,
+               ": sizes of one example must leave less than 10^12 elements of scratch, got ", shape.scratch(way));
+  return way;
 }
 
 inline void check_pair(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output) {
@@ -46,6 +52,7 @@ inline GradSqnormShape linear_shape(const torch::stable::Tensor& input, const to
   }
   MEMLOC_CHECK(same, op, ": input and grad_output must be [batch, *, in] and [batch, *, out], got ", shape_of(input),
                " and ", shape_of(grad_output));
+  MEMLOC_CHECK(positions < int64_t{1} << 31, op, ": an example must have less than 2^31 positions, got ", positions);
   return {1, input.size(-1), grad_output.size(-1), {1, 1, 1, 0, 1}, {positions, 1, 1, 0, 1}};
 }
 
@@ -62,12 +69,12 @@ inline GradSqnormShape conv2d_shape(const torch::stable::Tensor& input, const to
   const char* const names[] = {"kernel_size", "stride", "padding", "dilation"};
   const std::vector<int64_t>* const values[] = {&kernel, &stride, &padding, &dilation};
   for (int i = 0; i < 4; ++i) {
+    MEMLOC_CHECK(values[i]->size() == 2, op, ": ", names[i], " must be two numbers, got ", values[i]->size());
     const int64_t least = i == 2 ? 0 : 1;
     for (const int64_t value : *values[i]) {
-      MEMLOC_CHECK(value >= least && value < (int64_t{1} << 31), op, ": ", names[i], " must be at least ", least,
-                   ", got ", value);
+      MEMLOC_CHECK(value >= least && value < (int64_t{1} << 31), op, ": ", names[i], " must be in [", least,
+                   ", 2^31), got ", value);
     }
-    MEMLOC_CHECK(values[i]->size() == 2, op, ": ", names[i], " must be two numbers, got ", values[i]->size());
   }
   const double pixels = (input.size(2) + 2.0 * padding[0]) * (input.size(3) + 2.0 * padding[1]);
   MEMLOC_CHECK(pixels < 1u << 31, op, ": padding must leave an image of less than 2^31 pixels, got ", pixels);
@@ -79,9 +86,8 @@ inline GradSqnormShape conv2d_shape(const torch::stable::Tensor& input, const to
                               grad_output.size(1) / groups,
                               {input.size(2), kernel[0], stride[0], padding[0], dilation[0]},
                               {input.size(3), kernel[1], stride[1], padding[1], dilation[1]}};
-  const int64_t reach_y = dilation[0] * (kernel[0] - 1) + 1, reach_x = dilation[1] * (kernel[1] - 1) + 1;
-  MEMLOC_CHECK(shape.y.size + 2 * padding[0] >= reach_y && shape.x.size + 2 * padding[1] >= reach_x &&
-                   grad_output.size(2) == shape.y.positions() && grad_output.size(3) == shape.x.positions(),
+  MEMLOC_CHECK(shape.y.valid() && shape.x.valid() && grad_output.size(2) == shape.y.positions() &&
+                   grad_output.size(3) == shape.x.positions(),
                op, ": grad_output must be the gradient of the convolution's output, got ", shape_of(grad_output),
                " for input ", shape_of(input), " and kernel ", kernel[0], " x ", kernel[1]);
   return shape;

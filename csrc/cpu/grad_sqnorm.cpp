@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "cpu/grad_sqnorm_kernels.h"
 #include "grad_sqnorm_args.h"
@@ -25,7 +27,7 @@ GradSqnormKernels<Source> kernels() {
   const std::string wanted = named != nullptr ? named : "";
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx512 && wanted != "avx2" && wanted != "baseline") return grad_sqnorm_avx512<Source>();
   if (avx2 && wanted != "baseline") return grad_sqnorm_avx2<Source>();
 #endif
@@ -45,8 +47,8 @@ KernelAxis kernel_axis(const Axis& axis) {
 }
 
 template <typename Source>
-void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
-  const Operand<Source> xs = operand<Source>(x, false), gs = operand<Source>(g, false);
+void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv, double* out) {
+  const Operand<Source> xs = operand<Source>(x, conv), gs = operand<Source>(g, conv);
   torch::stable::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
     const auto square = [](const Source* p, int64_t n, int64_t step) {
       double sum = 0;
@@ -65,7 +67,7 @@ void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* o
 
 template <typename Source>
 void run(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv, double* out) {
-  if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, out);
+  if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, conv, out);
   const GradSqnormProblem<Source> problem{
       operand<Source>(x, conv), operand<Source>(g, conv), s.groups, s.inputs, s.outputs,
       kernel_axis(s.y),         kernel_axis(s.x)};
@@ -78,7 +80,7 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
   const std::vector<int64_t> batch{x.size(0)};
   const Tensor out = torch::stable::new_zeros(x, torch::headeronly::IntHeaderOnlyArrayRef(batch), ScalarType::Double);
   double* const data = static_cast<double*>(out.mutable_data_ptr());
-  if (x.numel() != 0 && g.numel() != 0) {
+  if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
     switch (x.scalar_type()) {
       case ScalarType::Half:
         run<c10::Half>(method, x, g, s, conv, data);

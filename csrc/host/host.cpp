@@ -36,6 +36,12 @@ std::pair<std::string, std::map<std::string, double>> grad_sqnorm_plan(int64_t g
                                                                        const Numbers& y, const Numbers& x) {
   const memloc::GradSqnormShape shape{
       groups, inputs, outputs, {y[0], y[1], y[2], y[3], y[4]}, {x[0], x[1], x[2], x[3], x[4]}};
+  if (groups < 1 || inputs < 0 || outputs < 0 || !shape.y.valid() || !shape.x.valid()) {
+    throw py::value_error(
+        "plan: kernel_size, stride and dilation must be at least 1, padding at least 0, groups must divide the "
+        "channels, "
+        "and the kernel must fit into the padded image");
+  }
   std::map<std::string, double> counts{{"direct", shape.direct()}, {"gram", shape.gram()}};
   if (shape.outer_applies()) counts["outer"] = shape.outer();
   const char* const names[] = {"outer", "direct", "gram"};

@@ -20,7 +20,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
 
     Example ``b``'s gradient is the *sum* over its positions of ``grad_output[b, t] input[b, t]^T``. If the loss is a
     mean over the batch, ``grad_output`` is divided by its size: multiply the norms by its square for those of the
-    example's own loss. Not differentiable. Runs on the CPU.
+    example's own loss. The result is detached. Runs on the CPU.
 
     Args:
         input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
@@ -37,7 +37,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
 
     Source: Goodfellow, "Efficient per-example gradient computations", 2015 (``outer``).
     """
-    return _errors.call(_linear, "linear_grad_sqnorm", input, grad_output, method=method)
+    return _errors.call(_linear, "linear_grad_sqnorm", _detached(input), _detached(grad_output), method=method)
 
 
 def conv2d_grad_sqnorm(
@@ -76,7 +76,8 @@ def conv2d_grad_sqnorm(
     2019.
     """
     settings = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    return _errors.call(_conv2d, "conv2d_grad_sqnorm", input, grad_output, *settings, method=method)
+    tensors = (_detached(input), _detached(grad_output))
+    return _errors.call(_conv2d, "conv2d_grad_sqnorm", *tensors, *settings, method=method)
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class Plan:
     """How a layer's per-example norms are computed.
 
     Attributes:
-        method: ``outer``, ``direct`` or ``gram`` (for a convolution: the shifted one).
-        multiply_adds: Multiply-adds per example of each way that applies.
+        method: The way that ``auto`` takes: ``outer``, ``direct``, or ``gram`` (of a convolution ``shifted_gram``).
+        multiply_adds: Multiply-adds per example of each way that applies. A Gram's are those of its whole symmetric
+            products, of which a little over half is computed.
     """
 
     method: str
@@ -93,8 +95,12 @@ class Plan:
 
 
 def plan_linear(positions: int, in_features: int, out_features: int) -> Plan:
-    """Return the way that ``auto`` takes for a linear layer with so many positions (tokens) per example."""
-    return _plan(1, in_features, out_features, (positions, 1, 1, 0, 1), (1, 1, 1, 0, 1))
+    """Return the way that ``auto`` takes for a linear layer with so many positions (tokens) per example.
+
+    Raises:
+        ValueError: If a number is negative.
+    """
+    return _plan("gram", 1, in_features, out_features, (1, 1, 1, 0, 1), (positions, 1, 1, 0, 1))
 
 
 def plan_conv2d(
@@ -107,14 +113,26 @@ def plan_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Plan:
-    """Return the way that ``auto`` takes for a convolution over images of ``size`` = (height, width)."""
-    axes = list(zip(size, kernel_size, stride, padding, dilation, strict=True))
-    return _plan(groups, in_channels // groups, out_channels // groups, *axes)
+    """Return the way that ``auto`` takes for a convolution over images of ``size`` = (height, width).
+
+    Raises:
+        ValueError: If there is no such convolution.
+    """
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(f"plan: groups must divide {in_channels} and {out_channels} channels, got {groups}")
+    y, x = zip(size, kernel_size, stride, padding, dilation, strict=True)
+    return _plan("shifted_gram", groups, in_channels // groups, out_channels // groups, y, x)
 
 
-def _plan(groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
+def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
     host = importlib.import_module("memloc_ext._host")
-    return Plan(*host.grad_sqnorm_plan(groups, inputs, outputs, tuple(y), tuple(x)))
+    method, counts = host.grad_sqnorm_plan(groups, inputs, outputs, y, x)
+    counts = {gram if name == "gram" else name: count for name, count in counts.items()}
+    return Plan(gram if method == "gram" else method, counts)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # what is no tensor, the operator refuses
 
 
 @torch.library.register_fake("memloc_ext::linear_grad_sqnorm")

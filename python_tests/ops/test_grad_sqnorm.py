@@ -152,7 +152,41 @@ def test_conv2d_property(data, batch: int, groups: int, method: str) -> None:
     g = output(x, groups * data.draw(st.integers(1, 5)), *geometry)
     if g is not None:
         check_conv2d(x, g, method, *geometry)
-        check_conv2d(x.float(), g.float(), method, *geometry)
+        last = torch.channels_last
+        check_conv2d(x.float().to(memory_format=last), g.float().to(memory_format=last), method, *geometry)
+
+
+ONE = torch.randn(2, 3, 1, 1)
+SINGLE = {  # one position, one kernel offset: the outer way, or what looks like it
+    "one pixel": (ONE, ONE, (1, 1), (0, 0)),
+    "one pixel, channels last": (ONE.to(memory_format=torch.channels_last), ONE, (1, 1), (0, 0)),
+    "a view": (torch.randn(2, 3, 4, 4)[:, :, 1:2, 2:3], torch.randn(2, 5, 2, 2)[..., :1, :1], (1, 1), (0, 0)),
+    "the corner of an image": (torch.randn(2, 3, 2, 2), ONE, (2, 2), (0, 0)),
+    "padding only": (ONE, ONE, (3, 3), (1, 1)),
+    "far apart": (ONE.as_strided((2, 3, 1, 1), (3, 1, 10**10, 1)), ONE, (1, 1), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_conv2d_with_one_position_and_one_offset(name: str) -> None:
+    x, g, stride, padding = SINGLE[name]
+    for method in ("auto", "direct", "shifted_gram"):
+        check_conv2d(x, g, method, (1, 1), stride, padding, (1, 1), 1)
+
+
+def test_sizes_that_no_scratch_can_hold_are_refused() -> None:
+    x, huge = torch.ones(1, 1, 1, 1), 2**15
+    with pytest.raises(ValueError, match="elements of scratch"):
+        conv2d_grad_sqnorm(
+            x.expand(1, 2**32, 2, 2), x, (1, 1), (huge, huge), (huge // 2 - 1,) * 2, (1, 1), 1, method="direct"
+        )
+    with pytest.raises(ValueError, match="elements of scratch"):
+        linear_grad_sqnorm(torch.ones(1).expand(1, 2**22, 1), torch.ones(1).expand(1, 2**22, 1), method="gram")
+
+
+def test_the_result_is_detached() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    assert not linear_grad_sqnorm(x, x).requires_grad
 
 
 # both
@@ -245,16 +279,29 @@ def test_direct_and_gram_counts_are_those_of_an_exhaustive_count(geometry: tuple
     span = rows * pitch
     products = pixels * tall * pitch * inputs + rows * columns * span * outputs
     sums = groups * ky * kx * rows * columns * span / 2
-    assert plan.multiply_adds["gram"] == pytest.approx(products + sums)
+    assert plan.multiply_adds["shifted_gram"] == pytest.approx(products + sums)
 
 
 def test_plan_takes_the_way_that_was_measured_to_be_faster() -> None:
     assert plan_linear(1, 784, 512).method == "outer"
     assert plan_linear(64, 256, 768).method == "gram"
     assert plan_linear(4096, 64, 64).method == "direct"
-    assert plan_conv2d(256, 256, (8, 8), (3, 3), padding=(1, 1)).method == "gram"
+    assert plan_conv2d(256, 256, (8, 8), (3, 3), padding=(1, 1)).method == "shifted_gram"
     assert plan_conv2d(64, 128, (32, 32), (5, 5), (2, 2), (2, 2)).method == "direct"
     assert plan_conv2d(3, 64, (32, 32), (3, 3), padding=(1, 1)).method == "direct"
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": (0, 1)}, {"kernel_size": (9, 9)}, {"padding": (-1, 0)}, {"groups": 0}, {"groups": 2}]
+)
+def test_plan_refuses_what_is_no_convolution(change: dict) -> None:
+    with pytest.raises(ValueError, match="plan: "):
+        plan_conv2d(**{"in_channels": 3, "out_channels": 4, "size": (4, 4), "kernel_size": (3, 3), **change})
+
+
+def test_planning_takes_no_time_for_large_kernels() -> None:
+    big = (2**20, 2**20)
+    assert plan_conv2d(1, 1, big, big, big).multiply_adds["direct"] == 2.0**40
 
 
 # errors
@@ -282,7 +329,7 @@ CONV2D = {
         ({"grad_output": torch.randn(2, 4, 5)}, ValueError, r"got \[2, 3, 4\] and \[2, 4, 5\]"),
         ({"grad_output": torch.randn(3, 3, 5)}, ValueError, r"got \[2, 3, 4\] and \[3, 3, 5\]"),
         ({"method": "ghost"}, ValueError, "method must be auto, outer, direct or gram, got ghost"),
-        ({"method": "outer"}, ValueError, "outer needs one position"),
+        ({"method": "outer"}, ValueError, "outer needs a single position"),
         ({"grad_output": torch.empty(2, 3, 5, device="meta")}, ValueError, "grad_output must be on"),
     ],
 )
@@ -300,13 +347,13 @@ def test_linear_refuses(change: dict, error: type[Exception], message: str) -> N
             ValueError,
             r"the gradient of .* got \[2, 6, 5, 4\]",
         ),
-        ({"kernel_size": (0, 3)}, ValueError, "kernel_size must be at least 1, got 0"),
+        ({"kernel_size": (0, 3)}, ValueError, r"kernel_size must be in \[1, 2\^31\), got 0"),
         ({"kernel_size": (9, 9)}, ValueError, "kernel 9 x 9"),
         ({"kernel_size": (3,)}, ValueError, "kernel_size must be two numbers, got 1"),
-        ({"stride": (1, -1)}, ValueError, "stride must be at least 1, got -1"),
-        ({"padding": (-1, 0)}, ValueError, "padding must be at least 0, got -1"),
+        ({"stride": (1, -1)}, ValueError, r"stride must be in \[1, 2\^31\), got -1"),
+        ({"padding": (-1, 0)}, ValueError, r"padding must be in \[0, 2\^31\), got -1"),
         ({"padding": (2**30, 2**30), "kernel_size": (2**30, 2**30)}, ValueError, "less than 2\\^31 pixels"),
-        ({"dilation": (2**40, 1)}, ValueError, "dilation must be at least 1"),
+        ({"dilation": (2**40, 1)}, ValueError, r"dilation must be in \[1, 2\^31\), got 1099511627776"),
         ({"groups": 4}, ValueError, "groups must divide the 4 input and 6 output channels, got 4"),
         ({"groups": 0}, ValueError, "groups must divide"),
         ({"method": "gram"}, ValueError, "direct or shifted_gram, got gram"),
