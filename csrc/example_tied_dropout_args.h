@@ -18,6 +18,7 @@ struct ExampleTiedDropoutArgs {
   double p_mem;
   int64_t seed, site, channel_dim;
 
+  int64_t channel() const { return channel_dim < 0 ? channel_dim + x.dim() : channel_dim; }
   void check() const;
   TiedMask mask() const;
   Layout layout(const torch::stable::Tensor& y) const;
@@ -35,8 +36,8 @@ inline void ExampleTiedDropoutArgs::check() const {
                "x must be [batch, channels, ...] with 2 to 25 dimensions, got shape ", shape_of(x));
   MEMLOC_CHECK(channel_dim != 0 && channel_dim != -x.dim() && channel_dim >= -x.dim() && channel_dim < x.dim(), op,
                "channel_dim must name a dimension of x after the batch, got ", channel_dim, " for shape ", shape_of(x));
-  const int64_t channels = x.size(channel_dim < 0 ? channel_dim + x.dim() : channel_dim);
-  const bool last = channel_dim == -1 || channel_dim == x.dim() - 1;
+  const int64_t channels = x.size(channel());
+  const bool last = channel() == x.dim() - 1;
   const bool per_row = example_ids.dim() == 1 && example_ids.size(0) == x.size(0);
   const bool per_token = example_ids.dim() == 2 && x.dim() > 2 && last && example_ids.size(0) == x.size(0) &&
                          example_ids.size(1) == x.size(1);
@@ -45,9 +46,8 @@ inline void ExampleTiedDropoutArgs::check() const {
                    ? ", or one id per token, [" + std::to_string(x.size(0)) + ", " + std::to_string(x.size(1)) + "]"
                    : "",
                ", to go with x of shape ", shape_of(x), ", got ", shape_of(example_ids));
-  MEMLOC_CHECK(example_ids.is_cuda() == x.is_cuda() && example_ids.get_device_index() == x.get_device_index(), op,
-               "example_ids must be on the device of x; got ids on ", example_ids.is_cuda() ? "CUDA" : "the CPU",
-               " and x on ", x.is_cuda() ? "CUDA" : "the CPU");
+  MEMLOC_CHECK(on_same_device(example_ids, x), op, "example_ids must be on the device of x; got ids on ",
+               example_ids.is_cuda() ? "CUDA" : "the CPU", " and x on ", x.is_cuda() ? "CUDA" : "the CPU");
   MEMLOC_CHECK(num_generalization >= 0 && num_generalization <= channels, op, "num_generalization must be in [0, ",
                channels, "], got ", num_generalization);
   MEMLOC_CHECK(p_mem >= 0 && p_mem <= 1, op, "p_mem must be in [0, 1], got ", p_mem);  // false for NaN too
@@ -60,12 +60,11 @@ inline TiedMask ExampleTiedDropoutArgs::mask() const {
 }
 
 inline Layout ExampleTiedDropoutArgs::layout(const torch::stable::Tensor& y) const {
-  const int64_t channel = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
   Layout layout;
   layout.count = static_cast<int>(x.dim());
   for (int64_t d = 0; d < x.dim(); ++d) {
     const int64_t id = d < example_ids.dim() ? example_ids.stride(d) : 0;
-    layout.loop[d] = {x.size(d), x.stride(d), y.stride(d), id, d == channel ? 1 : 0};
+    layout.loop[d] = {x.size(d), x.stride(d), y.stride(d), id, d == channel() ? 1 : 0};
   }
   layout.simplify();
   return layout;

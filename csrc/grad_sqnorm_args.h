@@ -36,8 +36,7 @@ inline void check_pair(const char* op, const torch::stable::Tensor& input, const
   MEMLOC_CHECK(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have dtype ",
                torch::headeronly::toString(input.scalar_type()), " like input, got ",
                torch::headeronly::toString(grad_output.scalar_type()));
-  MEMLOC_CHECK(grad_output.is_cuda() == input.is_cuda() && grad_output.get_device_index() == input.get_device_index(),
-               op, ": grad_output must be on the device of input");
+  MEMLOC_CHECK(on_same_device(grad_output, input), op, ": grad_output must be on the device of input");
 }
 
 // input [batch, *, in], grad_output [batch, *, out]

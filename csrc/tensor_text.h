@@ -29,4 +29,8 @@ inline int element_size(const torch::stable::Tensor& x) {
   }
 }
 
+inline bool on_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 }  // namespace memloc

@@ -22,11 +22,10 @@ def build_info() -> dict[str, str]:
 
 def operators() -> dict[str, list[str]]:
     """Return the name of every operator with the devices that have a kernel for it."""
-    keys = {"CPU": "CPU", "CUDA": "CUDA"}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("memloc_ext::"))
     return {
-        name.removeprefix("memloc_ext::"): [device for device, key in keys.items() if has_kernel(name, key)]
+        name.removeprefix("memloc_ext::"): [device for device in ("CPU", "CUDA") if has_kernel(name, device)]
         for name in names
     }
 

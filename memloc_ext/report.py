@@ -12,7 +12,7 @@ from memloc_ext import figures
 from memloc_ext._version import __version__
 from memloc_ext.figures import percent
 from memloc_ext.files import write_atomically
-from memloc_ext.run_directory import FIGURES, REPORT, Run, flat
+from memloc_ext.run_directory import AS_TRAINED, FIGURES, REPORT, Run, flat
 
 _COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy -> true", "test": "test"}
 
@@ -22,10 +22,7 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [["accuracy (%)", *_COLUMNS.values()]]
     cells += [[figures.row_name(row), *(percent(row[column]) for column in _COLUMNS)] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -33,7 +30,7 @@ def answers(run: Run) -> list[str]:
     """Return what the run says, in sentences with its numbers."""
     rows = {(row["model"], row["mode"]): row for row in run.metrics}
     sentences = []
-    plain = rows.get(("plain", "as trained"))
+    plain = rows.get(("plain", AS_TRAINED))
     if plain and plain["noisy"] is not None:
         sentences.append(
             f"Plain training memorizes: it gives {percent(plain['noisy'])} % of the memorized examples the label they "

@@ -17,6 +17,8 @@ METRICS = "metrics"
 HISTORY = "history"
 FIGURES = "figures"
 REPORT = "report.html"
+AS_TRAINED = "as trained"
+"""The mode, in the table, of a model that has only one."""
 _PLACE = ("data.root", "data.download", "device")
 """Settings that say where and not what: a run may go on under others."""
 

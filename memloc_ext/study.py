@@ -18,13 +18,11 @@ from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_by_mode
 from memloc_ext.data import Dataset
 from memloc_ext.nn import FixedDropout, dropout_mode, insert_after, insert_example_tied_dropout
-from memloc_ext.run_directory import HISTORY, METRICS, Run, load_run, open_run, write_table
+from memloc_ext.run_directory import AS_TRAINED, HISTORY, METRICS, Run, load_run, open_run, write_table
 from memloc_ext.training import TrainConfig, train
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-AS_TRAINED = "as trained"
-"""The mode of a model that has only one."""
 
 
 @dataclass(frozen=True)

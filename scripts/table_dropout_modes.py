@@ -15,12 +15,11 @@ from typing import Any
 
 import tyro
 
+from memloc_ext.figures import COLUMNS
 from memloc_ext.files import write_json
 from memloc_ext.info import info
 from memloc_ext.report import text_table
 from memloc_ext.study import StudyConfig, run_study
-
-SHARES = ("clean", "noisy", "noisy_true", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Options:
 
 def spread(rows: list[dict[str, Any]], reduce: Any) -> dict[str, float | None]:
     """Reduce each share over the same row of several runs."""
-    values = {name: [row[name] for row in rows if row[name] is not None] for name in SHARES}
+    values = {name: [row[name] for row in rows if row[name] is not None] for name in COLUMNS}
     return {name: reduce(shares) if shares else None for name, shares in values.items()}
 
 
@@ -53,7 +52,9 @@ def main() -> None:
     for rows in zip(*tables, strict=True):
         names = {"model": rows[0]["model"], "mode": rows[0]["mode"]}
         mean, deviation = spread(list(rows), statistics.mean), spread(list(rows), statistics.pstdev)
-        table.append({**names, "mean": mean, "deviation": deviation, "runs": [{k: r[k] for k in SHARES} for r in rows]})
+        table.append(
+            {**names, "mean": mean, "deviation": deviation, "runs": [{k: r[k] for k in COLUMNS} for r in rows]}
+        )
     print(text_table([{**row, **row["mean"]} for row in table]))
     if options.result:
         result = {

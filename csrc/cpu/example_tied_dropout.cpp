@@ -47,7 +47,7 @@ void mask_bits(T* bits, const TiedMask& mask, int64_t example, int64_t first, in
   uint32_t words[kBlock];
   const int64_t skip = kept / 4;  // quads of generalization channels alone need no draw
   draw_quads(words + 4 * skip, mask, example, first / 4 + skip, (count + 3) / 4 - skip);
-  const uint32_t last = static_cast<uint32_t>(mask.threshold - 1);
+  const uint32_t last = static_cast<uint32_t>(mask.threshold - 1);  // 32 bits wide, to compare twice as many at a time
   for (int64_t i = kept; i < count; ++i) bits[i] = words[i] <= last ? static_cast<T>(-1) : T{0};
 }
 
@@ -146,15 +146,15 @@ struct Lines {
   // Neighbours in memory are examples: neighbouring lines, which are channels, share the draws of a block of them.
   void examples(int64_t begin, int64_t end) const {
     const Loop inner = layout.inner();
-    uint32_t words[4 * kBlock / 4];
+    uint32_t words[kBlock] = {};
     for (int64_t first = 0; first < inner.size; first += kBlock / 4) {
       const int64_t count = std::min(kBlock / 4, inner.size - first);
       int64_t drawn_id = -1, drawn_quad = -1;
       Cursor at(layout, begin);
       for (int64_t line = begin; line < end; ++line, at.next()) {
         const int64_t* const own = ids + at.id + first * inner.id;
-        const bool always = at.channel < mask.num_generalization, never = !always && mask.threshold == 0;
-        if (!always && !never && (drawn_id != at.id || drawn_quad != at.channel / 4)) {
+        const bool drawn = at.channel >= mask.num_generalization && mask.threshold != 0;
+        if (drawn && (drawn_id != at.id || drawn_quad != at.channel / 4)) {
           draw_examples(words, mask, own, inner.id, count, drawn_quad = at.channel / 4);
           drawn_id = at.id;
         }
@@ -162,7 +162,7 @@ struct Lines {
         const T* const from = x + at.x + first * inner.x;
         const uint32_t* const word = words + at.channel % 4;
         for (int64_t i = 0; i < count; ++i) {
-          to[i * inner.y] = always || (!never && word[4 * i] < mask.threshold) ? from[i * inner.x] : T{0};
+          to[i * inner.y] = mask.keep(at.channel, word[4 * i]) ? from[i * inner.x] : T{0};
         }
       }
     }

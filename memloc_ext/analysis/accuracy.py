@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memloc_ext.data import Dataset, Split
 from memloc_ext.nn import MODES, ExampleTiedDropout, dropout_mode, example_ids
+from memloc_ext.nn.training_flags import kept_training_flags
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,12 @@ def accuracy_by_mode(model: nn.Module, dataset: Dataset, *, batch_size: int = 51
 @torch.no_grad()
 def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
     """Return the predicted class of each example of a split, ``[N]``, in evaluation mode; flags are put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    classes = []
+    with kept_training_flags(model):
         model.eval()
-        classes = []
         for inputs, _, indices in split.batches(batch_size):
             with example_ids(indices):
                 classes.append(model(inputs).argmax(1))
-    finally:
-        for module, training in flags:
-            module.training = training
     return torch.cat(classes) if classes else split.labels.new_empty(0)
 
 

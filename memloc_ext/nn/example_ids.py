@@ -24,8 +24,8 @@ _current = _Current()
 def example_ids(ids: Tensor) -> Iterator[None]:
     """Name the examples of every forward pass inside the ``with``.
 
-    Each thread sees its own. Activation checkpointing runs forwards again during backward, on
-    CUDA in a thread of autograd's own: give checkpointed modules their ids as an argument.
+    Each thread sees its own. Activation checkpointing runs forwards again during backward, on CUDA in a thread of
+    autograd's own: give checkpointed modules their ids as an argument.
 
     Args:
         ids: Dataset index of each row, ``[batch]``, or of each token, ``[batch, tokens]``; int64, at least 0. Checked

@@ -213,6 +213,5 @@ def _scale_pools(x: Tensor, kept: int, generalization: float, memorization: floa
     shape = [1] * x.dim()
     shape[channel_dim] = -1
     factor = factor.view(shape)
-    return torch.where(
-        factor == 0, torch.zeros_like(factor), x * factor
-    )  # a channel switched off is 0 even where x is inf
+    # a channel that is switched off is 0 even where x is infinite
+    return torch.where(factor == 0, torch.zeros_like(factor), x * factor)

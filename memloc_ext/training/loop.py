@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from memloc_ext.data.split import Split
+from memloc_ext.nn.training_flags import kept_training_flags
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import epoch_rng, train_epoch
@@ -68,7 +69,8 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_borrowed(original))
+        stack.enter_context(kept_training_flags(original))
+        stack.callback(original.zero_grad)
         history = restore(checkpoints, original, optimizer, scaler, config, data)
         reports = []
         if progress:
@@ -92,17 +94,6 @@ def train(
             state = (original.state_dict(), optimizer.state_dict(), scaler.state_dict())
             save_checkpoint(checkpoints, Checkpoint(epoch, *state, history, asdict(config), data))
     return history
-
-
-@contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.zero_grad()
-        for module, training in flags:
-            module.training = training
 
 
 def _check_place(model: nn.Module, split: Split) -> None:
