@@ -34,21 +34,14 @@ GradSqnormKernels<Source> kernels() {
   return grad_sqnorm_baseline<Source>();
 }
 
-// The layer as an image: a linear layer's positions are the columns of one row, its features the channels.
 template <typename Source>
-Operand<Source> operand(const Tensor& t, bool conv) {
-  const Source* const data = static_cast<const Source*>(t.const_data_ptr());
-  if (conv) return {data, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-  return {data, t.stride(0), t.stride(2), 0, t.stride(1)};
-}
-
-KernelAxis kernel_axis(const Axis& axis) {
-  return {axis.size, axis.positions(), axis.kernel, axis.stride, axis.padding, axis.dilation, axis.residues()};
+Operand<Source> operand(const Tensor& t) {
+  return {static_cast<const Source*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 template <typename Source>
-void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv, double* out) {
-  const Operand<Source> xs = operand<Source>(x, conv), gs = operand<Source>(g, conv);
+void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
+  const Operand<Source> xs = operand<Source>(x), gs = operand<Source>(g);
   torch::stable::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
     const auto square = [](const Source* p, int64_t n, int64_t step) {
       double sum = 0;
@@ -66,33 +59,33 @@ void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv
 }
 
 template <typename Source>
-void run(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv, double* out) {
-  if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, conv, out);
+void run(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
+  if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, out);
   const GradSqnormProblem<Source> problem{
-      operand<Source>(x, conv), operand<Source>(g, conv), s.groups, s.inputs, s.outputs,
-      kernel_axis(s.y),         kernel_axis(s.x)};
+      operand<Source>(x), operand<Source>(g), s.groups, s.inputs, s.outputs, s.y, s.x};
   const GradSqnormKernels<Source> way = kernels<Source>();
   const GradSqnormKernel<Source> kernel = method == GradSqnormMethod::kGram ? way.gram : way.direct;
   torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) { kernel(problem, out, begin, end); });
 }
 
-Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, bool conv) {
+// x [batch, groups * inputs, height, width], g [batch, groups * outputs, rows, columns]
+Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s) {
   const std::vector<int64_t> batch{x.size(0)};
   const Tensor out = torch::stable::new_zeros(x, torch::headeronly::IntHeaderOnlyArrayRef(batch), ScalarType::Double);
   double* const data = static_cast<double*>(out.mutable_data_ptr());
   if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
     switch (x.scalar_type()) {
       case ScalarType::Half:
-        run<c10::Half>(method, x, g, s, conv, data);
+        run<c10::Half>(method, x, g, s, data);
         break;
       case ScalarType::BFloat16:
-        run<c10::BFloat16>(method, x, g, s, conv, data);
+        run<c10::BFloat16>(method, x, g, s, data);
         break;
       case ScalarType::Float:
-        run<float>(method, x, g, s, conv, data);
+        run<float>(method, x, g, s, data);
         break;
       default:
-        run<double>(method, x, g, s, conv, data);
+        run<double>(method, x, g, s, data);
     }
   }
   return x.scalar_type() == ScalarType::Double ? out : torch::stable::to(out, ScalarType::Float);
@@ -101,18 +94,19 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
 Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const std::string& method) {
   const GradSqnormShape shape = linear_shape(input, grad_output);
   const GradSqnormMethod way = parse_method("linear_grad_sqnorm", method, "gram", shape);
-  const auto rows = [&](const Tensor& t) {
-    const std::vector<int64_t> sizes{t.size(0), shape.x.size, t.size(-1)};
-    return torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+  const auto image = [&](const Tensor& t) {  // [batch, features, 1, positions]
+    const std::vector<int64_t> sizes{t.size(0), 1, shape.x.size, t.size(-1)};
+    const Tensor rows = torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+    return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
   };
-  return sqnorm(way, rows(input), rows(grad_output), shape, false);
+  return sqnorm(way, image(input), image(grad_output), shape);
 }
 
 Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::vector<int64_t> kernel_size,
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                           int64_t groups, const std::string& method) {
   const GradSqnormShape shape = conv2d_shape(input, grad_output, kernel_size, stride, padding, dilation, groups);
-  return sqnorm(parse_method("conv2d_grad_sqnorm", method, "shifted_gram", shape), input, grad_output, shape, true);
+  return sqnorm(parse_method("conv2d_grad_sqnorm", method, "shifted_gram", shape), input, grad_output, shape);
 }
 
 }  // namespace

@@ -3,26 +3,23 @@
 
 #include <cstdint>
 
+#include "grad_sqnorm.h"
+
 namespace memloc {
 
-// A strided operand [batch, channels, rows, columns]; a linear layer's positions are the columns of a single row.
+// A strided operand [batch, channels, rows, columns]; a linear layer is an image of one row, whose columns are its
+// positions.
 template <typename Source>
 struct Operand {
   const Source* data;
   int64_t batch, channel, row, column;  // strides, in elements
 };
 
-// What a kernel asks of an axis (see Axis in grad_sqnorm.h, whose functions use the standard library): position r meets
-// pixel r * stride + i * dilation - padding.
-struct KernelAxis {
-  int64_t size, positions, kernel, stride, padding, dilation, residues;
-};
-
 template <typename Source>
 struct GradSqnormProblem {
   Operand<Source> x, g;
   int64_t groups, inputs, outputs;  // inputs and outputs of one group
-  KernelAxis row, column;
+  Axis row, column;
 };
 
 // sqnorm[b] = squared norm, for b in [begin, end). Source: float, double, or a 16-bit type that is computed in float.
