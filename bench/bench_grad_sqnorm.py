@@ -1,4 +1,6 @@
-"""Per-example gradient norms of one layer against the layer's own weight gradient, and against materialising them.
+"""Per-example gradient norms of one layer, and the sums of the gradients over two groups of examples.
+
+Against the layer's own weight gradient, and against materialising every example's.
 
 The bound is arithmetic: multiply-adds of the way over those of the weight gradient, at the same rate. A Gram computes
 a little over half of its products, which are symmetric.
@@ -15,7 +17,15 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from bench.measure import interleaved, ratios
-from memloc_ext.ops import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
+from memloc_ext.ops import (
+    Plan,
+    conv2d_grad_sqnorm,
+    conv2d_grad_sqnorm_groups,
+    linear_grad_sqnorm,
+    linear_grad_sqnorm_groups,
+    plan_conv2d,
+    plan_linear,
+)
 from memloc_ext.reference import grad_sqnorm as reference
 
 
@@ -43,6 +53,10 @@ class Linear:
     def norms(self, x: Tensor, g: Tensor) -> Tensor:
         """Compute the norms."""
         return linear_grad_sqnorm(x, g)
+
+    def groups(self, x: Tensor, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the norms and the gradients of two groups."""
+        return linear_grad_sqnorm_groups(x, g, ids, 2)
 
     def materialised(self, x: Tensor, g: Tensor) -> Tensor:
         """Compute them from one example's gradient beside the other."""
@@ -88,6 +102,10 @@ class Conv2d:
         """Compute the norms."""
         return conv2d_grad_sqnorm(x, g, *self.geometry, 1)
 
+    def groups(self, x: Tensor, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the norms and the gradients of two groups."""
+        return conv2d_grad_sqnorm_groups(x, g, ids, 2, *self.geometry, 1)
+
     def materialised(self, x: Tensor, g: Tensor) -> Tensor:
         """Compute them from one example's gradient beside the other."""
         patches = torch.nn.functional.unfold(x, self.kernel, 1, self.padding, self.stride)
@@ -114,17 +132,26 @@ CASES = [
 def test_grad_sqnorm(case: Linear | Conv2d, benchmark: Any) -> None:
     torch.manual_seed(0)
     x, g = case.tensors()
+    ids = torch.arange(case.batch) % 2
     torch.testing.assert_close(case.norms(x[:3], g[:3]), case.materialised(x[:3], g[:3]), rtol=1e-4, atol=0)
+    total = case.weight_gradient(x, g)
+    error = (case.groups(x, g, ids)[1].sum(0) - total).abs().max() / total.abs().max()
+    assert error < 1e-4
     times = interleaved(
         {
             "ours": lambda: case.norms(x, g),
+            "norms and two groups": lambda: case.groups(x, g, ids),
             "weight gradient": lambda: case.weight_gradient(x, g),
             "materialised": lambda: case.materialised(x, g),
         },
         rounds=9,
     )
     plan = case.plan()
-    benchmark.extra_info["time over"] = ratios(times, "ours")
+    benchmark.extra_info["time over"] = ratios(
+        {name: taken for name, taken in times.items() if name != "norms and two groups"}, "ours"
+    )
+    both = {name: times[name] for name in ("norms and two groups", "weight gradient")}
+    benchmark.extra_info["norms and two groups: time over"] = ratios(both, "norms and two groups")
     benchmark.extra_info["method"] = plan.method
     floor = min(plan.multiply_adds.values()) / plan.multiply_adds["direct"]
     benchmark.extra_info["multiply-adds (whole products) over the weight gradient's"] = round(floor, 3)

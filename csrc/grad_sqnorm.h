@@ -87,16 +87,30 @@ struct GradSqnormShape {
     return (pixels + positions() + inputs + outputs + 256) * (places + 64);
   }
 
+  // Times in multiply-adds of the direct way, measured on two cores with AVX-512: the Gram's smaller products run at 1
+  // / 1.4 of its rate, and putting an element into panels costs as much as 45 of them (twice that for the Gram's two
+  // panels).
+  double elements() const { return groups * (1.0 * y.size * x.size * inputs + positions() * outputs); }
+  double direct_time() const { return direct() + 45 * elements(); }
+  double gram_time() const { return 1.55 * gram() + 90 * elements(); }
+
   GradSqnormMethod choose() const {
     if (outer_applies()) return GradSqnormMethod::kOuter;
-    // In multiply-adds of the direct way, measured on two cores with AVX-512: the Gram's smaller products run at 1
-    // / 1.4 of its rate, and putting an element into panels costs as much as 45 of them (twice that for the Gram's two
-    // panels).
-    const double elements = groups * (1.0 * y.size * x.size * inputs + positions() * outputs);
-    const bool cheaper = 1.55 * gram() + 90 * elements < direct() + 45 * elements;
+    const bool cheaper = gram_time() < direct_time();
     return cheaper && scratch(GradSqnormMethod::kGram) <= kMostScratch ? GradSqnormMethod::kGram
                                                                        : GradSqnormMethod::kDirect;
   }
+
+  // Whether one direct pass that also adds up the gradients of groups takes less time than the norms and a weight
+  // gradient per group. The pass adds each tile to a sum, which costs as much as kAddPositions more positions.
+  bool fused() const {
+    const GradSqnormMethod way = choose();
+    if (way == GradSqnormMethod::kOuter || positions() == 0) return way != GradSqnormMethod::kOuter;
+    const double adding = direct() * kAddPositions / positions();
+    return way == GradSqnormMethod::kDirect || direct_time() + adding < gram_time() + direct();
+  }
+
+  static constexpr double kAddPositions = 6;
 
   static constexpr double kMostScratch = 16 << 20;  // elements, per thread
 };

@@ -12,6 +12,12 @@
 
 namespace memloc {
 
+inline void check_scratch(const char* op, GradSqnormMethod way, const GradSqnormShape& shape) {
+  // below this every size in bytes fits, and no machine has more
+  MEMLOC_CHECK(shape.scratch(way) < 1e12, op,
+               ": sizes of one example must leave less than 10^12 elements of scratch, got ", shape.scratch(way));
+}
+
 inline GradSqnormMethod parse_method(const char* op, const std::string& method, const char* gram,
                                      const GradSqnormShape& shape) {
   MEMLOC_CHECK(method == "auto" || method == "outer" || method == "direct" || method == gram, op,
@@ -22,9 +28,7 @@ inline GradSqnormMethod parse_method(const char* op, const std::string& method, 
                                : method == "outer"  ? GradSqnormMethod::kOuter
                                : method == "direct" ? GradSqnormMethod::kDirect
                                                     : GradSqnormMethod::kGram;
-  // below this every size in bytes fits, and no machine has more
-  MEMLOC_CHECK(shape.scratch(way) < 1e12, op,
-               ": sizes of one example must leave less than 10^12 elements of scratch, got ", shape.scratch(way));
+  check_scratch(op, way, shape);
   return way;
 }
 
@@ -40,8 +44,8 @@ inline void check_pair(const char* op, const torch::stable::Tensor& input, const
 }
 
 // input [batch, *, in], grad_output [batch, *, out]
-inline GradSqnormShape linear_shape(const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output) {
-  const char* const op = "linear_grad_sqnorm";
+inline GradSqnormShape linear_shape(const char* op, const torch::stable::Tensor& input,
+                                    const torch::stable::Tensor& grad_output) {
   check_pair(op, input, grad_output);
   bool same = input.dim() >= 2 && grad_output.dim() == input.dim();
   int64_t positions = 1;
@@ -56,11 +60,10 @@ inline GradSqnormShape linear_shape(const torch::stable::Tensor& input, const to
 }
 
 // input [batch, in, height, width], grad_output [batch, out, rows, columns]
-inline GradSqnormShape conv2d_shape(const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output,
-                                    const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                    int64_t groups) {
-  const char* const op = "conv2d_grad_sqnorm";
+inline GradSqnormShape conv2d_shape(const char* op, const torch::stable::Tensor& input,
+                                    const torch::stable::Tensor& grad_output, const std::vector<int64_t>& kernel,
+                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                    const std::vector<int64_t>& dilation, int64_t groups) {
   check_pair(op, input, grad_output);
   MEMLOC_CHECK(input.dim() == 4 && grad_output.dim() == 4 && input.size(0) == grad_output.size(0), op,
                ": input and grad_output must be [batch, in, height, width] and [batch, out, rows, columns], got ",
@@ -90,6 +93,18 @@ inline GradSqnormShape conv2d_shape(const torch::stable::Tensor& input, const to
                op, ": grad_output must be the gradient of the convolution's output, got ", shape_of(grad_output),
                " for input ", shape_of(input), " and kernel ", kernel[0], " x ", kernel[1]);
   return shape;
+}
+
+// group_ids [batch]; that each is in [0, num_groups) is left to the kernel, which reads them.
+inline void check_groups(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& group_ids,
+                         int64_t num_groups) {
+  MEMLOC_CHECK(group_ids.defined(), op, ": group_ids must be a tensor, got None");
+  MEMLOC_CHECK(group_ids.scalar_type() == torch::headeronly::ScalarType::Long, op,
+               ": group_ids must have dtype int64, got ", torch::headeronly::toString(group_ids.scalar_type()));
+  MEMLOC_CHECK(group_ids.dim() == 1 && group_ids.size(0) == input.size(0), op, ": group_ids must have shape [",
+               input.size(0), "], got ", shape_of(group_ids));
+  MEMLOC_CHECK(on_same_device(group_ids, input), op, ": group_ids must be on the device of input");
+  MEMLOC_CHECK(num_groups >= 1, op, ": num_groups must be at least 1, got ", num_groups);
 }
 
 }  // namespace memloc

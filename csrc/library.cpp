@@ -17,4 +17,10 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "
       "padding, "
       "SymInt[2] dilation, SymInt groups, *, str method=\"auto\") -> Tensor");
+  m.def(
+      "linear_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "conv2d_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups, SymInt[2] "
+      "kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
 }

@@ -4,6 +4,7 @@ from memloc_ext import analysis, data, models, nn, ops, training
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
 from memloc_ext.nn import example_ids
+from memloc_ext.ops import plan
 from memloc_ext.run_directory import load_run
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "plan",
     "training",
 ]

@@ -1,16 +1,14 @@
-// Per-example gradient norms on the CPU: picks the way and the instruction set; threads share the examples. The kernels
-// are in grad_sqnorm_kernels.inc, compiled once per instruction set (grad_sqnorm_*.cpp). Sums of tiles are added up in
+// Per-example gradient norms on the CPU: picks the way; threads share the examples. Sums of tiles are added up in
 // double.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "cpu/grad_sqnorm_kernels.h"
+#include "cpu/grad_sqnorm_tensors.h"
 #include "grad_sqnorm_args.h"
 
 namespace memloc {
@@ -18,26 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The best instruction set of this machine, or a lesser one that MEMLOC_CPU_CAPABILITY names.
-template <typename Source>
-GradSqnormKernels<Source> kernels() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  const char* const named = std::getenv("MEMLOC_CPU_CAPABILITY");
-  const std::string wanted = named != nullptr ? named : "";
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx512 && wanted != "avx2" && wanted != "baseline") return grad_sqnorm_avx512<Source>();
-  if (avx2 && wanted != "baseline") return grad_sqnorm_avx2<Source>();
-#endif
-  return grad_sqnorm_baseline<Source>();
-}
-
-template <typename Source>
-Operand<Source> operand(const Tensor& t) {
-  return {static_cast<const Source*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
 
 template <typename Source>
 void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
@@ -61,8 +39,7 @@ void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* o
 template <typename Source>
 void run(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
   if (method == GradSqnormMethod::kOuter) return outer<Source>(x, g, s, out);
-  const GradSqnormProblem<Source> problem{
-      operand<Source>(x), operand<Source>(g), s.groups, s.inputs, s.outputs, s.y, s.x};
+  const GradSqnormProblem<Source> problem = problem_of<Source>(x, g, s);
   const GradSqnormKernels<Source> way = kernels<Source>();
   const GradSqnormKernel<Source> kernel = method == GradSqnormMethod::kGram ? way.gram : way.direct;
   torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) { kernel(problem, out, begin, end); });
@@ -92,21 +69,18 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
 }
 
 Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const std::string& method) {
-  const GradSqnormShape shape = linear_shape(input, grad_output);
-  const GradSqnormMethod way = parse_method("linear_grad_sqnorm", method, "gram", shape);
-  const auto image = [&](const Tensor& t) {  // [batch, features, 1, positions]
-    const std::vector<int64_t> sizes{t.size(0), 1, shape.x.size, t.size(-1)};
-    const Tensor rows = torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
-    return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
-  };
-  return sqnorm(way, image(input), image(grad_output), shape);
+  const char* const op = "linear_grad_sqnorm";
+  const GradSqnormShape shape = linear_shape(op, input, grad_output);
+  const GradSqnormMethod way = parse_method(op, method, "gram", shape);
+  return sqnorm(way, image_of(input, shape), image_of(grad_output, shape), shape);
 }
 
 Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::vector<int64_t> kernel_size,
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                           int64_t groups, const std::string& method) {
-  const GradSqnormShape shape = conv2d_shape(input, grad_output, kernel_size, stride, padding, dilation, groups);
-  return sqnorm(parse_method("conv2d_grad_sqnorm", method, "shifted_gram", shape), input, grad_output, shape);
+  const char* const op = "conv2d_grad_sqnorm";
+  const GradSqnormShape shape = conv2d_shape(op, input, grad_output, kernel_size, stride, padding, dilation, groups);
+  return sqnorm(parse_method(op, method, "shifted_gram", shape), input, grad_output, shape);
 }
 
 }  // namespace

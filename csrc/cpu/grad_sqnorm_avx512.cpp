@@ -20,7 +20,7 @@ namespace {
 
 template <typename Source>
 GradSqnormKernels<Source> grad_sqnorm_avx512() {
-  return {&direct_sqnorm<Source>, &gram_sqnorm<Source>};
+  return kernel_table<Source>();
 }
 template GradSqnormKernels<float> grad_sqnorm_avx512();
 template GradSqnormKernels<double> grad_sqnorm_avx512();

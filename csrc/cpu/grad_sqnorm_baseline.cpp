@@ -18,7 +18,7 @@ namespace {
 
 template <typename Source>
 GradSqnormKernels<Source> grad_sqnorm_baseline() {
-  return {&direct_sqnorm<Source>, &gram_sqnorm<Source>};
+  return kernel_table<Source>();
 }
 template GradSqnormKernels<float> grad_sqnorm_baseline();
 template GradSqnormKernels<double> grad_sqnorm_baseline();

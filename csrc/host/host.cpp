@@ -5,7 +5,7 @@
 #include <array>
 #include <map>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "grad_sqnorm.h"
 
@@ -32,8 +32,9 @@ py::dict build_info() {
 
 using Numbers = std::array<int64_t, 5>;
 
-std::pair<std::string, std::map<std::string, double>> grad_sqnorm_plan(int64_t groups, int64_t inputs, int64_t outputs,
-                                                                       const Numbers& y, const Numbers& x) {
+std::tuple<std::string, std::map<std::string, double>, bool> grad_sqnorm_plan(int64_t groups, int64_t inputs,
+                                                                              int64_t outputs, const Numbers& y,
+                                                                              const Numbers& x) {
   const memloc::GradSqnormShape shape{
       groups, inputs, outputs, {y[0], y[1], y[2], y[3], y[4]}, {x[0], x[1], x[2], x[3], x[4]}};
   if (groups < 1 || inputs < 0 || outputs < 0 || !shape.y.valid() || !shape.x.valid()) {
@@ -45,7 +46,7 @@ std::pair<std::string, std::map<std::string, double>> grad_sqnorm_plan(int64_t g
   std::map<std::string, double> counts{{"direct", shape.direct()}, {"gram", shape.gram()}};
   if (shape.outer_applies()) counts["outer"] = shape.outer();
   const char* const names[] = {"outer", "direct", "gram"};
-  return {names[static_cast<int>(shape.choose())], counts};
+  return {names[static_cast<int>(shape.choose())], counts, shape.fused()};
 }
 
 }  // namespace
@@ -55,6 +56,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Compiler, CUDA architectures built for (empty: none), CPU instruction set in use.");
   m.def("grad_sqnorm_plan", &grad_sqnorm_plan, py::arg("groups"), py::arg("inputs"), py::arg("outputs"), py::arg("y"),
         py::arg("x"),
-        "The way that is taken, and the multiply-adds per example of each; axes are (size, kernel, stride, "
-        "padding, dilation).");
+        "The way that is taken, the multiply-adds per example of each, and whether sums over groups come from the same "
+        "pass; axes are (size, kernel, stride, padding, dilation).");
 }

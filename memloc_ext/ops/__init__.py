@@ -2,13 +2,17 @@
 
 from memloc_ext import _libraries as _libraries
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
-from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
+from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
+from memloc_ext.ops.grad_sqnorm_groups import conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
 
 __all__ = [
     "Plan",
     "conv2d_grad_sqnorm",
+    "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
     "linear_grad_sqnorm",
+    "linear_grad_sqnorm_groups",
+    "plan",
     "plan_conv2d",
     "plan_linear",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memloc_ext.ops import _errors
+from memloc_ext.ops import _errors, _grad_sqnorm_plan
 
 _linear = torch.ops.memloc_ext.linear_grad_sqnorm.default
 _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm.default
@@ -88,17 +89,19 @@ class Plan:
         method: The way that ``auto`` takes: ``outer``, ``direct``, or ``gram`` (of a convolution ``shifted_gram``).
         multiply_adds: Multiply-adds per example of each way that applies. A Gram's are those of its whole symmetric
             products, of which a little over half is computed.
+        fused: Whether ``*_grad_sqnorm_groups`` takes one pass on the CPU for norms and sums over groups.
     """
 
     method: str
     multiply_adds: dict[str, float]
+    fused: bool
 
 
 def plan_linear(positions: int, in_features: int, out_features: int) -> Plan:
     """Return the way that ``auto`` takes for a linear layer with so many positions (tokens) per example.
 
     Raises:
-        ValueError: If a number is negative.
+        ValueError: If there are no positions, or a number is negative.
     """
     return _plan("gram", 1, in_features, out_features, (1, 1, 1, 0, 1), (positions, 1, 1, 0, 1))
 
@@ -124,11 +127,57 @@ def plan_conv2d(
     return _plan("shifted_gram", groups, in_channels // groups, out_channels // groups, y, x)
 
 
+def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
+    """Return the way that ``auto`` takes for a layer; a `torch.nn.Conv1d` is a convolution over images of one row.
+
+    Padding other than zeros is thought of as part of the input, which then has none.
+
+    Args:
+        layer: A linear layer, or a convolution over one or two dimensions.
+        input_shape: Shape of what it is given, the batch dimension included.
+
+    Raises:
+        ValueError: If the layer is of another kind, or the shape does not go with it.
+    """
+    shape = tuple(input_shape)
+    if isinstance(layer, nn.Linear):
+        if len(shape) < 2 or shape[-1] != layer.in_features:
+            raise ValueError(f"plan: input_shape must be [batch, *, {layer.in_features}], got {list(shape)}")
+        return plan_linear(prod(shape[1:-1]), layer.in_features, layer.out_features)
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        raise ValueError(f"plan: {type(layer).__name__} is not covered; linear layers, Conv1d and Conv2d are")
+    axes = len(layer.kernel_size)
+    if len(shape) != axes + 2 or shape[1] != layer.in_channels:
+        sizes = "length" if axes == 1 else "height, width"
+        raise ValueError(f"plan: input_shape must be [batch, {layer.in_channels}, {sizes}], got {list(shape)}")
+    sides = layer._reversed_padding_repeated_twice  # low and high of the last axis first, numbers for "same" too
+    size, padding = list(shape[2:]), [0] * axes
+    for axis, (low, high) in enumerate(zip(sides[-2::-2], sides[::-2], strict=True)):
+        if layer.padding_mode == "zeros" and low == high:
+            padding[axis] = low
+        else:
+            size[axis] += low + high
+    row = [1] * (2 - axes)
+    geometry = (row + list(layer.kernel_size), row + list(layer.stride))
+    return plan_conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        row + size,
+        *geometry,
+        [0] * (2 - axes) + padding,
+        row + list(layer.dilation),
+        layer.groups,
+    )
+
+
 def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
-    host = importlib.import_module("memloc_ext._host")
-    method, counts = host.grad_sqnorm_plan(groups, inputs, outputs, y, x)
+    try:
+        model = importlib.import_module("memloc_ext._host").grad_sqnorm_plan
+    except ModuleNotFoundError:  # a build without it
+        model = _grad_sqnorm_plan.grad_sqnorm_plan
+    method, counts, fused = model(groups, inputs, outputs, tuple(y), tuple(x))
     counts = {gram if name == "gram" else name: count for name, count in counts.items()}
-    return Plan(gram if method == "gram" else method, counts)
+    return Plan(gram if method == "gram" else method, counts, fused)
 
 
 def _detached(tensor: Tensor) -> Tensor:

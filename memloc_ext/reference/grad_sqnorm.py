@@ -32,3 +32,33 @@ def conv2d_grad_sqnorm(
         geometry: Any = (stride, padding, dilation, groups)
         norms[b] = conv2d_weight(input[one], weight_shape, grad_output[one], *geometry).square().sum()
     return norms
+
+
+def linear_grad_sums(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
+    """Return the weight gradient of each group's examples; arguments as in `ops.linear_grad_sqnorm_groups`."""
+    sums = input.new_zeros(num_groups, grad_output.shape[-1], input.shape[-1])
+    for k in range(num_groups):
+        rows = group_ids == k
+        sums[k] = grad_output[rows].flatten(0, -2).t() @ input[rows].flatten(0, -2)
+    return sums
+
+
+def conv2d_grad_sums(
+    input: Tensor,
+    grad_output: Tensor,
+    group_ids: Tensor,
+    num_groups: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the weight gradient of each group's examples; arguments as in `ops.conv2d_grad_sqnorm_groups`."""
+    sums = input.new_zeros(num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    for k in range(num_groups):
+        rows = group_ids == k
+        geometry: Any = (stride, padding, dilation, groups)
+        if rows.any() and sums.numel() != 0:
+            sums[k] = conv2d_weight(input[rows], tuple(sums.shape[1:]), grad_output[rows], *geometry)
+    return sums

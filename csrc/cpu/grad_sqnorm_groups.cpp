@@ -1,0 +1,174 @@
+// Per-example gradient norms and the sums of the gradients over groups of examples, in one direct pass on the CPU.
+//
+// Threads share tiles of the gradient, not examples, so that a sum is kept once: memory is the result and kPackedBytes
+// of packed operands (one example, if that is more). Examples go in the order of their group, some at a time: packed by
+// all threads, then every task adds up its block of tiles over them. Partitions depend on sizes only, and parts are
+// added in a fixed order, so the result does not depend on the number of threads. Layers with too few blocks for many
+// threads split the examples too, into slices with their own sums, of at most kSliceElements.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "cpu/grad_sqnorm_tensors.h"
+#include "grad_sqnorm_args.h"
+
+namespace memloc {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kPackedBytes = int64_t{8} << 20;  // shared by the threads; it stays in the third-level cache
+constexpr int64_t kBlockBytes = 192 << 10;          // of a task's sums, in the second-level cache
+constexpr int64_t kTasks = 16;                      // wanted at a time
+constexpr int64_t kSliceElements = int64_t{1} << 20;
+
+Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+}
+
+// The examples in the order of their groups, and those.
+struct Order {
+  std::vector<int64_t> examples, ids;
+
+  Order(const char* op, const Tensor& group_ids, int64_t num_groups) {
+    const int64_t* const given = static_cast<const int64_t*>(group_ids.const_data_ptr());
+    const int64_t count = group_ids.size(0), step = group_ids.stride(0);
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t id = given[b * step];
+      MEMLOC_CHECK(id >= 0 && id < num_groups, op, ": group_ids must be in [0, ", num_groups, "), got ", id);
+    }
+    examples.resize(count);
+    std::iota(examples.begin(), examples.end(), int64_t{0});
+    const auto before = [&](int64_t a, int64_t b) { return given[a * step] < given[b * step]; };
+    std::stable_sort(examples.begin(), examples.end(), before);
+    for (const int64_t b : examples) ids.push_back(given[b * step]);
+  }
+};
+
+// Blocks of tiles and slices for a chunk of the given size.
+template <typename Source>
+void share(GradSqnormChunk<Source>& c, int64_t num_groups) {
+  using E = typename GradSqnormChunk<Source>::E;
+  const GradSqnormLayout& l = c.layout;
+  const int64_t tile = l.tile_rows * l.tile_columns * l.offsets * static_cast<int64_t>(sizeof(E));
+  const auto tasks = [&] { return c.groups * divide_up(l.x_panels, c.n_block) * divide_up(l.g_panels, c.m_block); };
+  c.n_block = 1;
+  c.m_block = std::clamp<int64_t>(kBlockBytes / tile, 1, l.g_panels);
+  while (tasks() < kTasks && c.m_block > 2) c.m_block = divide_up(c.m_block, 2);
+  while (tasks() > 2 * kTasks && 2 * c.n_block * c.m_block * tile <= kBlockBytes) c.n_block *= 2;
+  c.m_block = divide_up(l.g_panels, divide_up(l.g_panels, c.m_block));  // of nearly the same size
+  c.n_block = divide_up(l.x_panels, divide_up(l.x_panels, c.n_block));
+  c.n_blocks = divide_up(l.x_panels, c.n_block), c.m_blocks = divide_up(l.g_panels, c.m_block);
+  const int64_t most = kSliceElements / std::max<int64_t>(1, num_groups * c.sum_size);
+  c.slices = std::clamp<int64_t>(std::min(kTasks / tasks(), most), 1, c.count);
+}
+
+template <typename Source>
+void run(const Tensor& x, const Tensor& g, const GradSqnormShape& s, const Order& order, int64_t num_groups,
+         double* sqnorm, Tensor& sums) {
+  using E = typename GradSqnormChunk<Source>::E;
+  const GradSqnormKernels<Source> kernel = kernels<Source>();
+  const GradSqnormLayout layout(s.inputs, s.outputs, s.y, s.x, kernel.tile_rows, kernel.tile_columns);
+  const int64_t batch = x.size(0), bytes = (layout.x_size() + layout.g_size()) * static_cast<int64_t>(sizeof(E));
+  const int64_t groups = std::clamp<int64_t>(kPackedBytes / bytes, 1, s.groups);
+  const int64_t most = std::clamp<int64_t>(kPackedBytes / (bytes * groups), 1, batch);
+  const int64_t step = divide_up(batch, divide_up(batch, most));
+  const int64_t sum_size = s.groups * s.outputs * layout.width * layout.offsets;
+
+  GradSqnormChunk<Source> c{problem_of<Source>(x, g, s), layout};
+  c.sum_size = sum_size, c.count = step, c.groups = groups;
+  share(c, num_groups);
+  const int64_t slices = c.slices;
+  c.slice_size = num_groups * sum_size;
+  Tensor parts = sums;
+  if (slices > 1) parts = zeros(sums, {slices, c.slice_size}, sums.scalar_type());
+  c.sums = static_cast<E*>(parts.mutable_data_ptr());
+  const std::unique_ptr<E[]> packed(new E[step * groups * (layout.x_size() + layout.g_size())]);
+  c.xs = packed.get(), c.gs = c.xs + step * groups * layout.x_size();
+  std::vector<double> partial(c.blocks() * step);
+  c.partial = partial.data();
+  for (c.first_group = 0; c.first_group < s.groups; c.first_group += groups) {
+    c.groups = std::min(groups, s.groups - c.first_group);
+    for (int64_t first = 0; first < batch; first += step) {
+      c.count = std::min(step, batch - first);
+      c.examples = order.examples.data() + first, c.ids = order.ids.data() + first;
+      c.slices = std::min(slices, c.count);
+      torch::stable::parallel_for(0, c.pack_tasks(), 1, [&](int64_t a, int64_t b) { kernel.pack(c, a, b); });
+      torch::stable::parallel_for(0, c.slices * c.blocks(), 1, [&](int64_t a, int64_t b) { kernel.add(c, a, b); });
+      for (int64_t i = 0; i < c.blocks(); ++i) {
+        for (int64_t e = 0; e < c.count; ++e) sqnorm[c.examples[e]] += c.partial[i * c.count + e];
+      }
+    }
+  }
+  if (slices > 1) {
+    E* const to = static_cast<E*>(sums.mutable_data_ptr());
+    for (int64_t i = 0; i < slices; ++i) {
+      for (int64_t j = 0; j < c.slice_size; ++j) to[j] += c.sums[i * c.slice_size + j];
+    }
+  }
+}
+
+// x [batch, groups * inputs, height, width], g [batch, groups * outputs, rows, columns]; sums of the sizes given.
+std::tuple<Tensor, Tensor> sqnorm_groups(const char* op, const Tensor& x, const Tensor& g, const Tensor& group_ids,
+                                         int64_t num_groups, const GradSqnormShape& s,
+                                         const std::vector<int64_t>& sizes) {
+  check_scratch(op, GradSqnormMethod::kDirect, s);
+  const Order order(op, group_ids, num_groups);
+  const Tensor norms = zeros(x, {x.size(0)}, ScalarType::Double);
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor sums = zeros(x, sizes, dtype);
+  double* const data = static_cast<double*>(norms.mutable_data_ptr());
+  if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
+    switch (x.scalar_type()) {
+      case ScalarType::Half:
+        run<c10::Half>(x, g, s, order, num_groups, data, sums);
+        break;
+      case ScalarType::BFloat16:
+        run<c10::BFloat16>(x, g, s, order, num_groups, data, sums);
+        break;
+      case ScalarType::Float:
+        run<float>(x, g, s, order, num_groups, data, sums);
+        break;
+      default:
+        run<double>(x, g, s, order, num_groups, data, sums);
+    }
+  }
+  return {dtype == ScalarType::Double ? norms : torch::stable::to(norms, ScalarType::Float), sums};
+}
+
+std::tuple<Tensor, Tensor> linear_grad_sqnorm_groups(const Tensor& input, const Tensor& grad_output,
+                                                     const Tensor& group_ids, int64_t num_groups) {
+  const char* const op = "linear_grad_sqnorm_groups";
+  const GradSqnormShape shape = linear_shape(op, input, grad_output);
+  check_groups(op, input, group_ids, num_groups);
+  return sqnorm_groups(op, image_of(input, shape), image_of(grad_output, shape), group_ids, num_groups, shape,
+                       {num_groups, shape.outputs, shape.inputs});
+}
+
+std::tuple<Tensor, Tensor> conv2d_grad_sqnorm_groups(const Tensor& input, const Tensor& grad_output,
+                                                     const Tensor& group_ids, int64_t num_groups,
+                                                     std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                                     std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                     int64_t groups) {
+  const char* const op = "conv2d_grad_sqnorm_groups";
+  const GradSqnormShape shape = conv2d_shape(op, input, grad_output, kernel_size, stride, padding, dilation, groups);
+  check_groups(op, input, group_ids, num_groups);
+  return sqnorm_groups(op, input, grad_output, group_ids, num_groups, shape,
+                       {num_groups, groups * shape.outputs, shape.inputs, kernel_size[0], kernel_size[1]});
+}
+
+}  // namespace
+}  // namespace memloc
+
+STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) {
+  m.impl("linear_grad_sqnorm_groups", TORCH_BOX(&memloc::linear_grad_sqnorm_groups));
+  m.impl("conv2d_grad_sqnorm_groups", TORCH_BOX(&memloc::conv2d_grad_sqnorm_groups));
+}

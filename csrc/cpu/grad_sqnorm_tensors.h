@@ -1,0 +1,50 @@
+// Per-example gradient norms on the CPU: from tensors to a kernel's problem, and the kernels of this machine. Those are
+// in grad_sqnorm_kernels.inc, compiled once per instruction set (grad_sqnorm_*.cpp).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/grad_sqnorm_kernels.h"
+#include "grad_sqnorm.h"
+
+namespace memloc {
+
+// The best instruction set of this machine, or a lesser one that MEMLOC_CPU_CAPABILITY names.
+template <typename Source>
+GradSqnormKernels<Source> kernels() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  const char* const named = std::getenv("MEMLOC_CPU_CAPABILITY");
+  const std::string wanted = named != nullptr ? named : "";
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx512 && wanted != "avx2" && wanted != "baseline") return grad_sqnorm_avx512<Source>();
+  if (avx2 && wanted != "baseline") return grad_sqnorm_avx2<Source>();
+#endif
+  return grad_sqnorm_baseline<Source>();
+}
+
+template <typename Source>
+Operand<Source> operand(const torch::stable::Tensor& t) {
+  return {static_cast<const Source*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+template <typename Source>
+GradSqnormProblem<Source> problem_of(const torch::stable::Tensor& x, const torch::stable::Tensor& g,
+                                     const GradSqnormShape& s) {
+  return {operand<Source>(x), operand<Source>(g), s.groups, s.inputs, s.outputs, s.y, s.x};
+}
+
+// [batch, *, features] of a linear layer as [batch, features, 1, positions].
+inline torch::stable::Tensor image_of(const torch::stable::Tensor& t, const GradSqnormShape& s) {
+  const std::vector<int64_t> sizes{t.size(0), 1, s.x.size, t.size(-1)};
+  const torch::stable::Tensor rows = torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+  return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
+}
+
+}  // namespace memloc

@@ -1,0 +1,174 @@
+"""Per-example gradient norms together with the sums of the gradients over groups of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from memloc_ext.ops import _errors
+from memloc_ext.ops.grad_sqnorm import conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
+
+_linear = torch.ops.memloc_ext.linear_grad_sqnorm_groups.default
+_conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm_groups.default
+
+
+def linear_grad_sqnorm_groups(
+    input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor]:
+    r"""Return the norms of `linear_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
+
+    One pass on the CPU where that is cheaper (see ``Plan.fused``), else the norms and one weight gradient per group.
+    With a single group the sum is the gradient of the batch. Both results are detached.
+
+    Args:
+        input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
+        grad_output: Gradient of the loss by what it returned, ``[batch, *, out]``, of the same dtype.
+        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``.
+        num_groups: At least 1. A group without examples has the sum 0.
+
+    Returns:
+        ``[batch]`` and ``[num_groups, out, in]``; float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: If a shape, number or device breaks the above.
+        TypeError: If a dtype or a type does.
+    """
+    name, x, g = "linear_grad_sqnorm_groups", _detached(input), _detached(grad_output)
+    if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
+        norms = linear_grad_sqnorm(x, g)
+        _check_groups(name, x, group_ids, num_groups)
+        sums = norms.new_zeros(num_groups, g.shape[-1], x.shape[-1])
+        for k, rows_x, rows_g in _by_group(x, g, group_ids, num_groups):
+            torch.mm(rows_g.flatten(0, -2).to(sums.dtype).t(), rows_x.flatten(0, -2).to(sums.dtype), out=sums[k])
+        return norms, sums
+    return _errors.call(_linear, name, x, g, group_ids, num_groups)
+
+
+def conv2d_grad_sqnorm_groups(
+    input: Tensor,
+    grad_output: Tensor,
+    group_ids: Tensor,
+    num_groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the norms of `conv2d_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
+
+    As `linear_grad_sqnorm_groups`; the last five arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of
+    channels.
+
+    Args:
+        input: What the layer was given, ``[batch, in, height, width]``; any of four float dtypes, any strides.
+        grad_output: Gradient of the loss by what it returned, ``[batch, out, rows, columns]``, of the same dtype.
+        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``.
+        num_groups: At least 1. A group without examples has the sum 0.
+        kernel_size: Two numbers, at least 1.
+        stride: Two numbers, at least 1.
+        padding: Two numbers, at least 0; the padding is zeros.
+        dilation: Two numbers, at least 1.
+        groups: Divides ``in`` and ``out``.
+
+    Returns:
+        ``[batch]`` and ``[num_groups, out, in / groups, *kernel_size]``; float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: If a shape, number or device breaks the above.
+        TypeError: If a dtype or a type does.
+    """
+    name, x, g = "conv2d_grad_sqnorm_groups", _detached(input), _detached(grad_output)
+    geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
+    if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
+        norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
+        _check_groups(name, x, group_ids, num_groups)
+        sums = norms.new_zeros(num_groups, g.shape[1], x.shape[1] // groups, *kernel_size)
+        for k, rows_x, rows_g in _by_group(x, g, group_ids, num_groups):
+            operands = (rows_g.to(sums.dtype), rows_x.to(sums.dtype), sums[k], None)  # of the weight, the shape
+            settings = (*geometry[1:], False, [0, 0], groups, [False, True, False])
+            sums[k] = torch.ops.aten.convolution_backward(*operands, *settings)[1]
+        return norms, sums
+    return _errors.call(_conv2d, name, x, g, group_ids, num_groups, *geometry, groups)
+
+
+def _conv2d_is_fused(x: Tensor, g: Tensor, *geometry: object) -> bool:
+    try:
+        return plan_conv2d(x.shape[1], g.shape[1], x.shape[2:], *geometry).fused  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):  # no such convolution: the operator says why
+        return True
+
+
+def _may_compose(x: Tensor, g: Tensor) -> bool:
+    # The operator refuses what is wrong and knows what is empty. Rows of a group are a choice by values, which a graph
+    # of torch.compile cannot make.
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(g, Tensor):
+        return False
+    return x.ndim == g.ndim >= 2 and 0 not in (x.numel(), g.numel())
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _check_groups(name: str, x: Tensor, group_ids: object, num_groups: int) -> None:
+    if not isinstance(group_ids, Tensor):
+        raise TypeError(f"{name}: group_ids must be a tensor, got {group_ids}")
+    if group_ids.dtype != torch.int64:
+        raise TypeError(f"{name}: group_ids must have dtype int64, got {group_ids.dtype}")
+    if group_ids.shape != x.shape[:1]:
+        raise ValueError(f"{name}: group_ids must have shape {list(x.shape[:1])}, got {list(group_ids.shape)}")
+    if group_ids.device != x.device:
+        raise ValueError(f"{name}: group_ids must be on the device of input")
+    if num_groups < 1:
+        raise ValueError(f"{name}: num_groups must be at least 1, got {num_groups}")
+    outside = group_ids[(group_ids < 0) | (group_ids >= num_groups)]
+    if len(outside):
+        raise ValueError(f"{name}: group_ids must be in [0, {num_groups}), got {outside[0].item()}")
+
+
+def _by_group(x: Tensor, g: Tensor, group_ids: Tensor, num_groups: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield number, input and gradient of each group that has examples."""
+    if num_groups == 1:
+        yield 0, x, g
+        return
+    order = group_ids.argsort(stable=True)
+    for k, rows in enumerate(order.split(group_ids.bincount(minlength=num_groups).tolist())):
+        if len(rows):
+            yield k, x.index_select(0, rows), g.index_select(0, rows)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # what is no tensor, the operator refuses
+
+
+@torch.library.register_fake("memloc_ext::linear_grad_sqnorm_groups")
+def _(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    return _results(input, grad_output, group_ids, num_groups, grad_output.shape[-1], input.shape[-1])
+
+
+@torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm_groups")
+def _(
+    input: Tensor,
+    grad_output: Tensor,
+    group_ids: Tensor,
+    num_groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    sizes = (num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    return _results(input, grad_output, group_ids, *sizes)
+
+
+def _results(input: Tensor, grad_output: Tensor, group_ids: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("grad_output", grad_output), ("group_ids", group_ids)):
+        if input.device != tensor.device:
+            raise ValueError(f"grad_sqnorm_groups: {name} must be on {input.device} like input, got {tensor.device}")
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty(input.shape[0], dtype=dtype), input.new_empty(sizes, dtype=dtype)
