@@ -3,13 +3,16 @@
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.example_tied_dropout import MODES, RESCALES, ExampleTiedDropout, dropout_mode, set_dropout_mode
 from memloc_ext.nn.fixed_dropout import FixedDropout
+from memloc_ext.nn.gradient_accountant import Account, GradientAccountant
 from memloc_ext.nn.insert import insert_after, insert_example_tied_dropout
 
 __all__ = [
     "MODES",
     "RESCALES",
+    "Account",
     "ExampleTiedDropout",
     "FixedDropout",
+    "GradientAccountant",
     "current_example_ids",
     "dropout_mode",
     "example_ids",

@@ -1,0 +1,11 @@
+"""Per-example gradient norms and the gradients of groups of examples, of every parameter, in one backward pass.
+
+A model is run as it is. While an accountant is open, a `Session` sees every PyTorch function that is called; where a
+function gets a parameter, a rule (`linear`, `convolution`, ...) runs it as an autograd function of its own, whose
+backward knows the layer's input and the gradient of its output. From these it makes a `Use`: what one use of a
+parameter adds to every example's gradient. A `Run`, one backward pass, adds up the uses.
+"""
+
+from memloc_ext.nn.gradient_accountant.accountant import Account, GradientAccountant
+
+__all__ = ["Account", "GradientAccountant"]

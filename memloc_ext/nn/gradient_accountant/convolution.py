@@ -1,0 +1,109 @@
+"""Convolutions of one, two and three dimensions, transposed ones too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
+from memloc_ext.nn.gradient_accountant.run import Weight
+from memloc_ext.nn.gradient_accountant.session import Session, examples_first
+from memloc_ext.nn.gradient_accountant.uses import ConvolutionUse, Rows
+
+_DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+
+
+class Convolution(Rule):
+    """A convolution of ``[batch, channels, *]``; the examples are always in dimension 0.
+
+    Args:
+        session: See `Rule`.
+        weights: Of input, weight and bias.
+        dtype: That it is computed in.
+        settings: stride, padding, dilation, transposed, output_padding, groups, as of ``aten::convolution``.
+    """
+
+    def __init__(
+        self, session: Session, weights: Sequence[Weight | None], dtype: torch.dtype, settings: tuple[Any, ...]
+    ) -> None:
+        super().__init__(session, weights)
+        self.dtype, self.settings = dtype, settings
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        x, w = input.to(self.dtype), weight.to(self.dtype)
+        b = None if bias is None else bias.to(self.dtype)
+        out = torch.ops.aten.convolution(x, w, b, *self.settings)
+        return out, (x, w)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, w = saved
+        stride, padding, dilation, transposed, output_padding, groups = self.settings
+        grad_input = grad_weight = grad_bias = None
+        if needs[0]:
+            outputs = [True, False, False]
+            grad_input = torch.ops.aten.convolution_backward(grad, x, w, None, *self.settings, outputs)[0]
+        run = self.session.run
+        batch = len(x) if run is None else run.batch
+        if needs[1]:
+            images = examples_first(x, batch, 0, w.dim() - 1, self.name(1))
+            repeats = images.shape[1] if images.dim() > x.dim() else 1
+            geometry = (stride, padding, dilation, groups, transposed, output_padding, repeats)
+            grad_weight = self.record(1, ConvolutionUse(x, grad, w.shape, *geometry))
+        if needs[2]:
+            rows = grad.flatten(2).sum(2)
+            grad_bias = self.record(2, Rows(rows if len(rows) == batch else rows.unflatten(0, (batch, -1)).sum(1)))
+        return grad_input, grad_weight, grad_bias
+
+
+def convolution(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``conv1d``, ``conv2d`` and ``conv3d`` of `torch.nn.functional`."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    input, weight, bias = given["input"], given["weight"], given.get("bias")
+    n = _DIMENSIONS[func.__name__]
+    stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
+    padding = given.get("padding", 0)
+    if not _accountable(session, input, weight, bias, n):
+        return NotImplemented
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        missing = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        input = F.pad(input, [side for total in reversed(missing) for side in (0, total % 2)])
+        padding = [total // 2 for total in missing]
+    settings = (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1))
+    return _run(session, input, weight, bias, settings)
+
+
+def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``conv_transpose1d``, ``conv_transpose2d`` and ``conv_transpose3d``."""
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    n = _DIMENSIONS[func.__name__.replace("_transpose", "")]
+    input, weight, bias = given["input"], given["weight"], given.get("bias")
+    if not _accountable(session, input, weight, bias, n):
+        return NotImplemented
+    stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
+    extra, padding = _each(given.get("output_padding", 0), n), _each(given.get("padding", 0), n)
+    return _run(session, input, weight, bias, (stride, padding, dilation, True, extra, given.get("groups", 1)))
+
+
+def _accountable(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> bool:
+    unknown = any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias))
+    return not unknown and input.dim() == n + 2 and session.weight(input) is None
+
+
+def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Any:
+    session.see(input)
+    weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
+    return Convolution(session, weights, autocast_dtype(input), settings)(input, weight, bias)
+
+
+def _each(value: Any, n: int) -> list[int]:
+    return [value] * n if isinstance(value, int) else list(value) * (n if len(value) == 1 else 1)

@@ -1,0 +1,35 @@
+"""Which function is handled by which rule: the one list of what is covered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from memloc_ext.nn.gradient_accountant.attention import attention
+from memloc_ext.nn.gradient_accountant.broadcast import ELEMENTWISE, broadcast, expand
+from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
+from memloc_ext.nn.gradient_accountant.embedding import embedding, getitem
+from memloc_ext.nn.gradient_accountant.linear import addmm, linear, matmul
+from memloc_ext.nn.gradient_accountant.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from memloc_ext.nn.gradient_accountant.session import Handler
+
+HANDLERS: dict[Any, Handler] = {
+    F.linear: linear,
+    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm"), matmul),
+    "addmm": addmm,
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution_transposed),
+    F.embedding: embedding,
+    "__getitem__": getitem,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.rms_norm: rms_norm,
+    F.multi_head_attention_forward: attention,
+    **dict.fromkeys(ELEMENTWISE, broadcast),
+    **dict.fromkeys(("expand", "expand_as", "repeat"), expand),
+}
+"""Function, or the name of a function and of the tensor method that does the same, to its handler."""

@@ -1,0 +1,97 @@
+"""Linear layers, and matrix products with a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
+from memloc_ext.nn.gradient_accountant.run import Weight
+from memloc_ext.nn.gradient_accountant.session import Session, examples_first
+from memloc_ext.nn.gradient_accountant.uses import LinearUse, Rows
+
+
+class Linear(Rule):
+    """``input @ weight.T + bias``.
+
+    Args:
+        session: See `Rule`.
+        weights: Of input, weight and bias.
+        dtype: That the product is computed in.
+        transposed: The weight is ``[in, out]``.
+    """
+
+    def __init__(
+        self, session: Session, weights: Sequence[Weight | None], dtype: torch.dtype, transposed: bool = False
+    ) -> None:
+        super().__init__(session, weights)
+        self.dtype, self.transposed = dtype, transposed
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        x, w = input.to(self.dtype), weight.to(self.dtype)
+        b = None if bias is None else bias.to(self.dtype)
+        out = F.linear(x, w.t() if self.transposed else w, b)
+        return out, (x if self.weights[1] else None, w if input.requires_grad else None)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, w = saved
+        grad_input = grad_weight = grad_bias = None
+        if needs[0]:
+            grad_input = grad @ (w.t() if self.transposed else w)
+        g = self._split(grad)
+        if needs[1]:
+            pair = (self._split(x), g)
+            grad_weight = self.record(1, LinearUse(*(reversed(pair) if self.transposed else pair)))
+        if needs[2]:
+            grad_bias = self.record(2, Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g))
+        return grad_input, grad_weight, grad_bias
+
+    def _split(self, t: Tensor) -> Tensor:
+        run = self.session.run
+        if run is None:
+            return t[None]
+        return examples_first(t, run.batch, self.batch_dim, 1, self.name(1))
+
+
+def linear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.linear`."""
+    input, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    return _run(session, input, weight, bias)
+
+
+def matmul(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle the product of activations with a parameter ``[in, out]``."""
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    input, weight = reversed(args) if func.__name__ == "__rmatmul__" else args
+    return _run(session, input, weight, None, transposed=True)
+
+
+def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``bias + input @ weight`` with a weight ``[in, out]``."""
+    if len(args) != 3 or kwargs or args[0].dim() != 1:
+        return NotImplemented
+    bias, input, weight = args
+    return _run(session, input, weight, bias, transposed=True)
+
+
+def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
+    weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
+    parameters = (weight, bias)
+    if session.weight(input) is not None or weight.dim() != 2 or input.dim() < 2:
+        return NotImplemented
+    for t, known in zip(parameters, weights[1:], strict=True):
+        if t is not None and t.requires_grad and known is None:  # computed from parameters: as if nobody looked
+            return NotImplemented
+    session.see(input)
+    return Linear(session, weights, autocast_dtype(input), transposed)(input, weight, bias)
+
+
+def _bind(names: Sequence[str], args: Any, kwargs: Any) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

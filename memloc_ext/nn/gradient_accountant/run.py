@@ -1,0 +1,150 @@
+"""One backward pass: adds up the uses of every parameter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.nn.gradient_accountant.uses import Rows, Use, accumulated, combined_sqnorm
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or a view of it: a slice, a transposed one, a part of a split one.
+
+    Attributes:
+        parameter: What is trained.
+        tensor: What the function was given.
+    """
+
+    parameter: nn.Parameter
+    tensor: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether no view was taken."""
+        return self.tensor is self.parameter
+
+    def inside(self, parameter_like: Tensor) -> Tensor:
+        """Return the view, taken of a contiguous tensor of the parameter's shape."""
+        offset = parameter_like.storage_offset() + self.tensor.storage_offset() - self.parameter.storage_offset()
+        return parameter_like.as_strided(self.tensor.shape, self.tensor.stride(), offset)
+
+
+class Run:
+    """One backward pass.
+
+    Args:
+        batch: Number of examples.
+        group_ids: Group of each, ``[batch]``, int64, or None.
+        num_groups: Number of groups.
+        weight_grads: Whether parameters get gradients.
+        calls: How often the forward pass used each parameter, by its ``id``.
+    """
+
+    def __init__(
+        self, batch: int, group_ids: Tensor | None, num_groups: int, weight_grads: bool, calls: Mapping[int, int]
+    ) -> None:
+        self.batch, self.group_ids, self.num_groups, self.weight_grads = batch, group_ids, num_groups, weight_grads
+        self.sqnorm: dict[int, Tensor] = {}
+        self.group_grad: dict[int, Tensor] = {}
+        self._calls = calls
+        self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
+
+    def record(self, weight: Weight, use: Use) -> Tensor | None:
+        """Take note of a use; return the gradient of the whole batch, or None where no parameter gets any.
+
+        The norm of a parameter that the forward pass used once is computed here. The uses of another are held, with
+        the tensors they are made of, until all of them are known.
+        """
+        key = id(weight.parameter)
+        alone = (
+            self._calls.get(key) == 1 and key not in self.sqnorm and weight.tensor.numel() == weight.parameter.numel()
+        )
+        gradient = None
+        if self.weight_grads and (alone or self.group_ids is not None):
+            ids = self.group_ids
+            if ids is None:
+                ids = torch.zeros(self.batch, dtype=torch.int64, device=use.device)
+            sqnorm, groups = use.sqnorm_and_groups(ids, self.num_groups)
+            gradient = groups.sum(0) if self.num_groups > 1 else groups[0]
+            if self.group_ids is not None:
+                self._add_groups(weight, groups)
+            if alone:
+                self.sqnorm[key] = sqnorm
+        elif self.weight_grads:
+            gradient = use.total()
+        elif alone:
+            self.sqnorm[key] = use.sqnorm()
+        if not alone:
+            self._held[key].append((weight, use))
+        return None if gradient is None else gradient.to(weight.tensor.dtype)
+
+    def finish(self) -> None:
+        """Compute the norms of the parameters whose uses were held."""
+        for key, uses in self._held.items():
+            self.sqnorm[key] = _held_sqnorm(uses)
+        self._held.clear()
+
+    def add_example(self, parameter: nn.Parameter, example: int, gradient: Tensor) -> None:
+        """Take note of the gradient of one example, ``[*parameter.shape]``."""
+        key, dtype = id(parameter), accumulated(parameter.dtype)
+        if key not in self.sqnorm:
+            self.sqnorm[key] = torch.zeros(self.batch, dtype=dtype, device=gradient.device)
+        self.sqnorm[key][example] = torch.linalg.vector_norm(gradient, dtype=dtype).square()
+        if self.weight_grads and self.group_ids is not None:
+            self._groups_of(parameter).index_add_(0, self.group_ids[example : example + 1], gradient[None].to(dtype))
+
+    def _groups_of(self, parameter: nn.Parameter) -> Tensor:
+        key = id(parameter)
+        if key not in self.group_grad:
+            shape, dtype = (self.num_groups, *parameter.shape), accumulated(parameter.dtype)
+            self.group_grad[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        return self.group_grad[key]
+
+    def _add_groups(self, weight: Weight, groups: Tensor) -> None:
+        key = id(weight.parameter)
+        if weight.whole and key not in self.group_grad:
+            self.group_grad[key] = groups
+            return
+        for total, part in zip(self._groups_of(weight.parameter), groups, strict=True):
+            weight.inside(total).add_(part)
+
+
+class Silent(Run):
+    """A backward pass in which no parameter covered gets a gradient or a norm."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(batch, None, 1, False, {})
+
+    def record(self, weight: Weight, use: Use) -> Tensor | None:
+        """Take no note."""
+        return None
+
+
+def _held_sqnorm(uses: list[tuple[Weight, Use]]) -> Tensor:
+    """Return the squared norm of the sum of uses of views of one parameter; views that do not overlap just add up."""
+    places: dict[tuple[object, ...], list[Use]] = defaultdict(list)
+    views: dict[tuple[object, ...], Weight] = {}
+    for weight, use in uses:
+        place = (weight.tensor.shape, weight.tensor.stride(), weight.tensor.storage_offset())
+        places[place].append(use)
+        views[place] = weight
+    parameter = uses[0][0].parameter
+    touched = torch.zeros(parameter.shape, dtype=torch.int8)
+    for weight in views.values():
+        weight.inside(touched).add_(1)
+    if len(places) == 1 or not (touched > 1).any():
+        return torch.stack([combined_sqnorm(uses) for uses in places.values()]).sum(0)
+    batch, dtype = uses[0][1].batch, uses[0][1].dtype
+    norms = torch.zeros(batch, dtype=dtype, device=parameter.device)
+    for example in range(batch):
+        gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        for weight, use in uses:
+            weight.inside(gradient).add_(use.gradients(example, example + 1)[0])
+        norms[example] = Rows(gradient[None]).sqnorm()[0]
+    return norms

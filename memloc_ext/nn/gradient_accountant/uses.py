@@ -1,0 +1,304 @@
+"""What one use of a parameter adds to each example's gradient, in the cheapest form that gives norms and sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from memloc_ext import ops
+
+_Geometry = tuple[list[int], list[int], list[int], list[int]]
+BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
+
+
+class Use:
+    """One use of a parameter, or of a view of it, by a batch.
+
+    Attributes:
+        batch: Number of examples.
+        shape: Of the parameter or view.
+        dtype: That gradients are added up in: float64 for float64, else float32.
+        device: Of the gradients.
+    """
+
+    batch: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """Return the gradients of examples ``begin`` to ``end``, ``[end - begin, *shape]``."""
+        raise NotImplementedError
+
+    def total(self) -> Tensor:
+        """Return the sum over the examples, ``[*shape]``."""
+        raise NotImplementedError
+
+    def sqnorm(self) -> Tensor:
+        """Return the squared norm of each example's gradient, ``[batch]``."""
+        return materialised_sqnorm([self])
+
+    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Return `sqnorm` and the sum over the examples of each group, ``[num_groups, *shape]``."""
+        groups = torch.zeros(num_groups, *self.shape, dtype=self.dtype, device=self.device)
+        for begin, end in chunks(self.batch, self.shape, self.dtype):
+            groups.index_add_(0, group_ids[begin:end], self.gradients(begin, end))
+        return self.sqnorm(), groups
+
+
+class Rows(Use):
+    """Gradients that are small enough to be there, as those of a bias or of a normalisation are.
+
+    Args:
+        gradients: ``[batch, *shape]``.
+    """
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.rows = gradients
+        self.batch, self.shape = len(gradients), gradients.shape[1:]
+        self.dtype, self.device = accumulated(gradients.dtype), gradients.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        return self.rows[begin:end].to(self.dtype)
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self.rows.sum(0)
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        return torch.linalg.vector_norm(self.rows.flatten(1), dim=1, dtype=self.dtype).square()
+
+
+class LinearUse(Use):
+    """A linear layer's weight ``[out, in]``.
+
+    Args:
+        input: ``[batch, *, in]``.
+        grad_output: ``[batch, *, out]``, of the same dtype.
+    """
+
+    def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+        self.input, self.grad_output = input, grad_output
+        self.batch, self.shape = len(input), torch.Size((grad_output.shape[-1], input.shape[-1]))
+        self.dtype, self.device = accumulated(input.dtype), input.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
+        return g.transpose(1, 2) @ x
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self.grad_output.flatten(0, -2).t() @ self.input.flatten(0, -2)
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        return ops.linear_grad_sqnorm(self.input, self.grad_output)
+
+    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """See `Use`."""
+        return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, group_ids, num_groups)
+
+
+class ConvolutionUse(Use):
+    """A convolution's weight; see `torch.nn.functional.conv2d` and its like.
+
+    Args:
+        input: ``[batch, in, *]`` with one, two or three dimensions of pixels.
+        grad_output: ``[batch, out, *]``, of the same dtype.
+        shape: Of the weight.
+        stride: A number per dimension of pixels, as are ``padding``, ``dilation`` and ``output_padding``.
+        padding: See ``stride``.
+        dilation: See ``stride``.
+        groups: Divides the channels.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        repeats: Images of an example, one behind the other.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        grad_output: Tensor,
+        shape: torch.Size,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        transposed: bool = False,
+        output_padding: Sequence[int] = (),
+        repeats: int = 1,
+    ) -> None:
+        self.input, self.grad_output = input, grad_output
+        self.geometry = list(stride), list(padding), list(dilation)
+        self.groups, self.transposed, self.output_padding = (
+            groups,
+            transposed,
+            list(output_padding) or [0] * len(stride),
+        )
+        self.repeats = repeats
+        self.batch, self.shape = len(input) // repeats, shape
+        self.dtype, self.device = accumulated(input.dtype), input.device
+
+    def _weight_gradient(self, input: Tensor, grad_output: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+        weight = input.new_empty(1).expand(shape)  # only its shape is read
+        stride, padding, dilation = self.geometry
+        settings = (stride, padding, dilation, self.transposed, self.output_padding, groups)
+        return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *settings, [False, True, False])[1]
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """Return each example's gradient, as one convolution whose groups are the examples."""
+        images = slice(begin * self.repeats, end * self.repeats)
+        x, g = self.input[images].to(self.dtype), self.grad_output[images].to(self.dtype)
+        n = len(x)
+        merged = self._weight_gradient(
+            x.flatten(0, 1)[None], g.flatten(0, 1)[None], (n * self.shape[0], *self.shape[1:]), n * self.groups
+        )
+        return merged.reshape(n // self.repeats, self.repeats, *self.shape).sum(1)
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self._weight_gradient(self.input, self.grad_output, self.shape, self.groups)
+
+    def _planar(self) -> tuple[Tensor, Tensor, _Geometry] | None:
+        """Return input, gradient and (kernel size, stride, padding, dilation) of an equal 2-d convolution."""
+        if self.transposed or self.input.dim() > 4 or self.repeats > 1:
+            return None
+        x, g, kernel, geometry = self.input, self.grad_output, list(self.shape[2:]), self.geometry
+        if x.dim() == 3:
+            x, g = x.unsqueeze(2), g.unsqueeze(2)
+            stride, padding, dilation = geometry
+            kernel, geometry = [1, *kernel], ([1, *stride], [0, *padding], [1, *dilation])
+        return x, g, (kernel, *geometry)
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        planar = self._planar()
+        if planar is None:
+            return super().sqnorm()
+        x, g, geometry = planar
+        return ops.conv2d_grad_sqnorm(x, g, *geometry, self.groups)
+
+    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """See `Use`."""
+        planar = self._planar()
+        if planar is None:
+            return super().sqnorm_and_groups(group_ids, num_groups)
+        x, g, geometry = planar
+        sqnorm, groups = ops.conv2d_grad_sqnorm_groups(x, g, group_ids, num_groups, *geometry, self.groups)
+        return sqnorm, groups.reshape(num_groups, *self.shape)
+
+
+class EmbeddingUse(Use):
+    """Rows of a table ``[num, dim]``; a linear layer of one-hot inputs.
+
+    Args:
+        indices: ``[batch, *]``, int64.
+        grad_output: ``[batch, *, dim]``.
+        num: Rows of the table.
+        padding_idx: A row that gets no gradient, or a negative number.
+    """
+
+    def __init__(self, indices: Tensor, grad_output: Tensor, num: int, padding_idx: int) -> None:
+        self.indices = indices.flatten(1).long() if indices.dim() > 1 else indices.long()[:, None]
+        self.dtype, self.device = accumulated(grad_output.dtype), grad_output.device
+        self.grad_output = grad_output.reshape(*self.indices.shape, grad_output.shape[-1])
+        if padding_idx >= 0:
+            self.grad_output = self.grad_output * (self.indices != padding_idx)[..., None]
+        self.batch, self.shape = len(indices), torch.Size((num, grad_output.shape[-1]))
+
+    def _sums(self, keys: Tensor, num: int) -> Tensor:
+        rows = self.grad_output.flatten(0, 1).to(self.dtype)
+        return rows.new_zeros(num, self.shape[1]).index_add_(0, keys.flatten(), rows)
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        part = EmbeddingUse(self.indices[begin:end], self.grad_output[begin:end], self.shape[0], -1)
+        first = torch.arange(end - begin, device=self.device)[:, None] * self.shape[0]
+        return part._sums(part.indices + first, (end - begin) * self.shape[0]).reshape(-1, *self.shape)
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self._sums(self.indices, self.shape[0])
+
+    def sqnorm(self) -> Tensor:
+        """Return the squared norms: the gradients of equal indices of an example are added up, and only those rows."""
+        first = torch.arange(self.batch, device=self.device)[:, None] * self.shape[0]
+        present, keys = torch.unique(self.indices + first, return_inverse=True)
+        squares = self._sums(keys, len(present)).square().sum(1)
+        return squares.new_zeros(self.batch).index_add_(
+            0, present.div(max(1, self.shape[0]), rounding_mode="floor"), squares
+        )
+
+    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """See `Use`."""
+        groups = self._sums(self.indices + group_ids[:, None] * self.shape[0], num_groups * self.shape[0])
+        return self.sqnorm(), groups.reshape(num_groups, *self.shape)
+
+
+def combined_sqnorm(uses: Sequence[Use]) -> Tensor:
+    """Return the squared norm of each example's gradient of one parameter that was used several times, ``[batch]``.
+
+    Cross terms are included: the uses of a linear layer are concatenated over their positions, and so are those of an
+    embedding; between a linear layer and an embedding of the same table, row ``i`` of the one meets index ``i`` of the
+    other. Anything else is materialised, a few examples at a time.
+    """
+    if len(uses) == 1:
+        return uses[0].sqnorm()
+    linear = [use for use in uses if isinstance(use, LinearUse)]
+    lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
+    if len(linear) + len(lookups) < len(uses) or len({use.dtype for use in uses}) > 1:
+        return materialised_sqnorm(uses)
+    norms = uses[0].sqnorm().new_zeros(uses[0].batch)
+    x = g = None
+    if linear:
+        dtype = torch.promote_types(linear[0].input.dtype, linear[-1].input.dtype)
+        x, g = (
+            torch.cat([_positions(getattr(use, name)).to(dtype) for use in linear], 1)
+            for name in ("input", "grad_output")
+        )
+        norms += ops.linear_grad_sqnorm(x, g)
+    if lookups:
+        rows = torch.cat([use.grad_output.to(use.dtype) for use in lookups], 1)
+        indices = torch.cat([use.indices for use in lookups], 1)
+        norms += EmbeddingUse(indices, rows, lookups[0].shape[0], -1).sqnorm()
+        if x is not None and g is not None:
+            for begin, end in chunks(len(x), (indices.shape[1], x.shape[1]), rows.dtype):
+                meeting = rows[begin:end] @ x[begin:end].to(rows.dtype).transpose(1, 2)  # [n, tokens, positions]
+                index = indices[begin:end, None, :].expand(-1, x.shape[1], -1)
+                weights = g[begin:end].gather(2, index).transpose(1, 2).to(rows.dtype)
+                norms[begin:end] += 2 * (meeting * weights).sum((1, 2)).to(norms.dtype)
+    return norms.clamp_(min=0)  # the cross term cancels, down to rounding below zero
+
+
+def materialised_sqnorm(uses: Sequence[Use]) -> Tensor:
+    """Return the squared norms of the sums of the uses' gradients, ``[batch]``, a few examples at a time."""
+    first = uses[0]
+    norms = torch.zeros(first.batch, dtype=first.dtype, device=first.device)
+    for begin, end in chunks(first.batch, first.shape, first.dtype):
+        gradient = first.gradients(begin, end)
+        for use in uses[1:]:
+            gradient = gradient + use.gradients(begin, end)
+        norms[begin:end] = gradient.flatten(1).square().sum(1)
+    return norms
+
+
+def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype, budget: int = BUDGET) -> Iterator[tuple[int, int]]:
+    """Yield ranges of examples whose tensors of ``shape`` fit into so many bytes, at least one example each."""
+    step = max(1, budget // max(1, math.prod(shape) * dtype.itemsize))
+    for begin in range(0, batch, step):
+        yield begin, min(batch, begin + step)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that sums of ``dtype`` are formed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _positions(t: Tensor) -> Tensor:
+    return t.reshape(len(t), -1, t.shape[-1])
