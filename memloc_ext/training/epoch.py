@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from memloc_ext.data.split import Split
 from memloc_ext.nn.example_ids import example_ids
+from memloc_ext.training.backward import Backward
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.schedules import SCHEDULES
 
@@ -49,6 +50,7 @@ def train_epoch(
     config: TrainConfig,
     epoch: int,
     generator: torch.Generator,
+    backward: Backward,
 ) -> dict[str, float]:
     """Run one step of the optimizer for each batch of the split, inside ``memloc_ext.example_ids``.
 
@@ -60,6 +62,7 @@ def train_epoch(
         config: Batch size, learning rate, schedule, precision; and ``epochs``, which the schedule is spread over.
         epoch: Number of this epoch, from 1 to ``config.epochs``.
         generator: Shuffles the examples.
+        backward: Computes the gradients of each batch; its ``start`` and ``finish`` are not called here.
 
     Returns:
         ``loss``: cross-entropy, mean over the examples of the epoch, each before the step of its batch;
@@ -80,10 +83,12 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        with example_ids(ids):
+        with example_ids(ids), backward.batch():
             with autocast:
                 loss = F.cross_entropy(forward(inputs).float(), labels)
-            scaler.scale(loss).backward()
+            # the scale as a tensor, since get_scale waits for the device
+            scale = scaler.scale(loss.new_ones(())) if scaler.is_enabled() else None
+            backward.run(scaler.scale(loss), ids, scale)
         value = loss.item()  # after backward is launched, so that the device does not idle
         if not math.isfinite(value):
             raise FloatingPointError(f"train: loss must be finite, got {value} in epoch {epoch}, batch {batch}")

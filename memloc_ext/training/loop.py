@@ -12,6 +12,7 @@ from torch import nn
 
 from memloc_ext.data.split import Split
 from memloc_ext.nn.training_flags import kept_training_flags
+from memloc_ext.training.backward import Backward
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import epoch_rng, train_epoch
@@ -29,6 +30,7 @@ def train(
     *,
     checkpoints: str | Path,
     evaluate: Evaluate | None = None,
+    backward: Backward | None = None,
     progress: bool = True,
     tensorboard: str | Path | None = None,
 ) -> list[dict[str, float]]:
@@ -47,6 +49,7 @@ def train(
         config: How to train.
         checkpoints: Folder of the ``epoch_<number>.pt``; created if missing.
         evaluate: Called with ``model`` in evaluation mode at the start and after each epoch; returns numbers by name.
+        backward: Takes the place of the plain backward pass, to look at the gradients.
         progress: Show a bar of the epochs if the standard error output is a terminal.
         tensorboard: Folder to log every record to.
 
@@ -55,13 +58,17 @@ def train(
         ``loss`` and ``learning_rate`` (see `train_epoch`).
 
     Raises:
-        ValueError: If the model is on another device, the split is empty, ``evaluate`` uses one of those names, or the
-            newest checkpoint is damaged or comes from another config, model or split; no file changes then.
+        ValueError: If the model is on another device, or compiled although ``backward`` is given, the split is empty,
+            ``evaluate`` uses one of those names, or the newest checkpoint is damaged or comes from another config,
+            model or split; no file changes then.
         FloatingPointError: If the loss or a weight is no longer finite; the checkpoints before stay.
         ImportError: If ``progress`` or ``tensorboard`` needs a package that is not installed.
     """
     original = getattr(model, "_orig_mod", model)  # of a compiled model, whose own state dict has other names
     _check_place(original, split)
+    if backward is not None and (config.compile or model is not original):
+        raise ValueError("train: model must not be compiled if backward is given, which needs the calls of its modules")
+    backward = backward or Backward()
     checkpoints, device, data = Path(checkpoints), split.device, digest(split)
     forward = torch.compile(original) if config.compile else model
     optimizer = torch.optim.SGD(
@@ -83,8 +90,10 @@ def train(
             with epoch_rng(config.seed, epoch, device) as generator:
                 if epoch > 0:
                     original.train()
-                    record |= train_epoch(forward, split, optimizer, scaler, config, epoch, generator)
+                    backward.start(epoch)
+                    record |= train_epoch(forward, split, optimizer, scaler, config, epoch, generator, backward)
                     _check_finite(original, epoch)
+                    backward.finish(epoch)
                 if evaluate is not None:
                     original.eval()
                     record |= _numbers(evaluate(model))
