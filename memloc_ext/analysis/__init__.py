@@ -1,5 +1,23 @@
 """The paper's methods: each takes a model and data and returns a typed result."""
 
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_by_mode
+from memloc_ext.analysis.gradient_accounting import (
+    EpochAccount,
+    GradientAccounting,
+    GroupAccount,
+    ParameterAccount,
+    gradient_accounting,
+)
+from memloc_ext.analysis.roc import roc_auc
 
-__all__ = ["Accuracy", "accuracy", "accuracy_by_mode"]
+__all__ = [
+    "Accuracy",
+    "EpochAccount",
+    "GradientAccounting",
+    "GroupAccount",
+    "ParameterAccount",
+    "accuracy",
+    "accuracy_by_mode",
+    "gradient_accounting",
+    "roc_auc",
+]
