@@ -1,0 +1,183 @@
+"""A training that keeps an account trains as without, and an interrupted one leaves the same files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
+from memloc_ext.accounting_files import account_path, load_account
+from memloc_ext.data import Split, digits, with_label_noise
+from memloc_ext.models import lenet
+from memloc_ext.training import TrainConfig, list_checkpoints, load_checkpoint, train
+from memloc_ext.training.epoch import epoch_rng
+
+CONFIG = TrainConfig(epochs=3, batch_size=16, learning_rate=0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    """40 digits with label noise, whose numbers in the data set are not their rows."""
+    return with_label_noise(digits(), 0.2).train.subset(torch.arange(1240, 1200, -1))
+
+
+class Exact(nn.Module):
+    """A LeNet in float64, in which rounding is no matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.lenet = lenet(10, 1, 8).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lenet(x.double())
+
+
+def build() -> nn.Module:
+    return Exact().lenet.float()
+
+
+def run(folder: Path, split: Split, config: TrainConfig = CONFIG, model: nn.Module | None = None) -> nn.Module:
+    model = model or Exact()
+    backward = AccountedBackward(model, split, folder / "accounting")
+    train(model, split, config, checkpoints=folder / "checkpoints", backward=backward, progress=False)
+    write_accounting_tables(folder, config.epochs)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unbroken(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder, split)
+    return folder
+
+
+def accounts(folder: Path) -> dict[str, bytes]:
+    files = [*(folder / "accounting").iterdir(), *folder.glob("accounting*.*")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_ends_with_the_weights_of_a_training_without(split: Split, unbroken: Path, tmp_path: Path) -> None:
+    plain = Exact()
+    train(plain, split, CONFIG, checkpoints=tmp_path, progress=False)
+    torch.testing.assert_close(load_checkpoint(list_checkpoints(unbroken / "checkpoints")[3]).model, plain.state_dict())
+
+
+def test_accounts_the_batches_of_the_training_itself(split: Split, unbroken: Path) -> None:
+    """The first batch of the second epoch, from the checkpoint before it, without an accountant."""
+    model = Exact()
+    model.load_state_dict(load_checkpoint(list_checkpoints(unbroken / "checkpoints")[1]).model)
+    with epoch_rng(CONFIG.seed, 2, split.device) as generator:
+        inputs, labels, ids = next(split.batches(CONFIG.batch_size, generator))
+    account = load_account(account_path(unbroken / "accounting", 2))
+    for row, number in enumerate(ids):
+        loss = F.cross_entropy(model(inputs[row : row + 1]).float(), labels[row : row + 1])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.cat([value.flatten() for value in gradients]).norm()
+        place = (split.indices == number).nonzero().item()
+        torch.testing.assert_close(account.total_norms[place], norm.float())
+
+
+def test_every_epoch_has_a_file_and_its_rows(unbroken: Path) -> None:
+    tables = {f"{name}.{ending}" for name in ("accounting", "accounting_parameters") for ending in ("csv", "json")}
+    assert accounts(unbroken).keys() == {f"accounting/epoch_00{epoch}.npz" for epoch in (1, 2, 3)} | tables
+    rows = json.loads((unbroken / "accounting.json").read_text())
+    assert [(row["epoch"], row["group"]) for row in rows] == [
+        (epoch, group) for epoch in (1, 2, 3) for group in ("lenet", "(model)")
+    ]
+    assert len(json.loads((unbroken / "accounting_parameters.json").read_text())) == 3 * 10
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5])
+def test_an_interrupted_training_leaves_the_same_files(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, precision: str
+) -> None:
+    """Interrupted in place of one of its files: checkpoint 0, account 1, checkpoint 1, account 2, checkpoint 2."""
+    config = TrainConfig(epochs=2, batch_size=16, learning_rate=0.05, precision=precision)
+    run(tmp_path / "unbroken", split, config, build())
+    replace, left = os.replace, [calls]
+
+    def interrupt(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    broken = tmp_path / "broken"
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, split, config, build())
+    assert len(list(broken.glob("accounting/*.npz"))) == (calls - 1) // 2
+    assert len(list_checkpoints(broken / "checkpoints")) == calls // 2
+    run(broken, split, config, build())
+    assert accounts(broken) == accounts(tmp_path / "unbroken")
+
+
+def test_an_account_is_written_before_its_checkpoint(split: Split, tmp_path: Path, monkeypatch) -> None:
+    written, replace = [], os.replace
+
+    def note(source, target) -> None:
+        written.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    run(tmp_path, split)
+    per_epoch = [f"epoch_00{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "pt")]
+    assert written[:7] == ["epoch_000.pt", *per_epoch]
+
+
+def test_a_missing_account_is_named(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken / "accounting", tmp_path / "accounting")
+    (tmp_path / "accounting" / "epoch_002.npz").unlink()
+    with pytest.raises(ValueError, match=r"epoch_002\.npz is missing; delete the checkpoints from epoch 2 on"):
+        write_accounting_tables(tmp_path, 3)
+
+
+def test_float16_is_as_accurate_as_plain_float16(split: Split, tmp_path: Path) -> None:
+    inputs, labels, _ = split.batch(torch.arange(len(split)))
+    scaler = torch.amp.GradScaler("cpu")
+
+    def plain(model: nn.Module, mixed: bool) -> Tensor:
+        norms = []
+        for row in range(len(split)):
+            with torch.autocast("cpu", torch.float16, enabled=mixed):
+                loss = F.cross_entropy(model(inputs[row : row + 1]).float(), labels[row : row + 1])
+            gradients = torch.autograd.grad(scaler.scale(loss), list(model.parameters()))
+            norms.append(torch.cat([value.flatten() for value in gradients]).norm() / scaler.get_scale())
+        return torch.stack(norms)
+
+    config = TrainConfig(epochs=1, batch_size=len(split), precision="float16")
+    run(tmp_path, split, config, build())
+    actual = load_account(account_path(tmp_path / "accounting", 1)).total_norms
+    exact = plain(Exact(), mixed=False)
+    eager_error = (plain(build(), mixed=True) - exact).abs().max()
+    assert (actual - exact).abs().max() <= 2 * eager_error
+
+
+def test_the_cost_is_measured_on_a_copy(split: Split, tmp_path: Path) -> None:
+    model = build().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    cost = accounting_cost(model, split, CONFIG)
+    assert all(value > 0 for value in cost.values())
+    assert cost["pairs"] >= 3
+    assert cost["ratio"] > cost["step_ratio"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
