@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NAMES: dict[str, str] = {
@@ -27,7 +28,7 @@ COLUMNS = {
     "noisy_true": "memorized examples, true label",
     "test": "test examples",
 }
-_COLORS = {"clean": "#4c78a8", "noisy": "#e45756", "noisy_true": "#f2a541", "test": "#54a24b"}
+COLORS = {"clean": "#4c78a8", "noisy": "#e45756", "noisy_true": "#f2a541", "test": "#54a24b"}
 
 
 def percent(value: float | None) -> str:
@@ -42,15 +43,31 @@ def row_name(row: Mapping[str, Any]) -> str:
     return f"{name}, {mode}" if mode else name
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of that size in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib; run: pip install 'memloc_ext[study]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def epoch_axis(axes: Axes) -> None:
+    """Name the horizontal axis, whose values are whole epochs, and take away the lines that bear no scale."""
+    axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the table as bars: a group per model and mode, a bar per kind of example, accuracy in percent."""
-    figure = _figure(9, 0.62 * len(rows) + 1.4)
+    figure = new_figure(9, 0.62 * len(rows) + 1.4)
     axes = figure.add_subplot()
     height = 0.8 / len(COLUMNS)
     for number, (column, label) in enumerate(COLUMNS.items()):
         places = [i + (number - 1.5) * height for i in range(len(rows))]
         values = [100 * (row[column] or 0) for row in rows]
-        bars = axes.barh(places, values, height * 0.92, label=label, color=_COLORS[column])
+        bars = axes.barh(places, values, height * 0.92, label=label, color=COLORS[column])
         axes.bar_label(bars, [percent(row[column]) for row in rows], padding=3, fontsize=7, color="#444")
     axes.set_yticks(range(len(rows)), [row_name(row).replace(", ", "\n", 1) for row in rows])
     axes.invert_yaxis()
@@ -63,7 +80,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draw accuracy on memorized and on clean training examples over the epochs, one line per model, in percent."""
-    figure = _figure(9, 3.4)
+    figure = new_figure(9, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(NAMES, ("#777777", "#e45756", "#4c78a8", "#54a24b"), strict=True))
     for axes, column, title in zip(panels, ("noisy", "clean"), ("memorized examples", "clean examples"), strict=True):
@@ -75,11 +92,9 @@ def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
             if any(dropped in record for record in history):
                 values = [100 * record.get(dropped, float("nan")) for record in history]
                 axes.plot(epochs, values, "--", color=color, label=f"{name}, after drop")
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        epoch_axis(axes)
         axes.set_title(f"{title}, given label", fontsize=10)
         axes.set_ylim(-3, 103)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=8)
@@ -91,11 +106,3 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; run: pip install 'memloc_ext[study]'") from error
-    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,82 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memloc_ext import figures
+from memloc_ext.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
+from memloc_ext.accounting_files import MODEL, Accounting, account_path, save_account
+from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
+
+
+def make_accounting(folder: Path, epochs: int = 3, *, noisy: bool = True, norms: float = 1.0) -> Accounting:
+    """Two layer groups, 20 examples; the account of every epoch is on disk as well."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for epoch in range(1, epochs + 1):
+        row = GroupAccount(1.0 / epoch, 0.5 * noisy, 1.0, -0.5 * noisy, 0.9 if noisy else None, 1.0, None)
+        account = EpochAccount(
+            model=row,
+            groups={"conv1": row, "head": row},
+            parameters={"conv1.weight": ParameterAccount(1.0, 0.5, 1.0, -0.5)},
+            example_norms=norms * torch.rand(20, 2, generator=generator),
+            memorized=(torch.arange(20) < 5) & noisy,
+            indices=torch.arange(20),
+        )
+        save_account(account_path(folder, epoch), account)
+        rows += [{"epoch": epoch, "group": name, **vars(row)} for name in ("conv1", "head", MODEL)]
+    return Accounting(folder, rows, [], {})
+
+
+@pytest.mark.parametrize("change", [{}, {"epochs": 1}, {"epochs": 40}, {"noisy": False}, {"norms": 0.0}])
+def test_every_account_can_be_drawn(tmp_path: Path, change: dict) -> None:
+    drawn = all_figures(make_accounting(tmp_path, **change))
+    assert list(drawn) == ["gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"]
+    for figure in drawn.values():
+        assert figures.png(figure).startswith(b"\x89PNG")
+
+
+def test_examples_whose_batch_overflowed_are_left_out(tmp_path: Path) -> None:
+    all_figures(make_accounting(tmp_path, norms=math.nan))
+
+
+def test_curves_are_those_of_the_table(tmp_path: Path) -> None:
+    accounting = make_accounting(tmp_path)
+    clean, noisy, total = group_norms(accounting).axes
+    assert [line.get_label() for line in clean.lines] == ["conv1", "head"]
+    np.testing.assert_allclose(clean.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
+    assert [axes.get_title() for axes in (clean, noisy, total)] == [
+        "clean examples",
+        "memorized examples",
+        "all examples",
+    ]
+    assert clean.get_yscale() == "log"
+
+
+def test_the_cosine_map_is_from_minus_one_to_one(tmp_path: Path) -> None:
+    axes = cosines(make_accounting(tmp_path)).axes[0]
+    (picture,) = axes.images
+    assert picture.get_clim() == (-1, 1)
+    np.testing.assert_array_equal(picture.get_array(), np.full((2, 3), -0.5))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "head"]
+
+
+def test_histograms_hold_every_example_and_a_few_epochs() -> None:
+    generator = np.random.default_rng(0)
+    norms = {
+        epoch: {"clean examples": generator.random(100), "memorized examples": np.append(generator.random(7), 0)}
+        for epoch in range(1, 31)
+    }
+    panels = example_norms(norms).axes
+    assert [axes.get_title() for axes in panels] == [f"epoch {epoch}" for epoch in (1, 11, 20, 30)]
+    for axes in panels:
+        assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(200)  # percent of either kind
+
+
+def test_auc_is_drawn_for_the_model_and_each_group(tmp_path: Path) -> None:
+    norms = {epoch: {"clean examples": np.ones(9), "memorized examples": np.zeros(0)} for epoch in (1, 2, 3)}
+    left, right = bands_and_auc(norms, make_accounting(tmp_path)).axes
+    assert [line.get_label() for line in left.lines] == ["clean examples"]
+    assert [line.get_label() for line in right.lines[:3]] == ["conv1", "head", "whole model"]
