@@ -1,4 +1,4 @@
-"""The command line: ``memloc run``, ``memloc train``, ``memloc dropout`` and ``memloc info``."""
+"""The command line: ``memloc run``, ``train``, ``account``, ``dropout`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from memloc_ext.info import info
 from memloc_ext.study import VARIANTS, StudyConfig, Variant, run_study
@@ -14,44 +14,79 @@ from memloc_ext.study import VARIANTS, StudyConfig, Variant, run_study
 
 @dataclasses.dataclass(frozen=True)
 class _Command:
+    variants: ClassVar[tuple[Variant, ...]]
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     output: Path | None = None
     """Run directory, by default runs/<command>-<dataset>-<model>-seed<seed>; the same command continues one there."""
     tensorboard: bool = False
     """Log every epoch for TensorBoard."""
 
-    def run(self, command: str, variants: tuple[Variant, ...]) -> None:
-        from memloc_ext.report import text_table, write_report
+    @property
+    def accounts(self) -> bool:
+        """Whether the plain training is accounted."""
+        return False
+
+    def run(self) -> None:
+        from memloc_ext.report import cost, text_table, write_report
 
         config = self.study
-        name = f"{command}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
+        name = f"{type(self).__name__.lower()}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
         output = self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
-        run = run_study(config, output, variants=variants, tensorboard=self.tensorboard, say=_say)
+        run = run_study(
+            config,
+            output,
+            variants=self.variants,
+            accounting=self.accounts,
+            tensorboard=self.tensorboard,
+            say=_say,
+        )
         report = write_report(run)
-        print(f"\n{text_table(run.metrics)}\n\nreport: {report}")
+        print("", text_table(run.metrics), "", *cost(run), f"report: {report}", sep="\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(_Command):
     """Everything: plain training, example-tied dropout and its controls, each evaluated in every mode, and a report."""
 
+    variants = VARIANTS
+    accounting: bool = True
+    """Keep an account of the gradients of the plain training; cannot be had with --compile."""
+
+    @property
+    def accounts(self) -> bool:
+        """Whether the plain training is accounted."""
+        return self.accounting
+
 
 @dataclasses.dataclass(frozen=True)
 class Train(_Command):
     """Train a model without dropout, with a checkpoint after every epoch."""
+
+    variants = ("plain",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account(_Command):
+    """Train a model without dropout and keep an account of its gradients: which examples move which layers."""
+
+    variants = ("plain",)
+
+    @property
+    def accounts(self) -> bool:
+        """Whether the plain training is accounted."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropout(_Command):
     """Train a model with example-tied dropout and evaluate it in every mode."""
 
+    variants = ("example_tied",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Info:
     """Print versions, kernels, instruction set and GPU."""
-
-
-_VARIANTS: dict[type, tuple[Variant, ...]] = {Run: VARIANTS, Train: ("plain",), Dropout: ("example_tied",)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = (
         Annotated[Run, subcommand("run")]
         | Annotated[Train, subcommand("train")]
+        | Annotated[Account, subcommand("account")]
         | Annotated[Dropout, subcommand("dropout")]
         | Annotated[Info, subcommand("info")]
     )
@@ -77,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(command, Info):
             print(info())
         else:
-            command.run(type(command).__name__.lower(), _VARIANTS[type(command)])
+            command.run()
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"memloc: {error}")
     except KeyboardInterrupt:

@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from memloc_ext import figures
+from memloc_ext import accounting_figures, figures
 from memloc_ext._version import __version__
+from memloc_ext.accounting_files import Accounting
 from memloc_ext.figures import percent
 from memloc_ext.files import write_atomically
 from memloc_ext.run_directory import AS_TRAINED, FIGURES, REPORT, Run, flat
@@ -48,6 +49,40 @@ def answers(run: Run) -> list[str]:
             f"and {percent(drop['test'])} % of the test examples are right"
             + (f" ({percent(plain['test'])} % after plain training)." if plain else ".")
         )
+    return sentences + (_accounting_answers(run.accounting) if run.accounting else [])
+
+
+def cost(run: Run) -> list[str]:
+    """Return what the gradient accounting of a run cost, in a sentence; none without one."""
+    if run.accounting is None:
+        return []
+    times = run.accounting.cost
+    return [
+        f"Gradient accounting: an epoch with it takes {times['ratio']:.2f}x the time of plain training, a step "
+        f"{times['step_ratio']:.2f}x ({1000 * times['accounted_step']:.1f} and {1000 * times['plain_step']:.1f} ms, "
+        f"medians of {times['pairs']} pairs in turn)."
+    ]
+
+
+def _accounting_answers(accounting: Accounting) -> list[str]:
+    noisy, clean, auc = (accounting.column(name) for name in ("noisy", "clean", "auc"))
+    if not any(noisy):
+        return []
+    peak = noisy.index(max(noisy))
+    memorized = accounting.epoch(accounting.epochs[peak]).memorized
+    cosines = accounting.column("cosine")
+    sentences = [
+        f"The memorized examples, {percent(memorized.double().mean().item())} % of the data, make "
+        f"{percent(noisy[peak] / (clean[peak] + noisy[peak]))} % of the gradient norm in epoch "
+        f"{accounting.epochs[peak]}, where theirs is largest. The gradients of the two kinds have a mean cosine of "
+        f"{sum(cosines) / len(cosines):.2f} over all epochs."
+    ]
+    told = [value for value in auc if value is not None]
+    if told:
+        sentences.append(
+            "The norm of an example's own gradient tells memorized from clean examples: the area under the ROC curve "
+            f"is {max(told):.3f} in epoch {accounting.epochs[auc.index(max(told))]}, the best."
+        )
     return sentences
 
 
@@ -64,10 +99,10 @@ def write_report(run: Run) -> Path:
         import jinja2
     except ImportError as error:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
-    drawn = {
-        "accuracy": figures.png(figures.accuracy_bars(run.metrics)),
-        "curves": figures.png(figures.accuracy_curves(run.histories)),
-    }
+    figure = {"accuracy": figures.accuracy_bars(run.metrics), "curves": figures.accuracy_curves(run.histories)}
+    if run.accounting:
+        figure |= accounting_figures.all_figures(run.accounting)
+    drawn = {name: figures.png(picture) for name, picture in figure.items()}
     folder = run.path / FIGURES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
@@ -80,6 +115,7 @@ def write_report(run: Run) -> Path:
             version=__version__,
             config=run.config,
             answers=answers(run),
+            cost=cost(run),
             columns=figures.COLUMNS,
             rows=[(figures.row_name(row), [percent(row[column]) for column in figures.COLUMNS]) for row in run.metrics],
             settings=flat(run.config),

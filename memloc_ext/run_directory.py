@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memloc_ext.accounting_files import Accounting, load_accounting
 from memloc_ext.files import read_json, write_atomically, write_json
 
 CONFIG = "config.json"
@@ -17,6 +18,8 @@ METRICS = "metrics"
 HISTORY = "history"
 FIGURES = "figures"
 REPORT = "report.html"
+ACCOUNTED = "plain"
+"""The model whose training is accounted, if any is."""
 AS_TRAINED = "as trained"
 """The mode, in the table, of a model that has only one."""
 _PLACE = ("data.root", "data.download", "device")
@@ -32,12 +35,14 @@ class Run:
         config: The settings it was started with.
         metrics: Rows of its table: ``model``, ``mode`` and the shares of `Accuracy`.
         histories: Model to its records, one per epoch.
+        accounting: Gradient accounting of the plain training; None if the run has none.
     """
 
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     histories: dict[str, list[dict[str, float]]]
+    accounting: Accounting | None = None
 
 
 def load_run(path: str | Path) -> Run:
@@ -59,7 +64,11 @@ def load_run(path: str | Path) -> Run:
     if not isinstance(metrics, list) or not metrics or not all(_is_row(row) for row in metrics):
         raise ValueError(f"{file}: must be the table of a run")
     histories = {row["model"]: read_json(path / row["model"] / f"{HISTORY}.json") for row in metrics}
-    return Run(path, read_json(path / CONFIG), metrics, histories)
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG}: must be the settings of a run")
+    accounting = load_accounting(path / ACCOUNTED) if config.get("accounting") else None
+    return Run(path, config, metrics, histories, accounting)
 
 
 def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:

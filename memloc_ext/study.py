@@ -15,10 +15,13 @@ from torch import nn
 
 from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
+from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
+from memloc_ext.accounting_files import ACCOUNTS, COST
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_by_mode
-from memloc_ext.data import Dataset
+from memloc_ext.data import Dataset, Split
+from memloc_ext.files import write_json
 from memloc_ext.nn import FixedDropout, dropout_mode, insert_after, insert_example_tied_dropout
-from memloc_ext.run_directory import AS_TRAINED, HISTORY, METRICS, Run, load_run, open_run, write_table
+from memloc_ext.run_directory import ACCOUNTED, AS_TRAINED, HISTORY, METRICS, Run, load_run, open_run, write_table
 from memloc_ext.training import TrainConfig, train
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
@@ -171,6 +174,7 @@ def run_study(
     output: str | Path,
     *,
     variants: Sequence[Variant] = VARIANTS,
+    accounting: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -183,6 +187,7 @@ def run_study(
         config: The settings.
         output: The run directory; created if missing.
         variants: Which models to train.
+        accounting: Keep an account of the gradients of the plain training, and measure what that costs.
         progress: Show a bar of the epochs on a terminal.
         tensorboard: Log every epoch under ``<output>/<variant>/tensorboard``.
         say: Called with a line before each training.
@@ -191,10 +196,15 @@ def run_study(
         The run as `load_run` reads it.
 
     Raises:
-        ValueError: If a setting is wrong, or ``output`` holds a run with other settings.
+        ValueError: If a setting is wrong, the plain training cannot be accounted, or ``output`` holds a run with other
+            settings.
         FileNotFoundError: If the data set's files are missing.
     """
-    settings = {"variants": list(variants), **config.as_json()}
+    if accounting and ACCOUNTED not in variants:
+        raise ValueError(f"run_study: variants must hold {ACCOUNTED} for its accounting, got {', '.join(variants)}")
+    if accounting and config.train.compile:
+        raise ValueError("accounting needs the calls of single modules: leave out --compile, or give --no-accounting")
+    settings = {"variants": list(variants), "accounting": accounting, **config.as_json()}
     dataset = load_data(config)
     networks: dict[Variant, nn.Module] = {variant: build_model(config, dataset, variant) for variant in variants}
     path = open_run(output, settings)
@@ -203,16 +213,20 @@ def run_study(
         say(f"[{number}/{len(networks)}] {variant}: {config.train.epochs} epochs on {dataset.name}")
         folder = path / variant
         folder.mkdir(exist_ok=True)
+        accounted = accounting and variant == ACCOUNTED
         history = train(
             model,
             dataset.train,
             config.train,
             checkpoints=folder / "checkpoints",
             evaluate=partial(_numbers, dataset=dataset, variant=variant),
+            backward=AccountedBackward(model, dataset.train, folder / ACCOUNTS) if accounted else None,
             progress=progress,
             tensorboard=folder / "tensorboard" if tensorboard else None,
         )
         write_table(folder, HISTORY, history)
+        if accounted:
+            _close_accounting(folder, model, dataset.train, config.train)
         if variant == "example_tied":
             modes = accuracy_by_mode(model, dataset)
         else:
@@ -220,6 +234,12 @@ def run_study(
         rows += [{"model": variant, "mode": mode, **asdict(result)} for mode, result in modes.items()]
     write_table(path, METRICS, rows)
     return load_run(path)
+
+
+def _close_accounting(folder: Path, model: nn.Module, split: Split, config: TrainConfig) -> None:
+    write_accounting_tables(folder, config.epochs)
+    if not (folder / COST).exists():  # a measurement is kept: another would differ
+        write_json(folder / COST, accounting_cost(model, split, config))
 
 
 def _numbers(model: nn.Module, dataset: Dataset, variant: Variant) -> dict[str, float]:

@@ -2,6 +2,8 @@ import csv
 import json
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +15,7 @@ import torch
 import memloc_ext
 from memloc_ext.cli import main
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
-from memloc_ext.report import answers, text_table, write_report
+from memloc_ext.report import answers, cost, text_table, write_report
 from memloc_ext.run_directory import open_run
 from memloc_ext.study import DataConfig, DropoutConfig, ModelConfig, StudyConfig, build_model, load_data, run_study
 from memloc_ext.training import TrainConfig
@@ -25,6 +27,13 @@ QUICK = ["--model", "lenet", "--epochs", "1", "--batch-size", "256"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
     return run_study(SMALL, tmp_path_factory.mktemp("study") / "run")
+
+
+@pytest.fixture(scope="module")
+def accounted(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
+    folder = tmp_path_factory.mktemp("study") / "account"
+    main(["account", *QUICK, "--epochs", "2", "--output", str(folder)])
+    return memloc_ext.load_run(folder)
 
 
 def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
@@ -39,6 +48,8 @@ def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
         rows = list(csv.DictReader(file))
     assert [float(row["clean"]) for row in rows] == [row["clean"] for row in finished.metrics]
     assert rows[1]["test"] == ""
+    assert finished.accounting is None
+    assert not (path / "plain" / "accounting").exists()
     assert sorted(file.name for file in (path / "plain" / "checkpoints").iterdir()) == ["epoch_000.pt", "epoch_001.pt"]
 
 
@@ -58,6 +69,89 @@ def test_a_finished_run_is_not_trained_again(finished) -> None:
     assert len(before) == 8
     assert run_study(SMALL, finished.path) == finished
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_an_accounted_run_holds_an_account_of_every_epoch(accounted) -> None:
+    accounting = accounted.accounting
+    assert accounting is not None
+    assert (accounting.epochs, accounting.groups) == ([1, 2], ["conv1", "conv2", "fc1", "fc2", "head"])
+    for epoch in (1, 2):
+        account = accounting.epoch(epoch)
+        assert account.example_norms.shape == (1437, 5)
+        assert account.memorized.sum() == 143
+        assert accounting.column("total")[epoch - 1] == account.model.total
+        assert accounting.column("auc", "fc1")[epoch - 1] == account.groups["fc1"].auc
+    assert len(accounting.parameters) == 2 * 10
+    assert accounting.cost["pairs"] >= 3
+    with open(accounted.path / "plain" / "accounting.csv", newline="") as file:
+        assert [float(row["clean"]) for row in csv.DictReader(file)] == [row["clean"] for row in accounting.rows]
+
+
+def test_the_report_of_an_accounted_run_shows_whose_gradient_it_is(accounted) -> None:
+    page = (accounted.path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 6
+    pictures = {"gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"}
+    assert {f"{name}.png" for name in pictures} < {file.name for file in (accounted.path / "figures").iterdir()}
+    shares, auc = answers(accounted)[-2:]
+    assert "The memorized examples, 10.0 % of the data, make" in shares
+    assert f"mean cosine of {statistics.mean(accounted.accounting.column('cosine')):.2f}" in shares
+    assert f"is {max(accounted.accounting.column('auc')):.3f} in epoch" in auc
+    (sentence,) = cost(accounted)
+    assert f"takes {accounted.accounting.cost['ratio']:.2f}x the time of plain training" in sentence
+    assert sentence in page
+
+
+def test_an_accounted_run_that_goes_on_ends_like_an_unbroken_one(accounted, tmp_path: Path) -> None:
+    shutil.copytree(accounted.path / "plain", tmp_path / "plain", ignore=shutil.ignore_patterns("*.json", "*.csv"))
+    shutil.copy(accounted.path / "config.json", tmp_path)
+    for folder, ending in (("checkpoints", "pt"), ("accounting", "npz")):
+        (tmp_path / "plain" / folder / f"epoch_002.{ending}").unlink()
+    main(["account", *QUICK, "--epochs", "2", "--output", str(tmp_path)])
+    for pattern in ("accounting/*.npz", "accounting.*", "accounting_parameters.*"):
+        files = list((accounted.path / "plain").glob(pattern))
+        assert len(files) == 2
+        for file in files:
+            assert (tmp_path / "plain" / file.relative_to(accounted.path / "plain")).read_bytes() == file.read_bytes()
+
+
+def test_a_finished_account_is_neither_kept_nor_timed_again(accounted) -> None:
+    main(["account", *QUICK, "--epochs", "2", "--output", str(accounted.path)])
+    assert memloc_ext.load_run(accounted.path) == accounted
+
+
+def test_damaged_accounts_are_named(accounted, tmp_path: Path) -> None:
+    path = shutil.copytree(accounted.path, tmp_path / "run")
+    stored = path / "plain" / "accounting" / "epoch_001.npz"
+    stored.write_bytes(stored.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"epoch_001\.npz: cannot be loaded as the account of an epoch"):
+        memloc_ext.load_run(path).accounting.epoch(1)
+    (path / "plain" / "accounting.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"accounting\.json: must be a table"):
+        memloc_ext.load_run(path)
+    (path / "plain" / "accounting.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"accounting\.json"):
+        memloc_ext.load_run(path)
+
+
+def test_only_the_plain_training_is_accounted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="variants must hold plain for its accounting, got standard, fixed"):
+        run_study(SMALL, tmp_path / "run", variants=("standard", "fixed"), accounting=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["run"], True), (["run", "--no-accounting"], False),
+                                                     (["train"], False), (["account"], True)])  # fmt: skip
+def test_commands_account_what_they_say(arguments, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def study(*_, accounting: bool, **__) -> None:
+        asked.append(accounting)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("memloc_ext.cli.run_study", study)
+    with pytest.raises(SystemExit, match="enough"):
+        main([*arguments, "--output", str(tmp_path)])
+    assert asked == [expected]
 
 
 def test_other_settings_do_not_touch_a_run(finished) -> None:
@@ -102,6 +196,17 @@ def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
             memloc_ext.load_run(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "{"])
+def test_damaged_settings_are_named(finished, tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    shutil.copy(finished.path / "metrics.json", tmp_path)
+    for model in finished.histories:
+        (tmp_path / model).mkdir()
+        shutil.copy(finished.path / model / "history.json", tmp_path / model)
+    with pytest.raises(ValueError, match=r"config\.json: must be"):
+        memloc_ext.load_run(tmp_path)
+
+
 def test_variants_start_from_the_same_weights_and_differ_in_dropout_only() -> None:
     dataset = load_data(SMALL)
     state = torch.get_rng_state()
@@ -136,6 +241,7 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "plain training" not in output.out
     assert "[1/1] example_tied: 1 epochs on digits" in output.err
     assert f"report: {tmp_path / 'tied' / 'report.html'}" in output.out
+    assert "accounting" not in output.out
     main(["train", *QUICK, "--output", str(tmp_path / "plain")])
     assert list(memloc_ext.load_run(tmp_path / "plain").histories) == ["plain"]
 
@@ -148,6 +254,7 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model", "alexnet"], "alexnet"),
         (["--noise", "1.5"], "fraction must be in"),
         (["--p-gen", "2"], "p_gen must be in"),
+        (["--compile"], "leave out --compile, or give --no-accounting"),
         (["--device", "tpu9"], "device must be"),
         (["--device", "meta"], "device must be"),
         (["--device", "cuda:99"], "device must be"),
