@@ -21,6 +21,7 @@ cuda-test: $(READY)  ## tests that need a GPU, and nothing else
 	MEMLOC_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda
 
 bench: $(READY)  ## benchmarks, peers included; results under bench/results
+	$(if $(VENV),$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt)
 	$(PYTHON) -m bench
 
 lint: $(READY)

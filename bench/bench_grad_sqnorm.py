@@ -1,6 +1,7 @@
-"""Per-example gradient norms of one layer, and the sums of the gradients over two groups of examples.
+"""Per-example gradient norms, and the sums of the gradients over two groups of examples.
 
-Against the layer's own weight gradient, and against materialising every example's.
+Of one layer against the layer's own weight gradient and against materialising every example's; of whole training steps
+against plain forward + backward, where peers are timed too (`bench.peers`).
 
 The bound is arithmetic: multiply-adds of the way over those of the weight gradient, at the same rate. A Gram computes
 a little over half of its products, which are symmetric.
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from bench.measure import interleaved, ratios
+from bench.peak import peak
+from bench.peers import PEERS
+from bench.workloads import KINDS, Step, accounted, workloads
 from memloc_ext.ops import (
     Plan,
     conv2d_grad_sqnorm,
@@ -156,3 +160,32 @@ def test_grad_sqnorm(case: Linear | Conv2d, benchmark: Any) -> None:
     floor = min(plan.multiply_adds.values()) / plan.multiply_adds["direct"]
     benchmark.extra_info["multiply-adds (whole products) over the weight gradient's"] = round(floor, 3)
     benchmark.pedantic(case.norms, (x, g), rounds=3)
+
+
+@pytest.mark.parametrize("name", workloads())
+def test_training_step(name: str, benchmark: Any) -> None:
+    torch.manual_seed(0)
+    workload = workloads()[name]()
+    steps: dict[str, Step] = {kind: accounted(workload, **settings) for kind, settings in KINDS.items()}
+    steps |= {peer: step for peer, build in PEERS.items() if (step := build(workload)) is not None}
+    exact = steps["torch.func vmap(grad)"]()
+    for step in steps.values():
+        for parameter, norms in step().items():
+            assert (norms - exact[parameter]).abs().max() < 0.01 * exact[parameter].max(), parameter
+    plain = "plain forward + backward"
+    times = interleaved({plain: lambda: workload.loss().backward(), **steps}, rounds=7)
+    benchmark.extra_info["time over"] = {
+        f"{kind} / {plain}": ratio
+        for kind in steps
+        for ratio in ratios({kind: times[kind], plain: times[plain]}, kind).values()
+    }
+    benchmark.extra_info["multiply-adds over plain, at least"] = {
+        kind: round(floor, 3) for kind, floor in workload.floors().items()
+    }
+    peaks = {kind: peak(name, kind) for kind in ("plain", *KINDS)}
+    base = peaks.pop("plain")
+    if base is not None:
+        benchmark.extra_info["peak memory over plain"] = {
+            kind: round(value / base, 3) for kind, value in peaks.items() if value is not None
+        }
+    benchmark.pedantic(steps["norms + batch gradient"], rounds=3)

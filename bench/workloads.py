@@ -1,0 +1,147 @@
+"""The models that whole training steps are timed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc_ext import GradientAccountant, models, plan
+from memloc_ext.models.vit import Block
+
+Step = Callable[[], dict[str, Any]]
+"""A forward and backward pass; returns squared norms ``[batch]`` by the name of a parameter."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch and the loss of each of its examples.
+
+    Attributes:
+        model: In evaluation mode.
+        inputs: ``[batch, *]``.
+        targets: What ``losses`` compares with.
+        losses: Outputs and targets to ``[batch]``; the batch's loss is their sum.
+        input_grad: Whether the gradient of ``inputs`` is wanted too, as inside of a network.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    losses: Callable[[Tensor, Tensor], Tensor]
+    input_grad: bool = False
+
+    def loss(self, model: nn.Module | None = None) -> Tensor:
+        """Run the model, or one that wraps it, forward: the sum of the losses."""
+        self.model.zero_grad()
+        x = self.inputs.detach().requires_grad_(self.input_grad)
+        return self.losses((model or self.model)(x), self.targets).sum()
+
+    def floors(self) -> dict[str, float]:
+        """Return the least multiply-adds of each kind of accounting, over those of a plain forward and backward pass.
+
+        Norms cost those of the cheapest way, a Gram half of its symmetric products; the sums of groups none, since
+        squaring the tiles of a direct pass costs none either.
+        """
+        layers: list[tuple[nn.Module, torch.Size]] = []
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.register_forward_hook(lambda m, args, _: layers.append((m, args[0].shape)))
+        with torch.no_grad():
+            self.model(self.inputs)
+        for module in self.model.modules():
+            module._forward_hooks.clear()
+        plans = [plan(*layer).multiply_adds for layer in layers]
+        weights = [counts["direct"] for counts in plans]
+        step = 3 * sum(weights) - (0 if self.input_grad else weights[0])
+        norms = [
+            min(count * (0.5 if way in ("gram", "shifted_gram") else 1) for way, count in counts.items())
+            for counts in plans
+        ]
+        direct = sum(norm if "outer" in counts else 0 for norm, counts in zip(norms, plans, strict=True))
+        return {
+            "norms + batch gradient": 1 + min(sum(norms), direct) / step,
+            "norms only": 1 + (sum(norms) - sum(weights)) / step,
+            "norms + two groups": 1 + direct / step,
+        }
+
+
+class VisionTransformer(nn.Module):
+    """64 patches of 4 x 4 pixels, dim 256, depth 6, 8 heads, mlp 512; positions are not trained and outputs averaged.
+
+    Without a class token or trained positions, which some of the peers do not know.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(48, 256)
+        self.register_buffer("position", 0.02 * torch.randn(1, 64, 256))
+        self.blocks = nn.Sequential(*(Block(256, 8, 512, dropout=0.0) for _ in range(6)))
+        self.norm = nn.LayerNorm(256)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of ``[batch, 3, 32, 32]``."""
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)
+        return self.head(self.norm(self.blocks(self.embedding(patches) + self.position)).mean(1))
+
+
+def workloads() -> dict[str, Callable[[], Workload]]:
+    """Return the workloads by name, each built when called."""
+    return {
+        "resnet9-64x32x32": lambda: _classifier(
+            models.build("resnet9", num_classes=10, in_channels=3, image_size=32), 64
+        ),
+        "vit-32x64-256": lambda: _classifier(VisionTransformer(), 32),
+        "mlp-512x784-512-512-10": lambda: replace(_classifier(_mlp(), 512), inputs=torch.randn(512, 784)),
+        "conv-64x16x16-128-to-128-k3s1": _convolution,
+    }
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "norms + batch gradient": {},
+    "norms only": {"weight_grads": False},
+    "norms + two groups": {"num_groups": 2},
+}
+"""Kinds of accounting, and the arguments of `GradientAccountant.backward` that ask for them."""
+
+
+def accounted(workload: Workload, **settings: Any) -> Step:
+    """Return a step that accounts; with ``num_groups`` a fifth of the examples are in another group."""
+    accountant = GradientAccountant(workload.model)
+    if "num_groups" in settings:
+        settings["group_ids"] = (torch.arange(len(workload.inputs)) % 5 == 0).long()
+
+    def step() -> dict[str, Tensor]:
+        with accountant:
+            return accountant.backward(workload.loss(), loss_reduction="sum", **settings).sqnorm
+
+    return step
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def _classifier(model: nn.Module, batch: int) -> Workload:
+    def losses(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    for module in model.modules():
+        if (
+            isinstance(module, nn.BatchNorm2d) and module.running_var is not None
+        ):  # as after training, so that activations keep their scale
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return Workload(model.eval(), torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,)), losses)
+
+
+def _convolution() -> Workload:
+    def losses(output: Tensor, direction: Tensor) -> Tensor:
+        return (output * direction).flatten(1).sum(1)
+
+    model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    return Workload(model, torch.randn(64, 128, 16, 16).relu(), 0.01 * torch.randn(64, 128, 16, 16), losses, True)
