@@ -3,9 +3,10 @@
 from memloc_ext import _libraries as _libraries
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
-from memloc_ext.ops.grad_sqnorm_groups import conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
+from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
 
 __all__ = [
+    "Groups",
     "Plan",
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import prod
 
 import torch
@@ -15,8 +16,49 @@ _linear = torch.ops.memloc_ext.linear_grad_sqnorm_groups.default
 _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm_groups.default
 
 
+class Groups:
+    """The group of each example of a batch, checked and sorted once for all layers that it passes.
+
+    Args:
+        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``.
+        num_groups: At least 1.
+
+    Raises:
+        ValueError: If a shape or number breaks the above.
+        TypeError: If a dtype or a type does.
+    """
+
+    def __init__(self, group_ids: Tensor, num_groups: int) -> None:
+        if not isinstance(group_ids, Tensor):
+            raise TypeError(f"group_ids must be a tensor, got {group_ids}")
+        if group_ids.dtype != torch.int64:
+            raise TypeError(f"group_ids must have dtype int64, got {group_ids.dtype}")
+        if group_ids.ndim != 1:
+            raise ValueError(f"group_ids must have shape [batch], got {list(group_ids.shape)}")
+        if not isinstance(num_groups, int):
+            raise TypeError(f"num_groups must be an int, got {num_groups}")
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        outside = group_ids[(group_ids < 0) | (group_ids >= num_groups)]
+        if len(outside):
+            raise ValueError(f"group_ids must be in [0, {num_groups}), got {outside[0].item()}")
+        self.ids, self.num = group_ids, num_groups
+
+    @cached_property
+    def _rows(self) -> list[Tensor]:
+        return list(self.ids.argsort(stable=True).split(self.ids.bincount(minlength=self.num).tolist()))
+
+    def split(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows of each group."""
+        if self.num == 1:
+            yield x, g
+            return
+        for rows in self._rows:
+            yield x.index_select(0, rows), g.index_select(0, rows)
+
+
 def linear_grad_sqnorm_groups(
-    input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int
+    input: Tensor, grad_output: Tensor, group_ids: Tensor | Groups, num_groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Return the norms of `linear_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
 
@@ -26,8 +68,9 @@ def linear_grad_sqnorm_groups(
     Args:
         input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
         grad_output: Gradient of the loss by what it returned, ``[batch, *, out]``, of the same dtype.
-        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``.
-        num_groups: At least 1. A group without examples has the sum 0.
+        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``; or
+            `Groups`, checked before.
+        num_groups: At least 1; not for `Groups`. A group without examples has the sum 0.
 
     Returns:
         ``[batch]`` and ``[num_groups, out, in]``; float64 for float64 inputs, else float32.
@@ -39,19 +82,19 @@ def linear_grad_sqnorm_groups(
     name, x, g = "linear_grad_sqnorm_groups", _detached(input), _detached(grad_output)
     if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
-        _check_groups(name, x, group_ids, num_groups)
-        sums = norms.new_zeros(num_groups, g.shape[-1], x.shape[-1])
-        for k, rows_x, rows_g in _by_group(x, g, group_ids, num_groups):
-            torch.mm(rows_g.flatten(0, -2).to(sums.dtype).t(), rows_x.flatten(0, -2).to(sums.dtype), out=sums[k])
+        groups = _groups(name, x, group_ids, num_groups)
+        sums = norms.new_empty(groups.num, g.shape[-1], x.shape[-1])
+        for total, (rows_x, rows_g) in zip(sums, groups.split(x, g), strict=True):
+            torch.mm(rows_g.flatten(0, -2).to(sums.dtype).t(), rows_x.flatten(0, -2).to(sums.dtype), out=total)
         return norms, sums
-    return _errors.call(_linear, name, x, g, group_ids, num_groups)
+    return _errors.call(_linear, name, x, g, *_ids(group_ids, num_groups))
 
 
 def conv2d_grad_sqnorm_groups(
     input: Tensor,
     grad_output: Tensor,
-    group_ids: Tensor,
-    num_groups: int,
+    group_ids: Tensor | Groups,
+    num_groups: int | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -66,8 +109,9 @@ def conv2d_grad_sqnorm_groups(
     Args:
         input: What the layer was given, ``[batch, in, height, width]``; any of four float dtypes, any strides.
         grad_output: Gradient of the loss by what it returned, ``[batch, out, rows, columns]``, of the same dtype.
-        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``.
-        num_groups: At least 1. A group without examples has the sum 0.
+        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``; or
+            `Groups`, checked before.
+        num_groups: At least 1; not for `Groups`. A group without examples has the sum 0.
         kernel_size: Two numbers, at least 1.
         stride: Two numbers, at least 1.
         padding: Two numbers, at least 0; the padding is zeros.
@@ -85,14 +129,15 @@ def conv2d_grad_sqnorm_groups(
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
     if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
-        _check_groups(name, x, group_ids, num_groups)
-        sums = norms.new_zeros(num_groups, g.shape[1], x.shape[1] // groups, *kernel_size)
-        for k, rows_x, rows_g in _by_group(x, g, group_ids, num_groups):
-            operands = (rows_g.to(sums.dtype), rows_x.to(sums.dtype), sums[k], None)  # of the weight, the shape
-            settings = (*geometry[1:], False, [0, 0], groups, [False, True, False])
-            sums[k] = torch.ops.aten.convolution_backward(*operands, *settings)[1]
+        by = _groups(name, x, group_ids, num_groups)
+        sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
+        settings = (*geometry[1:], False, [0, 0], groups, [False, True, False])
+        for total, (rows_x, rows_g) in zip(sums, by.split(x, g), strict=True):
+            if len(rows_x):  # of the weight, total is only the shape
+                operands = (rows_g.to(sums.dtype), rows_x.to(sums.dtype), total, None)
+                total.copy_(torch.ops.aten.convolution_backward(*operands, *settings)[1])
         return norms, sums
-    return _errors.call(_conv2d, name, x, g, group_ids, num_groups, *geometry, groups)
+    return _errors.call(_conv2d, name, x, g, *_ids(group_ids, num_groups), *geometry, groups)
 
 
 def _conv2d_is_fused(x: Tensor, g: Tensor, *geometry: object) -> bool:
@@ -114,31 +159,22 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _check_groups(name: str, x: Tensor, group_ids: object, num_groups: int) -> None:
-    if not isinstance(group_ids, Tensor):
-        raise TypeError(f"{name}: group_ids must be a tensor, got {group_ids}")
-    if group_ids.dtype != torch.int64:
-        raise TypeError(f"{name}: group_ids must have dtype int64, got {group_ids.dtype}")
-    if group_ids.shape != x.shape[:1]:
-        raise ValueError(f"{name}: group_ids must have shape {list(x.shape[:1])}, got {list(group_ids.shape)}")
-    if group_ids.device != x.device:
+def _ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:
+    return (group_ids.ids, group_ids.num) if isinstance(group_ids, Groups) else (group_ids, num_groups)
+
+
+def _groups(name: str, x: Tensor, group_ids: Tensor | Groups, num_groups: int | None) -> Groups:
+    ids = group_ids.ids if isinstance(group_ids, Groups) else group_ids
+    if isinstance(ids, Tensor) and ids.device != x.device:
         raise ValueError(f"{name}: group_ids must be on the device of input")
-    if num_groups < 1:
-        raise ValueError(f"{name}: num_groups must be at least 1, got {num_groups}")
-    outside = group_ids[(group_ids < 0) | (group_ids >= num_groups)]
-    if len(outside):
-        raise ValueError(f"{name}: group_ids must be in [0, {num_groups}), got {outside[0].item()}")
-
-
-def _by_group(x: Tensor, g: Tensor, group_ids: Tensor, num_groups: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield number, input and gradient of each group that has examples."""
-    if num_groups == 1:
-        yield 0, x, g
-        return
-    order = group_ids.argsort(stable=True)
-    for k, rows in enumerate(order.split(group_ids.bincount(minlength=num_groups).tolist())):
-        if len(rows):
-            yield k, x.index_select(0, rows), g.index_select(0, rows)
+    if isinstance(ids, Tensor) and ids.shape != x.shape[:1]:
+        raise ValueError(f"{name}: group_ids must have shape {list(x.shape[:1])}, got {list(ids.shape)}")
+    if isinstance(group_ids, Groups):
+        return group_ids
+    try:
+        return Groups(group_ids, num_groups)  # pyright: ignore[reportArgumentType] None is refused there
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
 from memloc_ext.nn.gradient_accountant.run import Run, Silent
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
 from memloc_ext.nn.gradient_accountant.uses import accumulated
+from memloc_ext.ops import Groups
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -161,14 +162,14 @@ class GradientAccountant:
         root = loss.sum() if loss_reduction == "none" else loss
         found = reached(root, session.parameters)
         exact = exact_groups and weight_grads
-        run = Run(batch, None if exact else group_ids, groups, weight_grads and not exact, session.calls)
+        run = Run(batch, None if exact else groups, weight_grads and not exact, session.calls)
         if found.unseen or exact:
             rows = Rows([loss], [torch.ones_like(loss)], 0)
             if loss_reduction != "none":
                 rows = self._rows(session, root, found, batch)
             self._account_unseen(session, run, rows, found.unseen)
-            if exact and group_ids is not None:
-                run.group_grad = _exact_groups(rows, found.all, group_ids, groups)
+            if exact and groups is not None:
+                run.group_grad = _exact_groups(rows, found.all, groups)
         untouched = {} if run.weight_grads else found.unseen
         previous = [parameter.grad for parameter in untouched.values()]
         for parameter in untouched.values():
@@ -186,7 +187,7 @@ class GradientAccountant:
                 parameter.grad = grad
         if exact:
             _add_to_grads(found.all, run.group_grad)
-        return self._account(run, loss_reduction, group_ids is not None and weight_grads)
+        return self._account(run, loss_reduction, groups if weight_grads else None)
 
     def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
         model = self._model
@@ -238,7 +239,7 @@ class GradientAccountant:
         finally:
             session.run = None
 
-    def _account(self, run: Run, loss_reduction: str, with_groups: bool) -> Account:
+    def _account(self, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
         scale = run.batch**2 if loss_reduction == "mean" else 1
         sqnorm, group_grad = {}, {}
         for name, p in self._model.named_parameters():
@@ -247,9 +248,9 @@ class GradientAccountant:
             dtype, key = accumulated(p.dtype), id(p)
             norms = run.sqnorm.get(key)
             sqnorm[name] = torch.zeros(run.batch, dtype=dtype, device=p.device) if norms is None else norms * scale
-            if with_groups:
+            if groups is not None:
                 sums = run.group_grad.get(key)
-                shape = (run.num_groups, *p.shape)
+                shape = (groups.num, *p.shape)
                 group_grad[name] = torch.zeros(shape, dtype=dtype, device=p.device) if sums is None else sums
         return Account(sqnorm, group_grad)
 
@@ -271,7 +272,7 @@ def _batch(
         )
     sizes = {
         "batch_size": batch_size,
-        "group_ids": None if group_ids is None else group_ids.numel(),
+        "group_ids": group_ids.numel() if isinstance(group_ids, Tensor) else None,
         "loss": len(loss) if loss_reduction == "none" else None,
     }
     known = {name: size for name, size in sizes.items() if size is not None}
@@ -286,48 +287,41 @@ def _batch(
     return batch
 
 
-def _groups(loss: Tensor, group_ids: Tensor | None, num_groups: int | None, batch: int, exact_groups: bool) -> int:
-    """Return the number of groups; checks their ids."""
+def _groups(
+    loss: Tensor, group_ids: Tensor | None, num_groups: int | None, batch: int, exact_groups: bool
+) -> Groups | None:
+    """Return the groups, checked."""
     if group_ids is None:
         for name, value in (("num_groups", num_groups), ("exact_groups", exact_groups or None)):
             if value is not None:
                 raise ValueError(f"GradientAccountant: {name} needs group_ids, got None")
-        return 1
-    if group_ids.dtype != torch.int64:
-        raise TypeError(f"GradientAccountant: group_ids must be int64, got {group_ids.dtype}")
-    if group_ids.shape != (batch,) or group_ids.device != loss.device:
+        return None
+    if isinstance(group_ids, Tensor) and (group_ids.shape != (batch,) or group_ids.device != loss.device):
         raise ValueError(
             f"GradientAccountant: group_ids must be [{batch}] on {loss.device}, got {list(group_ids.shape)} on "
             f"{group_ids.device}"
         )
-    low, high = (int(group_ids.min()), int(group_ids.max())) if batch else (0, 0)
-    groups = high + 1 if num_groups is None else num_groups
-    if groups < 1 or low < 0 or high >= groups:
-        raise ValueError(
-            f"GradientAccountant: group_ids must be in [0, num_groups) with num_groups at least 1, got {low} to {high} "
-            f"and {groups}"
-        )
-    return groups
+    try:
+        if num_groups is None:
+            num_groups = int(group_ids.max()) + 1 if batch else 1
+        return Groups(group_ids, num_groups)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"GradientAccountant: {error}") from None
 
 
-def _exact_groups(
-    rows: Rows, parameters: Mapping[int, nn.Parameter], group_ids: Tensor, num_groups: int
-) -> dict[int, Tensor]:
+def _exact_groups(rows: Rows, parameters: Mapping[int, nn.Parameter], groups: Groups) -> dict[int, Tensor]:
     """Return the gradients of the groups from a backward pass each."""
     result = {
-        key: torch.zeros(num_groups, *p.shape, dtype=accumulated(p.dtype), device=p.device)
+        key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
         for key, p in parameters.items()
     }
-    for group in range(num_groups):
-        chosen = (group_ids == group).nonzero().flatten()
+    for group in range(groups.num):
+        chosen = (groups.ids == group).nonzero().flatten()
         if len(chosen) == 0:
             continue
+        cotangents = rows.of(len(groups.ids), chosen)
         gradients = torch.autograd.grad(
-            rows.tensors,
-            list(parameters.values()),
-            rows.of(len(group_ids), chosen),
-            retain_graph=True,
-            allow_unused=True,
+            rows.tensors, list(parameters.values()), cotangents, retain_graph=True, allow_unused=True
         )
         for key, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.gradient_accountant.uses import Rows, Use, accumulated, combined_sqnorm
+from memloc_ext.ops import Groups
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,17 @@ class Run:
 
     Args:
         batch: Number of examples.
-        group_ids: Group of each, ``[batch]``, int64, or None.
-        num_groups: Number of groups.
+        groups: Of the examples, or None.
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
     """
 
-    def __init__(
-        self, batch: int, group_ids: Tensor | None, num_groups: int, weight_grads: bool, calls: Mapping[int, int]
-    ) -> None:
-        self.batch, self.group_ids, self.num_groups, self.weight_grads = batch, group_ids, num_groups, weight_grads
+    def __init__(self, batch: int, groups: Groups | None, weight_grads: bool, calls: Mapping[int, int]) -> None:
+        self.batch, self.groups, self.weight_grads = batch, groups, weight_grads
         self.sqnorm: dict[int, Tensor] = {}
         self.group_grad: dict[int, Tensor] = {}
         self._calls = calls
+        self._whole: Groups | None = None
         self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
 
     def record(self, weight: Weight, use: Use) -> Tensor | None:
@@ -66,14 +65,12 @@ class Run:
             self._calls.get(key) == 1 and key not in self.sqnorm and weight.tensor.numel() == weight.parameter.numel()
         )
         gradient = None
-        if self.weight_grads and (alone or self.group_ids is not None):
-            ids = self.group_ids
-            if ids is None:
-                ids = torch.zeros(self.batch, dtype=torch.int64, device=use.device)
-            sqnorm, groups = use.sqnorm_and_groups(ids, self.num_groups)
-            gradient = groups.sum(0) if self.num_groups > 1 else groups[0]
-            if self.group_ids is not None:
-                self._add_groups(weight, groups)
+        if self.weight_grads and (alone or self.groups is not None):
+            groups = self.groups or self._all_in_one(use.device)
+            sqnorm, sums = use.sqnorm_and_groups(groups)
+            gradient = sums.sum(0) if groups.num > 1 else sums[0]
+            if self.groups is not None:
+                self._add_groups(weight, sums)
             if alone:
                 self.sqnorm[key] = sqnorm
         elif self.weight_grads:
@@ -96,13 +93,20 @@ class Run:
         if key not in self.sqnorm:
             self.sqnorm[key] = torch.zeros(self.batch, dtype=dtype, device=gradient.device)
         self.sqnorm[key][example] = torch.linalg.vector_norm(gradient, dtype=dtype).square()
-        if self.weight_grads and self.group_ids is not None:
-            self._groups_of(parameter).index_add_(0, self.group_ids[example : example + 1], gradient[None].to(dtype))
+        if self.weight_grads and self.groups is not None:
+            ids = self.groups.ids[example : example + 1]
+            self._groups_of(parameter).index_add_(0, ids, gradient[None].to(dtype))
+
+    def _all_in_one(self, device: torch.device) -> Groups:
+        if self._whole is None:
+            self._whole = Groups(torch.zeros(self.batch, dtype=torch.int64, device=device), 1)
+        return self._whole
 
     def _groups_of(self, parameter: nn.Parameter) -> Tensor:
         key = id(parameter)
+        assert self.groups is not None
         if key not in self.group_grad:
-            shape, dtype = (self.num_groups, *parameter.shape), accumulated(parameter.dtype)
+            shape, dtype = (self.groups.num, *parameter.shape), accumulated(parameter.dtype)
             self.group_grad[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return self.group_grad[key]
 
@@ -119,7 +123,7 @@ class Silent(Run):
     """A backward pass in which no parameter covered gets a gradient or a norm."""
 
     def __init__(self, batch: int) -> None:
-        super().__init__(batch, None, 1, False, {})
+        super().__init__(batch, None, False, {})
 
     def record(self, weight: Weight, use: Use) -> Tensor | None:
         """Take no note."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
+from memloc_ext.ops import Groups
 
 _Geometry = tuple[list[int], list[int], list[int], list[int]]
 BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
@@ -41,12 +42,12 @@ class Use:
         """Return the squared norm of each example's gradient, ``[batch]``."""
         return materialised_sqnorm([self])
 
-    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Return `sqnorm` and the sum over the examples of each group, ``[num_groups, *shape]``."""
-        groups = torch.zeros(num_groups, *self.shape, dtype=self.dtype, device=self.device)
+    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return `sqnorm` and the sum over the examples of each group, ``[groups.num, *shape]``."""
+        sums = torch.zeros(groups.num, *self.shape, dtype=self.dtype, device=self.device)
         for begin, end in chunks(self.batch, self.shape, self.dtype):
-            groups.index_add_(0, group_ids[begin:end], self.gradients(begin, end))
-        return self.sqnorm(), groups
+            sums.index_add_(0, groups.ids[begin:end], self.gradients(begin, end))
+        return self.sqnorm(), sums
 
 
 class Rows(Use):
@@ -72,6 +73,12 @@ class Rows(Use):
     def sqnorm(self) -> Tensor:
         """See `Use`."""
         return torch.linalg.vector_norm(self.rows.flatten(1), dim=1, dtype=self.dtype).square()
+
+    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """See `Use`."""
+        if groups.num == 1:
+            return self.sqnorm(), self.rows.sum(0, keepdim=True, dtype=self.dtype)
+        return super().sqnorm_and_groups(groups)
 
 
 class LinearUse(Use):
@@ -100,9 +107,9 @@ class LinearUse(Use):
         """See `Use`."""
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
 
-    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
-        return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, group_ids, num_groups)
+        return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
 
 
 class ConvolutionUse(Use):
@@ -184,14 +191,14 @@ class ConvolutionUse(Use):
         x, g, geometry = planar
         return ops.conv2d_grad_sqnorm(x, g, *geometry, self.groups)
 
-    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
         planar = self._planar()
         if planar is None:
-            return super().sqnorm_and_groups(group_ids, num_groups)
+            return super().sqnorm_and_groups(groups)
         x, g, geometry = planar
-        sqnorm, groups = ops.conv2d_grad_sqnorm_groups(x, g, group_ids, num_groups, *geometry, self.groups)
-        return sqnorm, groups.reshape(num_groups, *self.shape)
+        sqnorm, sums = ops.conv2d_grad_sqnorm_groups(x, g, groups, None, *geometry, self.groups)
+        return sqnorm, sums.reshape(groups.num, *self.shape)
 
 
 class EmbeddingUse(Use):
@@ -235,10 +242,10 @@ class EmbeddingUse(Use):
             0, present.div(max(1, self.shape[0]), rounding_mode="floor"), squares
         )
 
-    def sqnorm_and_groups(self, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
-        groups = self._sums(self.indices + group_ids[:, None] * self.shape[0], num_groups * self.shape[0])
-        return self.sqnorm(), groups.reshape(num_groups, *self.shape)
+        sums = self._sums(self.indices + groups.ids[:, None] * self.shape[0], groups.num * self.shape[0])
+        return self.sqnorm(), sums.reshape(groups.num, *self.shape)
 
 
 def combined_sqnorm(uses: Sequence[Use]) -> Tensor:
