@@ -9,7 +9,7 @@ import memloc_ext
 from memloc_ext.reference.example_tied_dropout import keep_mask
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-OPERATOR, TRAINING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERATOR, TRAINING, ACCOUNTING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_operator_and_its_plain_equivalent_agree() -> None:
@@ -43,3 +43,14 @@ def test_the_training_example_runs() -> None:
     }
     exec(TRAINING, names)
     assert names["logits"].shape == (8, 3)
+
+
+def test_the_accounting_example_runs() -> None:
+    torch.manual_seed(0)
+    model = memloc_ext.models.build("resnet9", num_classes=3, in_channels=1, image_size=8, width=0.1).eval()
+    x, y, noisy = torch.randn(6, 1, 8, 8), torch.arange(6) % 3, torch.arange(6) % 4 == 0
+    names = {"F": F, "memloc_ext": memloc_ext, "model": model, "x": x, "y": y, "noisy": noisy}
+    exec(ACCOUNTING, names)
+    account, weight = names["account"], model.get_parameter("conv1.0.weight")
+    assert account.sqnorm["conv1.0.weight"].shape == (6,)
+    torch.testing.assert_close(account.group_grad["conv1.0.weight"].sum(0), weight.grad)
