@@ -20,7 +20,8 @@ Handler = Callable[..., Any]
 _BACKWARD = {
     function: in_parts(function) for function in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 }
-_DRAWS = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson")
+# what these return may be of the examples, though no tensor is given to them
+_DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as", "from")
 
 
 class Session(TorchFunctionMode):
@@ -69,7 +70,7 @@ class Session(TorchFunctionMode):
                 if result is not NotImplemented:
                     return result
         result = func(*args, **kwargs)
-        if known and not getattr(func, "__name__", "").startswith(_DRAWS):
+        if known and not getattr(func, "__name__", "").startswith(_DATA):
             for t in tensors(result):
                 if not t.requires_grad:
                     self._constants[t] = True
