@@ -14,11 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MEMLOC_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MEMLOC_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace memloc {
 

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 
@@ -111,6 +112,25 @@ struct GradSqnormShape {
   }
 
   static constexpr double kAddPositions = 6;
+
+  // On CUDA, in multiply-adds at the rate of an arithmetic unit per lane, about 30 T/s on a large device; reckoned from
+  // its rates, not measured. The direct kernel issues at least 0.6 of its instructions as multiply-adds, in tiles that
+  // a small gradient does not fill. Library products of float32 or float64 run at 0.8 of the rate (TF32, if the user
+  // allows it, faster), of 16-bit elements at 6 times it on tensor cores. A Gram is written once and read about once, 8
+  // bytes at the 5 TB/s of a second-level cache, or 50 multiply-adds; a pair of pixels that a kernel offset adds costs
+  // 6 instructions, for half the pairs. Every residue takes launches of its own, which overrun the gain where there are
+  // many.
+  GradSqnormMethod choose_cuda(bool half) const {
+    if (outer_applies()) return GradSqnormMethod::kOuter;
+    const auto filled = [](double n, double tile) { return std::ceil(n / tile) * tile; };
+    const double offsets = 1.0 * y.kernel * x.kernel, t = positions(), pixels = y.pixels() * x.pixels();
+    const double residues = 1.0 * y.residues() * x.residues();
+    const double tiles = t * filled(outputs, outputs > 8 ? 64 : 8) * filled(inputs * offsets, 64);
+    const double pairs = pixels * pixels / residues;  // as many pixels to each residue
+    const double gram = (pairs * inputs + t * t * outputs) / (half ? 6 : 0.8) + 50 * (pairs + t * t);
+    const bool cheaper = gram + 3 * offsets * t * t < tiles / 0.6;
+    return cheaper && residues <= 16 ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
+  }
 
   static constexpr double kMostScratch = 16 << 20;  // elements, per thread
 };

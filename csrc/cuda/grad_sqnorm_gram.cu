@@ -1,0 +1,131 @@
+// The sum over pairs of positions of the Gram ways. Bound by the loads of the pixels' Gram, one for each pair and
+// kernel offset, most of which hit the first-level cache: a row of that Gram serves neighbouring positions and offsets.
+//
+// A thread holds a right position and a strip of left ones, neighbours in a row of the image: their sums over the
+// kernel offsets are in registers, and lanes along the right positions read neighbouring elements. Grams are symmetric,
+// so a pair counts twice in one order and not in the other. A block takes every parts-th strip of one example.
+#include "cuda/grad_sqnorm_kernel.h"
+#include "cuda/grad_sqnorm_reduce.cuh"
+
+namespace memloc {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocks = 6;  // to a multiprocessor, at least: leaves a thread 80 registers
+constexpr int kStrip = 8;
+
+template <typename E>
+struct Pairs {
+  const E *positions, *pixels;
+  int64_t count;
+  GramAxis y, x;
+  int left_columns, right_columns, right_from;  // right positions start right_from columns before the left ones
+  int64_t strips;
+  int strips_across;
+  int64_t left, right, left_pixels, right_pixels;  // sizes of the Grams
+};
+
+// sum[m] = sum over kernel offsets of the Gram of the pixels that left position (row, column + m) and right position
+// (right_row, right_column) meet.
+template <typename E>
+__device__ __forceinline__ void sum_offsets(E (&sum)[kStrip], const Pairs<E>& p, const E* __restrict__ pixels, int row,
+                                            int column, int right_row, int right_column) {
+#pragma unroll
+  for (int m = 0; m < kStrip; ++m) sum[m] = 0;
+  for (int i = 0; i < p.y.offsets; ++i) {
+    const int v = row + p.y.left_shift + i * p.y.step, w = right_row + p.y.right_shift + i * p.y.step;
+    if (!GramAxis::inside(v, p.y.left_pixels) || !GramAxis::inside(w, p.y.right_pixels)) continue;
+    for (int j = 0; j < p.x.offsets; ++j) {
+      const int u = column + p.x.left_shift + j * p.x.step, z = right_column + p.x.right_shift + j * p.x.step;
+      if (!GramAxis::inside(z, p.x.right_pixels)) continue;
+      int64_t at = (static_cast<int64_t>(v) * p.x.left_pixels + u) * p.right_pixels +
+                   static_cast<int64_t>(w) * p.x.right_pixels + z;
+#pragma unroll
+      for (int m = 0; m < kStrip; ++m, at += p.right_pixels) {
+        if (GramAxis::inside(u + m, p.x.left_pixels)) sum[m] += pixels[at];
+      }
+    }
+  }
+}
+
+// Sums over offsets are of E; their products with the positions' Gram cancel over the pairs, so those are added in
+// double. That is one conversion and one multiply-add for all the kernel offsets of a pair.
+template <typename E>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    gram_kernel(const Pairs<E> p, double* __restrict__ partials, int parts) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int64_t items = p.count * parts;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t n = item / parts;
+    const E* const positions = p.positions + n * p.left * p.right;
+    const E* const pixels = p.pixels + n * p.left_pixels * p.right_pixels;
+    double total = 0;
+    for (int64_t strip = item % parts * blockDim.y + threadIdx.y; strip < p.strips;
+         strip += static_cast<int64_t>(parts) * blockDim.y) {
+      const int row = static_cast<int>(strip / p.strips_across);
+      const int column = static_cast<int>(strip % p.strips_across) * kStrip;
+      const int64_t own = static_cast<int64_t>(row) * p.right_columns + column + p.right_from;
+      const E* const weights = positions + (static_cast<int64_t>(row) * p.left_columns + column) * p.right;
+      for (int64_t t = own + threadIdx.x; t < p.right; t += blockDim.x) {
+        const int right_row = static_cast<int>(static_cast<uint32_t>(t) / static_cast<uint32_t>(p.right_columns));
+        const int right_column = static_cast<int>(t - static_cast<int64_t>(right_row) * p.right_columns);
+        E sum[kStrip];
+        sum_offsets(sum, p, pixels, row, column, right_row, right_column);
+#pragma unroll
+        for (int m = 0; m < kStrip; ++m) {
+          if (column + m < p.left_columns && t >= own + m) {
+            const double product = static_cast<double>(weights[m * p.right + t]) * static_cast<double>(sum[m]);
+            total += t == own + m ? product : 2 * product;
+          }
+        }
+      }
+    }
+    total = block_sum(total, thread, kThreads);
+    if (thread == 0) partials[item] += total;
+  }
+}
+
+// Lanes along the right positions: a power of two, at most the block.
+unsigned lanes_for(int64_t right) {
+  unsigned lanes = 1;
+  while (lanes < right && lanes < kThreads) lanes *= 2;
+  return lanes;
+}
+
+int64_t strips_across(const Box& left) { return (left.x.count + kStrip - 1) / kStrip; }
+
+template <typename E>
+cudaError_t launch(const GramPairs& g, double* partials, int64_t parts, cudaStream_t stream) {
+  const Box &left = g.band.left, &right = g.band.right;
+  Pairs<E> p{static_cast<const E*>(g.positions), static_cast<const E*>(g.pixels), g.count, g.y, g.x};
+  p.left_columns = static_cast<int>(left.x.count);
+  p.right_columns = static_cast<int>(right.x.count);
+  p.right_from = static_cast<int>(left.x.first - right.x.first);
+  p.strips_across = static_cast<int>(strips_across(left));
+  p.strips = left.y.count * p.strips_across;
+  p.left = left.count();
+  p.right = right.count();
+  p.left_pixels = static_cast<int64_t>(g.y.left_pixels) * g.x.left_pixels;
+  p.right_pixels = static_cast<int64_t>(g.y.right_pixels) * g.x.right_pixels;
+  const unsigned lanes = lanes_for(p.right);
+  gram_kernel<<<grid_for(g.count * parts), dim3(lanes, kThreads / lanes), 0, stream>>>(p, partials,
+                                                                                       static_cast<int>(parts));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t grad_sqnorm_gram_parts(const Bands& bands, int64_t count) {
+  constexpr int64_t kWanted = 2048;  // about twice what a large device holds at a time
+  const Band first = bands[0];       // the largest
+  const int64_t rows = kThreads / lanes_for(first.right.count());
+  const int64_t most = (first.left.y.count * strips_across(first.left) + rows - 1) / rows;
+  return std::clamp<int64_t>((kWanted + count - 1) / count, 1, most);
+}
+
+cudaError_t grad_sqnorm_gram_cuda(const GramPairs& pairs, double* partials, int64_t parts, cudaStream_t stream) {
+  return pairs.is_double ? launch<double>(pairs, partials, parts, stream)
+                         : launch<float>(pairs, partials, parts, stream);
+}
+
+}  // namespace memloc
