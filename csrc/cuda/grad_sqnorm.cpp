@@ -185,36 +185,34 @@ class GramWay {
 Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s) {
   const bool is_double = x.scalar_type() == ScalarType::Double;
   const std::vector<int64_t> batch{x.size(0)};
-  const Tensor out =
-      torch::stable::new_zeros(x, IntHeaderOnlyArrayRef(batch), is_double ? ScalarType::Double : ScalarType::Float);
-  if (x.numel() == 0 || g.numel() == 0) return out;
+  const ScalarType type = is_double ? ScalarType::Double : ScalarType::Float;
+  if (x.numel() == 0 || g.numel() == 0) return torch::stable::new_zeros(x, IntHeaderOnlyArrayRef(batch), type);
+  const Tensor out = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(batch), type);
   const cudaStream_t stream = current_stream(x.get_device_index());
   const GradSqnormImages images{view(x), view(g), element_type(x), x.size(0), s};
   if (method == GradSqnormMethod::kOuter) {
     check_cuda(grad_sqnorm_outer_cuda(images, out.mutable_data_ptr(), stream), "grad_sqnorm");
     return out;
   }
-  const auto partials_of = [&](int64_t per_example) {
-    const std::vector<int64_t> sizes{x.size(0) * per_example};
-    return torch::stable::new_zeros(x, IntHeaderOnlyArrayRef(sizes), ScalarType::Double);
-  };
-  const auto finish = [&](const Tensor& partials, int64_t per_example) {
-    check_cuda(grad_sqnorm_finish_cuda(static_cast<const double*>(partials.const_data_ptr()), per_example, x.size(0),
+  std::vector<int64_t> sizes{x.size(0), 0};  // of the partial sums
+  const auto finish = [&](const Tensor& partials) {
+    check_cuda(grad_sqnorm_finish_cuda(static_cast<const double*>(partials.const_data_ptr()), sizes[1], sizes[0],
                                        is_double, out.mutable_data_ptr(), stream),
                "grad_sqnorm");
     return out;
   };
   if (method == GradSqnormMethod::kGram) {
     GramWay gram(x, g, s, stream);
-    const Tensor partials = partials_of(s.groups * gram.parts());
+    sizes[1] = s.groups * gram.parts();
+    const Tensor partials = torch::stable::new_zeros(x, IntHeaderOnlyArrayRef(sizes), ScalarType::Double);
     gram.run(static_cast<double*>(partials.mutable_data_ptr()));
-    return finish(partials, s.groups * gram.parts());
+    return finish(partials);
   }
-  const int64_t parts = grad_sqnorm_direct_parts(images);
-  const Tensor partials = partials_of(parts);
-  check_cuda(grad_sqnorm_direct_cuda(images, static_cast<double*>(partials.mutable_data_ptr()), parts, stream),
+  sizes[1] = grad_sqnorm_direct_parts(images);
+  const Tensor partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes), ScalarType::Double);
+  check_cuda(grad_sqnorm_direct_cuda(images, static_cast<double*>(partials.mutable_data_ptr()), sizes[1], stream),
              "grad_sqnorm");
-  return finish(partials, parts);
+  return finish(partials);
 }
 
 // An operator's own function records no gradients, and products into a given tensor refuse to.

@@ -139,7 +139,7 @@ __device__ __forceinline__ void fetch(T (&g_staged)[Share<S, S::kM, kInner>::kCo
 template <typename T, typename S, bool kInner, typename E>
 __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>& shared, const T* __restrict__ x,
                                               const T* __restrict__ g, int outputs, int64_t first_n) {
-  __syncthreads();  // the previous tile is done with shared memory
+  // all of the block has passed the previous tile's last barrier, and its last look at the columns before that
   for (int n = threadIdx.x; n < S::kN; n += S::kThreads) {
     Column column{0, INT32_MIN, INT32_MIN};  // outside of every image, wherever its position
     if (first_n + n < p.width) {
@@ -149,7 +149,7 @@ __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>&
     }
     shared.columns[n] = column;
   }
-  __syncthreads();
+  __syncthreads();  // and is now done multiplying the previous tile
   using ShareG = Share<S, S::kM, kInner>;
   using ShareX = Share<S, S::kN, kInner>;
   E tile[S::kThreadM][S::kThreadN] = {};
