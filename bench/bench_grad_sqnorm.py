@@ -9,7 +9,9 @@ a little over half of its products, which are symmetric.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -41,6 +43,7 @@ class Linear:
     positions: int
     inputs: int
     outputs: int
+    gram = "gram"
 
     def __str__(self) -> str:
         return f"linear-{self.batch}x{self.positions}-{self.inputs}-to-{self.outputs}"
@@ -54,9 +57,9 @@ class Linear:
         """Return the way that is taken."""
         return plan_linear(self.positions, self.inputs, self.outputs)
 
-    def norms(self, x: Tensor, g: Tensor) -> Tensor:
+    def norms(self, x: Tensor, g: Tensor, method: str = "auto") -> Tensor:
         """Compute the norms."""
-        return linear_grad_sqnorm(x, g)
+        return linear_grad_sqnorm(x, g, method=method)
 
     def groups(self, x: Tensor, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the norms and the gradients of two groups."""
@@ -82,6 +85,7 @@ class Conv2d:
     kernel: int
     stride: int
     padding: int
+    gram = "shifted_gram"
 
     def __str__(self) -> str:
         return f"conv-{self.batch}x{self.size}x{self.size}-{self.inputs}-to-{self.outputs}-k{self.kernel}s{self.stride}"
@@ -102,9 +106,9 @@ class Conv2d:
         """Return the way that is taken."""
         return plan_conv2d(self.inputs, self.outputs, (self.size, self.size), *self.geometry)
 
-    def norms(self, x: Tensor, g: Tensor) -> Tensor:
+    def norms(self, x: Tensor, g: Tensor, method: str = "auto") -> Tensor:
         """Compute the norms."""
-        return conv2d_grad_sqnorm(x, g, *self.geometry, 1)
+        return conv2d_grad_sqnorm(x, g, *self.geometry, 1, method=method)
 
     def groups(self, x: Tensor, g: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the norms and the gradients of two groups."""
@@ -189,3 +193,24 @@ def test_training_step(name: str, benchmark: Any) -> None:
             kind: round(value / base, 3) for kind, value in peaks.items() if value is not None
         }
     benchmark.pedantic(steps["norms + batch gradient"], rounds=3)
+
+
+def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
+    """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first.
+
+    Every way beside the layer's own weight gradient, and the one that is taken beside materialising. In float32,
+    library products follow torch's precision setting, exact by default; cuDNN's convolutions take TF32 by default.
+    """
+    for case in CASES:
+        large = replace(case, batch=8 * case.batch)
+        for dtype in (torch.float32, torch.bfloat16):
+            x, g = (t.to("cuda", dtype) for t in large.tensors())
+            exact = case.materialised(x[:3].double(), g[:3].double())
+            name = f"grad_sqnorm {large}-{str(dtype).removeprefix('torch.')}"
+            for method in ("auto", "direct", case.gram):
+                torch.testing.assert_close(large.norms(x[:3], g[:3], method).double(), exact, rtol=1e-4, atol=0)
+                ours = functools.partial(large.norms, x, g, method)
+                weights = functools.partial(large.weight_gradient, x, g)
+                yield f"{name} {method}, peer: weight gradient", ours, x.nbytes + g.nbytes, weights, x.nbytes + g.nbytes
+            ours, peer = functools.partial(large.norms, x, g), functools.partial(large.materialised, x, g)
+            yield f"{name} auto, peer: materialised", ours, x.nbytes + g.nbytes, peer, x.nbytes + g.nbytes

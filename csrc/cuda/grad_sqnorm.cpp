@@ -37,6 +37,7 @@ Tensor call(const char* op, const char* overload, const Arguments&... arguments)
 }
 
 Tensor slice(const Tensor& t, int64_t dim, int64_t first, int64_t count, int64_t step) {
+  if (first == 0 && count == t.size(dim) && step == 1) return t;  // calls take longer than small chunks do
   return call("aten::slice", "Tensor", t, dim, std::optional<int64_t>(first),
               std::optional<int64_t>(first + (count - 1) * step + 1), step);
 }
@@ -66,6 +67,10 @@ struct Chunk {
 // A strided part of the rows or columns of an image.
 struct Steps {
   int64_t first, count, step;
+
+  bool operator==(const Steps& other) const {
+    return first == other.first && count == other.count && step == other.step;
+  }
 };
 
 // [count, channels, rows * columns]: a view where the strides allow, else a copy.
@@ -133,8 +138,8 @@ class GramWay {
 
   void add_band(const Chunk& chunk, const Band& band, double* partials) {
     const auto steps = [](const Range& r) { return Steps{r.first, r.count, 1}; };
-    multiply(position_gram_, part(g_, chunk, shape_.outputs, steps(band.left.y), steps(band.left.x)),
-             part(g_, chunk, shape_.outputs, steps(band.right.y), steps(band.right.x)));
+    multiply(position_gram_, g_, chunk, shape_.outputs, steps(band.left.y), steps(band.left.x), steps(band.right.y),
+             steps(band.right.x));
     for (const Residue& y : rows_) {
       for (const Residue& x : columns_) add_residue(chunk, band, y, x, partials);
     }
@@ -148,17 +153,20 @@ class GramWay {
     const Steps left_y = pixels(y, band.left.y), left_x = pixels(x, band.left.x);
     const Steps right_y = pixels(y, band.right.y), right_x = pixels(x, band.right.x);
     if (left_y.count == 0 || left_x.count == 0 || right_y.count == 0 || right_x.count == 0) return;
-    multiply(pixel_gram_, part(x_, chunk, shape_.inputs, left_y, left_x),
-             part(x_, chunk, shape_.inputs, right_y, right_x));
+    multiply(pixel_gram_, x_, chunk, shape_.inputs, left_y, left_x, right_y, right_x);
     const GramPairs pairs{
         position_gram_.const_data_ptr(),        pixel_gram_.const_data_ptr(),          is_double_, chunk.count(), band,
         GramAxis(y, band.left.y, band.right.y), GramAxis(x, band.left.x, band.right.x)};
     check_cuda(grad_sqnorm_gram_cuda(pairs, partials, parts_, stream_), "grad_sqnorm");
   }
 
-  // gram = left^T right. Into a given tensor: that is a call which autocast leaves alone, and which for 16-bit elements
-  // can be told to give the float32 that it sums in.
-  void multiply(Tensor& gram, const Tensor& left, const Tensor& right) const {
+  // gram = left^T right, for two parts of an image. Into a given tensor: that is a call which autocast leaves alone,
+  // and which for 16-bit elements can be told to give the float32 that it sums in.
+  void multiply(Tensor& gram, const Tensor& image, const Chunk& chunk, int64_t channels, const Steps& left_y,
+                const Steps& left_x, const Steps& right_y, const Steps& right_x) const {
+    const Tensor left = part(image, chunk, channels, left_y, left_x);
+    const bool same = left_y == right_y && left_x == right_x;
+    const Tensor right = same ? left : part(image, chunk, channels, right_y, right_x);
     const std::vector<int64_t> sizes{left.size(0), left.size(2), right.size(2)};
     const Tensor out = torch::stable::view(torch::stable::narrow(gram, 0, 0, sizes[0] * sizes[1] * sizes[2]),
                                            IntHeaderOnlyArrayRef(sizes));

@@ -6,7 +6,7 @@
 //
 // Not on tensor cores: their float32 is TF32, which the user did not ask for here.
 #include "cuda/grad_sqnorm_kernel.h"
-#include "cuda/grad_sqnorm_reduce.cuh"
+#include "cuda/grad_sqnorm_reduce.h"
 
 namespace memloc {
 namespace {

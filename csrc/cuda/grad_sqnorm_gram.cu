@@ -5,7 +5,7 @@
 // kernel offsets are in registers, and lanes along the right positions read neighbouring elements. Grams are symmetric,
 // so a pair counts twice in one order and not in the other. A block takes every parts-th strip of one example.
 #include "cuda/grad_sqnorm_kernel.h"
-#include "cuda/grad_sqnorm_reduce.cuh"
+#include "cuda/grad_sqnorm_reduce.h"
 
 namespace memloc {
 namespace {

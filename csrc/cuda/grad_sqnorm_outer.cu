@@ -2,7 +2,7 @@
 // the last sum of the other ways, a warp per example. Sums are in double, of which a byte read costs at most half a
 // multiply-add.
 #include "cuda/grad_sqnorm_kernel.h"
-#include "cuda/grad_sqnorm_reduce.cuh"
+#include "cuda/grad_sqnorm_reduce.h"
 
 namespace memloc {
 namespace {

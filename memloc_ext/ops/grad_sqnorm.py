@@ -21,7 +21,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
 
     Example ``b``'s gradient is the *sum* over its positions of ``grad_output[b, t] input[b, t]^T``. If the loss is a
     mean over the batch, ``grad_output`` is divided by its size: multiply the norms by its square for those of the
-    example's own loss. The result is detached. Runs on the CPU.
+    example's own loss. The result is detached. Runs on the CPU and on CUDA, there without waiting for the device.
 
     Args:
         input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
@@ -30,7 +30,8 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
             ``gram`` forces one. Where the sum over positions cancels, ``gram`` loses twice the digits of ``direct``.
 
     Returns:
-        ``[batch]``; float64 for float64 inputs, else float32. Float32 tiles are added up in float64.
+        ``[batch]``; float64 for float64 inputs, else float32. Float32 tiles are added up in float64. On CUDA, ``gram``
+        multiplies float32 in the precision of ``torch.set_float32_matmul_precision``.
 
     Raises:
         ValueError: If a shape, device or ``method`` breaks the above.
@@ -86,7 +87,8 @@ class Plan:
     """How a layer's per-example norms are computed.
 
     Attributes:
-        method: The way that ``auto`` takes: ``outer``, ``direct``, or ``gram`` (of a convolution ``shifted_gram``).
+        method: The way that ``auto`` takes on the CPU: ``outer``, ``direct``, or ``gram`` (of a convolution
+            ``shifted_gram``). CUDA weighs the same ways by its own rates.
         multiply_adds: Multiply-adds per example of each way that applies. A Gram's are those of its whole symmetric
             products, of which a little over half is computed.
         fused: Whether ``*_grad_sqnorm_groups`` takes one pass on the CPU for norms and sums over groups.
@@ -98,7 +100,7 @@ class Plan:
 
 
 def plan_linear(positions: int, in_features: int, out_features: int) -> Plan:
-    """Return the way that ``auto`` takes for a linear layer with so many positions (tokens) per example.
+    """Return the way that ``auto`` takes on the CPU for a linear layer with so many positions (tokens) per example.
 
     Raises:
         ValueError: If there are no positions, or a number is negative.
@@ -116,7 +118,7 @@ def plan_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Plan:
-    """Return the way that ``auto`` takes for a convolution over images of ``size`` = (height, width).
+    """Return the way that ``auto`` takes on the CPU for a convolution over images of ``size`` = (height, width).
 
     Raises:
         ValueError: If there is no such convolution.
@@ -128,9 +130,10 @@ def plan_conv2d(
 
 
 def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
-    """Return the way that ``auto`` takes for a layer; a `torch.nn.Conv1d` is a convolution over images of one row.
+    """Return the way that ``auto`` takes on the CPU for a layer.
 
-    Padding other than zeros is thought of as part of the input, which then has none.
+    A `torch.nn.Conv1d` is a convolution over images of one row. Padding other than zeros is thought of as part of the
+    input, which then has none.
 
     Args:
         layer: A linear layer, or a convolution over one or two dimensions.
