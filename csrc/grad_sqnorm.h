@@ -88,30 +88,30 @@ struct GradSqnormShape {
     return (pixels + positions() + inputs + outputs + 256) * (places + 64);
   }
 
-  // Times in multiply-adds of the direct way, measured on two cores with AVX-512: the Gram's smaller products run at 1
-  // / 1.4 of its rate, and putting an element into panels costs as much as 45 of them (twice that for the Gram's two
-  // panels).
+  // Times in multiply-adds of the direct way, fitted to 21 layers on one core with AVX-512: of a Gram's products a
+  // little over half is computed, at a lower rate, and putting an element into panels costs as much as 35 of them, 75
+  // for a Gram's two kinds of panels.
   double elements() const { return groups * (1.0 * y.size * x.size * inputs + positions() * outputs); }
-  double direct_time() const { return direct() + 45 * elements(); }
-  double gram_time() const { return 1.55 * gram() + 90 * elements(); }
+  double direct_time() const { return direct() + 35 * elements(); }
+  double gram_time() const { return 0.8 * gram() + 75 * elements(); }
+
+  // The Grams of an example are whole in a thread's scratch, which grows with the square of its positions: beyond
+  // kMostScratch the direct way stands in, even for a Gram that was asked for.
+  bool gram_fits() const { return scratch(GradSqnormMethod::kGram) <= kMostScratch; }
 
   GradSqnormMethod choose() const {
     if (outer_applies()) return GradSqnormMethod::kOuter;
-    const bool cheaper = gram_time() < direct_time();
-    return cheaper && scratch(GradSqnormMethod::kGram) <= kMostScratch ? GradSqnormMethod::kGram
-                                                                       : GradSqnormMethod::kDirect;
+    return gram_time() < direct_time() && gram_fits() ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
   }
 
   // Whether one direct pass that also adds up the gradients of groups takes less time than the norms and a weight
-  // gradient per group. The pass adds each tile to a sum, which costs as much as kAddPositions more positions.
+  // gradient per group. Adding a tile to a sum costs as much as 3 more positions; the rows of groups and their weight
+  // gradients as much as 1.2 direct ways, measured at 1.0 for convolutions and 1.5 to 2 for matrix products.
   bool fused() const {
     const GradSqnormMethod way = choose();
-    if (way == GradSqnormMethod::kOuter || positions() == 0) return way != GradSqnormMethod::kOuter;
-    const double adding = direct() * kAddPositions / positions();
-    return way == GradSqnormMethod::kDirect || direct_time() + adding < gram_time() + direct();
+    if (way != GradSqnormMethod::kGram) return way == GradSqnormMethod::kDirect;
+    return direct_time() + 3 * direct() / positions() < gram_time() + 1.2 * direct();
   }
-
-  static constexpr double kAddPositions = 6;
 
   // On CUDA, in multiply-adds at the rate of an arithmetic unit per lane, about 30 T/s on a large device; reckoned from
   // its rates, not measured. The direct kernel issues at least 0.6 of its instructions as multiply-adds, in tiles that

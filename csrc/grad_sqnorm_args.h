@@ -18,24 +18,19 @@ inline void check_scratch(const char* op, GradSqnormMethod way, const GradSqnorm
                ": sizes of one example must leave less than 10^12 elements of scratch, got ", shape.scratch(way));
 }
 
-// `best` is the device's answer to auto.
+// `best` is the device's answer to auto; where a Gram does not fit its scratch, the direct way stands in.
 inline GradSqnormMethod parse_method(const char* op, const std::string& method, const char* gram,
-                                     const GradSqnormShape& shape, GradSqnormMethod best) {
+                                     const GradSqnormShape& shape, GradSqnormMethod best, bool gram_fits = true) {
   MEMLOC_CHECK(method == "auto" || method == "outer" || method == "direct" || method == gram, op,
                ": method must be auto, outer, direct or ", gram, ", got ", method);
   MEMLOC_CHECK(method != "outer" || shape.outer_applies(), op,
                ": method outer needs a single position, pixel, kernel offset and group");
-  const GradSqnormMethod way = method == "auto"     ? best
-                               : method == "outer"  ? GradSqnormMethod::kOuter
-                               : method == "direct" ? GradSqnormMethod::kDirect
-                                                    : GradSqnormMethod::kGram;
+  const GradSqnormMethod way = method == "auto"                   ? best
+                               : method == "outer"                ? GradSqnormMethod::kOuter
+                               : method == "direct" || !gram_fits ? GradSqnormMethod::kDirect
+                                                                  : GradSqnormMethod::kGram;
   check_scratch(op, way, shape);
   return way;
-}
-
-inline GradSqnormMethod parse_method(const char* op, const std::string& method, const char* gram,
-                                     const GradSqnormShape& shape) {
-  return parse_method(op, method, gram, shape, shape.choose());
 }
 
 inline void check_pair(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& grad_output) {

@@ -71,7 +71,7 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
 Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const std::string& method) {
   const char* const op = "linear_grad_sqnorm";
   const GradSqnormShape shape = linear_shape(op, input, grad_output);
-  const GradSqnormMethod way = parse_method(op, method, "gram", shape);
+  const GradSqnormMethod way = parse_method(op, method, "gram", shape, shape.choose(), shape.gram_fits());
   return sqnorm(way, image_of(input, shape), image_of(grad_output, shape), shape);
 }
 
@@ -80,7 +80,8 @@ Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::v
                           int64_t groups, const std::string& method) {
   const char* const op = "conv2d_grad_sqnorm";
   const GradSqnormShape shape = conv2d_shape(op, input, grad_output, kernel_size, stride, padding, dilation, groups);
-  return sqnorm(parse_method(op, method, "shifted_gram", shape), input, grad_output, shape);
+  return sqnorm(parse_method(op, method, "shifted_gram", shape, shape.choose(), shape.gram_fits()), input, grad_output,
+                shape);
 }
 
 }  // namespace

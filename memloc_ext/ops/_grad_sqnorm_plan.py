@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import gcd
 
 _MOST_SCRATCH = 16 << 20  # elements
-_ADD_POSITIONS = 6
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,13 @@ def grad_sqnorm_plan(
     if positions == groups == offsets == 1 and pads == (1, 1):
         return "outer", {**counts, "outer": float(inputs + outputs)}, False
     elements = groups * (rows.size * columns.size * inputs + positions * outputs)
-    direct_time, gram_time = direct + 45 * elements, 1.55 * gram + 90 * elements
+    direct_time, gram_time = direct + 35 * elements, 0.8 * gram + 75 * elements
     places = rows.extent * columns.extent + 64
     pixels = min(places, rows.size * columns.size)
     scratch = (pixels + positions + inputs + outputs + 256) * (places + 64)
     if gram_time >= direct_time or scratch > _MOST_SCRATCH:
         return "direct", counts, True
-    adding = direct * _ADD_POSITIONS / positions if positions else 0.0
-    return "gram", counts, not positions or direct_time + adding < gram_time + direct
+    return "gram", counts, direct_time + 3 * direct / positions < gram_time + 1.2 * direct
 
 
 def _gram(groups: int, inputs: int, outputs: int, rows: _Axis, columns: _Axis) -> float:

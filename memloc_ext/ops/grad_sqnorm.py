@@ -28,6 +28,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
         grad_output: Gradient of the loss by what it returned, ``[batch, *, out]``, of the same dtype.
         method: ``auto`` takes the cheapest way (see `plan_linear`); ``outer`` (one position only), ``direct`` or
             ``gram`` forces one. Where the sum over positions cancels, ``gram`` loses twice the digits of ``direct``.
+            A Gram's scratch grows with the square of the positions: beyond 2^24 elements ``gram`` is ``direct``.
 
     Returns:
         ``[batch]``; float64 for float64 inputs, else float32. Float32 tiles are added up in float64. On CUDA, ``gram``

@@ -46,8 +46,11 @@ def test_a_build_without_the_host_module_plans_all_the_same(monkeypatch) -> None
         plan_conv2d(3, 4, (4, 4), (9, 9))
 
 
-def test_groups_take_one_pass_but_for_single_positions() -> None:
+def test_groups_take_one_pass_but_for_few_positions() -> None:
     assert not plan_linear(1, 784, 512).fused
+    assert not plan_linear(2, 512, 512).fused
+    assert plan_linear(16, 512, 512).fused
+    assert plan_conv2d(512, 512, (4, 4), (3, 3), padding=(1, 1)).fused
     assert plan_linear(64, 256, 768).fused
     assert plan_linear(256, 768, 3072).fused
     assert plan_conv2d(128, 128, (16, 16), (3, 3), padding=(1, 1)).fused
