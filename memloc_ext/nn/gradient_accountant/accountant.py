@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.gradient_accountant.graph import Reached, Rows, minimal, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
-from memloc_ext.nn.gradient_accountant.run import Run, Silent
-from memloc_ext.nn.gradient_accountant.session import Session, tensors
+from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
+from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import accumulated
 from memloc_ext.ops import Groups
 
@@ -68,8 +70,7 @@ class GradientAccountant:
 
     Args:
         model: Its parameters that require gradients are accounted, under their names.
-        batch_dim: Dimension of the examples in activations: 0, or 1 for ``[tokens, batch, *]``.
-            `torch.nn.MultiheadAttention` is understood either way; convolutions and batch normalisation have 0.
+        batch_dim: Dimension of the examples in the model's inputs: 0, or 1 for ``[tokens, batch, *]``.
 
     Raises:
         TypeError: If ``model`` is not a module.
@@ -92,8 +93,8 @@ class GradientAccountant:
         """Look at what the model does in this thread, until the end of the ``with``."""
         session, stack = Session(self._model, self._batch_dim, HANDLERS), ExitStack()
         stack.enter_context(uncompiled())
-        handle = self._model.register_forward_hook(lambda *call: self._keep(session, call[-1]))
-        stack.callback(handle.remove)
+        for hook in self._hooks(session):
+            stack.callback(hook.remove)
         stack.enter_context(session)
         self._sessions.append((session, stack))
         return self
@@ -101,18 +102,33 @@ class GradientAccountant:
     def __exit__(self, *error: object) -> None:
         """Stop looking."""
         session, stack = self._sessions.pop()
-        session.forget()
+        session.outputs.clear()
         stack.close()
+
+    def _hooks(self, session: Session) -> list[RemovableHandle]:
+        """Have the session told when this thread runs the model."""
+
+        def mine() -> bool:
+            return any(session is entered for entered, _ in self._sessions)
+
+        def before(model: nn.Module, args: Any, kwargs: Any) -> None:
+            if mine():
+                session.enter_model((args, kwargs))
+
+        def after(model: nn.Module, args: Any, output: Any) -> None:
+            if mine():
+                session.leave_model(output)
+
+        return [
+            self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=False),
+            self._model.register_forward_hook(after, always_call=True),
+        ]
 
     @property
     def _sessions(self) -> list[tuple[Session, ExitStack]]:
         if not hasattr(self._local, "sessions"):
             self._local.sessions = []
         return self._local.sessions
-
-    def _keep(self, session: Session, output: Any) -> None:
-        if any(session is mine for mine, _ in self._sessions) and session.run is None:
-            session.outputs += [t for t in tensors(output) if t.requires_grad and t.dim() > 0]
 
     def backward(
         self,
@@ -160,31 +176,29 @@ class GradientAccountant:
         groups = _groups(loss, group_ids, num_groups, batch, exact_groups)
         self._check_parallel(weight_grads, exact_groups)
         root = loss.sum() if loss_reduction == "none" else loss
-        found = reached(root, session.parameters)
+        found = reached(root, session, session.parameters)
         exact = exact_groups and weight_grads
-        run = Run(batch, None if exact else groups, weight_grads and not exact, session.calls)
+        run = Run(batch, None if exact else groups, weight_grads and not exact, session.calls, found.unseen)
         if found.unseen or exact:
-            rows = Rows([loss], [torch.ones_like(loss)], 0)
+            rows = Rows([loss], [torch.ones_like(loss)], [Layout(0, 1, batch, 1)])
             if loss_reduction != "none":
                 rows = self._rows(session, root, found, batch)
-            self._account_unseen(session, run, rows, found.unseen)
+            self._account_unseen(session, run, rows)
             if exact and groups is not None:
-                run.group_grad = _exact_groups(rows, found.all, groups)
-        untouched = {} if run.weight_grads else found.unseen
-        previous = [parameter.grad for parameter in untouched.values()]
-        for parameter in untouched.values():
-            parameter.grad = None  # or autograd would add to it in place
+                run.group_grad = _exact_groups(session, rows, found.all, groups)
+        # parameters that are not covered know no other way to be left alone
+        inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
         session.run = run
         try:
-            root.backward(retain_graph=retain_graph)
+            if inputs is None or inputs:
+                root.backward(retain_graph=retain_graph, inputs=inputs)
             with torch._C.DisableTorchFunction():
                 run.finish()
         finally:
             session.run = None
             if not retain_graph:
-                session.forget()
-            for parameter, grad in zip(untouched.values(), previous, strict=True):
-                parameter.grad = grad
+                session.calls.clear()
+                session.outputs = [t for t in session.outputs if t.grad_fn not in found.nodes]
         if exact:
             _add_to_grads(found.all, run.group_grad)
         return self._account(run, loss_reduction, groups if weight_grads else None)
@@ -201,23 +215,25 @@ class GradientAccountant:
 
     def _rows(self, session: Session, root: Tensor, found: Reached, batch: int) -> Rows:
         """Return tensors whose rows are the examples and through which the loss depends on the parameters."""
-        outputs = minimal(root, session.outputs, found.all)
-        if not outputs:
+        outputs = minimal(root, session, session.outputs, found.all)
+        layouts = [session.output_layout(t) for t in outputs or ()]
+        if not outputs or None in layouts:
             names = [name for name, p in self._model.named_parameters() if id(p) in (found.unseen or found.all)]
             raise ValueError(
                 f"GradientAccountant: the loss depends on {', '.join(names)} in a way that cannot be told apart by "
                 "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
                 "losses by example, with loss_reduction='none'"
             )
-        session.run = Silent(batch)
+        session.run = OneByOne(batch, {})
         try:
             cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
         finally:
             session.run = None
-        return Rows(outputs, list(cotangents), self._batch_dim)
+        return Rows(outputs, list(cotangents), [layout for layout in layouts if layout is not None])
 
-    def _account_unseen(self, session: Session, run: Run, rows: Rows, unseen: Mapping[int, nn.Parameter]) -> None:
+    def _account_unseen(self, session: Session, run: Run, rows: Rows) -> None:
         """Account parameters whose layers are not covered, by one backward pass per example."""
+        unseen = run.slow
         if not unseen:
             return
         for name, parameter in self._model.named_parameters():
@@ -226,7 +242,7 @@ class GradientAccountant:
                 message = f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
                 warnings.warn(message, UserWarning, stacklevel=3)
         parameters = list(unseen.values())
-        session.run = Silent(run.batch)
+        session.run = OneByOne(run.batch, unseen)
         try:
             for b in range(run.batch):
                 cotangents = rows.of(run.batch, torch.tensor([b], device=rows.tensors[0].device))
@@ -309,7 +325,9 @@ def _groups(
         raise type(error)(f"GradientAccountant: {error}") from None
 
 
-def _exact_groups(rows: Rows, parameters: Mapping[int, nn.Parameter], groups: Groups) -> dict[int, Tensor]:
+def _exact_groups(
+    session: Session, rows: Rows, parameters: Mapping[int, nn.Parameter], groups: Groups
+) -> dict[int, Tensor]:
     """Return the gradients of the groups from a backward pass each."""
     result = {
         key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
@@ -320,9 +338,13 @@ def _exact_groups(rows: Rows, parameters: Mapping[int, nn.Parameter], groups: Gr
         if len(chosen) == 0:
             continue
         cotangents = rows.of(len(groups.ids), chosen)
-        gradients = torch.autograd.grad(
-            rows.tensors, list(parameters.values()), cotangents, retain_graph=True, allow_unused=True
-        )
+        session.run = OneByOne(len(groups.ids), parameters)
+        try:
+            gradients = torch.autograd.grad(
+                rows.tensors, list(parameters.values()), cotangents, retain_graph=True, allow_unused=True
+            )
+        finally:
+            session.run = None
         for key, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 result[key][group] = gradient

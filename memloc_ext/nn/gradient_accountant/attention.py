@@ -1,4 +1,4 @@
-"""Multi-head attention as PyTorch writes it, whose projections see ``[tokens, batch, *]``."""
+"""Multi-head attention as PyTorch writes it: one function, whose projections are handled one by one."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _attention = in_parts(F.multi_head_attention_forward)
 
 def attention(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.multi_head_attention_forward`."""
-    with session.examples_at(1), session:
+    with session:
         return _attention(*args, **kwargs)

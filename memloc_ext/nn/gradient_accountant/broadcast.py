@@ -1,13 +1,15 @@
-"""Parameters that meet activations element by element, broadcast over the examples: positions, scales, class tokens."""
+"""Parameters that meet activations element by element, repeated for every example: positions, scales, class tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
 from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, Rows
@@ -21,130 +23,131 @@ ELEMENTWISE = (
 )
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A parameter, or rows of it, as every example meets it.
+
+    Attributes:
+        weight: The parameter or view; of rows that are looked up, the table.
+        value: What is repeated.
+        indices: Of the rows, or None for all of the parameter.
+        padding_idx: A row that gets no gradient, or -1.
+    """
+
+    weight: Weight
+    value: Tensor
+    indices: Tensor | None = None
+    padding_idx: int = -1
+
+
 class Broadcast(Rule):
     """A parameter, repeated for every example: the gradient of the repeated one is each example's own.
 
     Args:
         session: See `Rule`.
-        weight: The parameter or view; of a looked up one the table.
-        shape: To expand to; its dimension ``place`` is that of the examples.
-        place: See ``shape``.
-        lookup: Indices and padding index, if ``table[indices]`` is what is repeated.
+        source: What is repeated.
+        layout: Of the result.
+        shape: Of the result.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        weight: Weight,
-        shape: Sequence[int],
-        place: int,
-        lookup: tuple[Tensor, int] | None = None,
-    ) -> None:
-        super().__init__(session, [weight])
-        self.shape, self.place, self.lookup = list(shape), place, lookup
+    def __init__(self, session: Session, source: Repeated, layout: Layout, shape: Sequence[int]) -> None:
+        super().__init__(session, [source.weight], layout)
+        self.source, self.shape, self.own = source, list(shape), source.value.shape
 
     def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """See `Rule`."""
-        self.own = value.shape
         return value.expand(self.shape), ()
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `Rule`."""
-        run = self.session.run
         own = [1] * (grad.dim() - len(self.own)) + list(self.own)
-        rows = grad.movedim(self.place, 0)
-        del own[self.place]
+        rows = grad.movedim(self.layout.dim, 0)
+        del own[self.layout.dim]
         repeated = [d + 1 for d, size in enumerate(own) if size == 1 and rows.shape[d + 1] != 1]
         rows = (rows.sum(repeated) if repeated else rows).reshape(len(rows), *self.own)
-        if run is None:
-            return (rows.sum(0),)
-        if len(rows) != run.batch:
-            if run.batch == 0 or len(rows) % run.batch:
-                raise ValueError(
-                    f"GradientAccountant: {self.name(0)} meets {len(rows)} rows in dimension {self.place}, where the "
-                    f"{run.batch} examples must be; batch_dim and batch_size say otherwise"
-                )
-            rows = rows.unflatten(0, (run.batch, -1)).sum(1)
-        if self.lookup is None:
+        rows, indices = self.by_example(rows), self.source.indices
+        if indices is None:
             return (self.record(0, Rows(rows)),)
-        weight, (indices, padding_idx) = self.weights[0], self.lookup
-        assert weight is not None
-        same = indices.expand(run.batch, *indices.shape).flatten(1)
-        use = EmbeddingUse(same, rows.flatten(1).reshape(*same.shape, -1), weight.tensor.shape[0], padding_idx)
-        self.record(0, use)  # its gradient is the table's, and the lookup passes that on itself
-        return (rows.sum(0) if run.weight_grads else None,)
+        same = indices.expand(len(rows), *indices.shape)
+        table = self.source.weight.tensor
+        # its gradient is the table's, and the lookup passes that on itself
+        self.record(0, EmbeddingUse(same, rows, table.shape[0], self.source.padding_idx))
+        run = self.session.run
+        return (rows.sum(0) if run is None or run.wants(self.source.weight.parameter) else None,)
 
 
 def broadcast(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle an elementwise function of activations and parameters."""
-    given = list(tensors((args, kwargs)))
-    others = [t for t in given if _source(session, t) is None]
     if "out" in kwargs or any(isinstance(value, tuple | list) for value in args):
         return NotImplemented
-    if session.batch is None and others:
-        session.see(max(others, key=lambda t: t.dim()))
-    rank = max(t.dim() for t in given)
-    places = {
-        rank - t.dim() + session.batch_dim
-        for t in others
-        if t.dim() > session.batch_dim
-        and session.batch is not None
-        and t.shape[session.batch_dim] % max(1, session.batch) == 0
-        and not session.constant(t)
-    }
-    if len(places) != 1:
-        return NotImplemented
-    place = places.pop()
-    rows = max(t.shape[place - rank] for t in others if t.dim() >= rank - place)
-
-    def repeat(t: Any) -> Any:
-        source = _source(session, t)
-        if source is None:
-            return t
-        weight, lookup = source
-        shape = [1] * (rank - t.dim()) + list(t.shape)
-        if shape[place] != 1:
-            raise _PairedError
-        shape[place] = rows
-        return Broadcast(session, weight, shape, place, lookup)(t)
-
-    try:
-        return func(*map(repeat, args), **{name: repeat(value) for name, value in kwargs.items()})
-    except _PairedError:
-        return NotImplemented
-
-
-def expand(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle ``parameter.expand(batch, ...)``, ``repeat`` where it does the same, and ``expand_as``."""
-    parameter, *sizes = args
-    weight = session.weight(parameter)
-    if weight is None or kwargs:
-        return NotImplemented
-    if len(sizes) == 1 and isinstance(sizes[0], Tensor):
-        sizes = list(sizes[0].shape)
-    elif len(sizes) == 1 and not isinstance(sizes[0], int):
-        sizes = list(sizes[0])
-    place, extra = session.batch_dim, len(sizes) - parameter.dim()
-    own = [1] * extra + list(parameter.shape)
-    if func.__name__ == "repeat":
-        if any(size != 1 and n != 1 for size, n in zip(own, sizes, strict=True)):
+    if func.__name__.endswith("_") and isinstance(args[0], Tensor) and session.shared(args[0]):
+        written = not func.__name__.endswith("__") or func.__name__.startswith("__i")
+        if written:  # what is repeated cannot be written to
             return NotImplemented
-        sizes = [size * n for size, n in zip(own, sizes, strict=True)]
-    sizes = [own[d] if size == -1 else size for d, size in enumerate(sizes)]
-    if extra < 0 or place >= len(sizes) or own[place] != 1 or sizes[place] != (session.batch or sizes[place]):
+    given = list(tensors((args, kwargs)))
+    rank = max(t.dim() for t in given)
+    places = {_aligned(session, t, rank) for t in given if not session.shared(t)}
+    if len(places) != 1 or (layout := places.pop()) is None:
         return NotImplemented
-    if session.batch is None and sizes[place] == 1:
+
+    replaced = {id(t): _repeat(session, t, layout, rank) for t in given if session.shared(t) and t.requires_grad}
+    if any(value is None for value in replaced.values()):
         return NotImplemented
-    return Broadcast(session, weight, sizes, place)(parameter)
+
+    def swap(value: Any) -> Any:
+        return replaced.get(id(value), value)
+
+    return func(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
 
 
-class _PairedError(Exception):
-    """A parameter has rows of its own where the examples are."""
+def cat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``cat`` of activations and repeated parameters, as class tokens are."""
+    given, dim = list(args[0]), kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if kwargs.keys() - {"dim"} or not isinstance(dim, int):
+        return NotImplemented
+    rank = given[0].dim()
+    places = {session.layout(t) for t in given if not session.shared(t)}
+    if len(places) != 1 or (layout := places.pop()) is None or layout.dim == dim % rank:
+        return NotImplemented
+    for i, t in enumerate(given):
+        if session.shared(t) and t.requires_grad:
+            given[i] = _repeat(session, t, layout, rank)
+            if given[i] is None:
+                return NotImplemented
+    return func(given, dim)
 
 
-def _source(session: Session, t: Any) -> tuple[Weight, tuple[Tensor, int] | None] | None:
-    weight = session.weight(t)
-    if weight is not None:
-        return weight, None
-    found = session.lookups.get(t) if isinstance(t, Tensor) else None
-    return None if found is None else (found[0], (found[1], found[2]))
+def repeat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``parameter.repeat(batch, 1, ...)``: remember of what it is a copy."""
+    parameter, result = args[0], func(*args, **kwargs)
+    weight = session.weight(parameter)
+    own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
+    whole = all(size in (1, repeated) for size, repeated in zip(own, result.shape, strict=True))
+    if weight is not None and whole and result.requires_grad:
+        session.sources[result] = Repeated(weight, parameter)
+    return result
+
+
+def _aligned(session: Session, t: Tensor, rank: int) -> Layout | None:
+    layout = session.layout(t)
+    return None if layout is None else replace(layout, dim=layout.dim + rank - t.dim())
+
+
+def _repeat(session: Session, t: Tensor, layout: Layout, rank: int) -> Tensor | None:
+    """Return what every example meets of a tensor, repeated for each; None if it is nothing that can be accounted."""
+    source = session.sources.get(t)
+    own = [1] * (rank - t.dim()) + list(t.shape)
+    place = layout.dim - (rank - t.dim())  # of the examples, in t
+    if source is None:
+        value = t
+        if place >= 0 and own[layout.dim] == layout.size and t.stride(place) == 0:
+            value = t.narrow(place, 0, 1)  # of an expanded one
+        weight = session.weight(value)
+        if weight is None:
+            return None
+        source = Repeated(weight, value)
+    shape = [1] * (rank - source.value.dim()) + list(source.value.shape)
+    if shape[layout.dim] != 1 or own[layout.dim] not in (1, layout.size):
+        return None  # it has rows of its own where the examples are
+    own[layout.dim] = layout.size
+    return Broadcast(session, source, layout, own)(source.value)

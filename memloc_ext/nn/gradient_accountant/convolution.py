@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
-from memloc_ext.nn.gradient_accountant.session import Session, examples_first
+from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import ConvolutionUse, Rows
 
 _DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -23,14 +24,20 @@ class Convolution(Rule):
     Args:
         session: See `Rule`.
         weights: Of input, weight and bias.
+        layout: See `Rule`; of rows first.
         dtype: That it is computed in.
         settings: stride, padding, dilation, transposed, output_padding, groups, as of ``aten::convolution``.
     """
 
     def __init__(
-        self, session: Session, weights: Sequence[Weight | None], dtype: torch.dtype, settings: tuple[Any, ...]
+        self,
+        session: Session,
+        weights: Sequence[Weight | None],
+        layout: Layout,
+        dtype: torch.dtype,
+        settings: tuple[Any, ...],
     ) -> None:
-        super().__init__(session, weights)
+        super().__init__(session, weights, layout)
         self.dtype, self.settings = dtype, settings
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -48,16 +55,12 @@ class Convolution(Rule):
         if needs[0]:
             outputs = [True, False, False]
             grad_input = torch.ops.aten.convolution_backward(grad, x, w, None, *self.settings, outputs)[0]
-        run = self.session.run
-        batch = len(x) if run is None else run.batch
         if needs[1]:
-            images = examples_first(x, batch, 0, w.dim() - 1, self.name(1))
-            repeats = images.shape[1] if images.dim() > x.dim() else 1
+            repeats = 1 if self.session.run is None else self.layout.of(self.session.run.batch).after
             geometry = (stride, padding, dilation, groups, transposed, output_padding, repeats)
             grad_weight = self.record(1, ConvolutionUse(x, grad, w.shape, *geometry))
         if needs[2]:
-            rows = grad.flatten(2).sum(2)
-            grad_bias = self.record(2, Rows(rows if len(rows) == batch else rows.unflatten(0, (batch, -1)).sum(1)))
+            grad_bias = self.record(2, Rows(self.by_example(grad.flatten(2).sum(2))))
         return grad_input, grad_weight, grad_bias
 
 
@@ -75,8 +78,11 @@ def convolution(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         padding = 0
     elif padding == "same":
         missing = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        layout = session.layout(input)
         input = F.pad(input, [side for total in reversed(missing) for side in (0, total % 2)])
         padding = [total // 2 for total in missing]
+        if layout is not None:
+            session.set_layout(input, layout)
     settings = (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1))
     return _run(session, input, weight, bias, settings)
 
@@ -96,13 +102,15 @@ def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) 
 
 def _accountable(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> bool:
     unknown = any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias))
-    return not unknown and input.dim() == n + 2 and session.weight(input) is None
+    layout = session.layout(input)
+    return not unknown and input.dim() == n + 2 and layout is not None and layout.rows_first
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Any:
-    session.see(input)
     weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
-    return Convolution(session, weights, autocast_dtype(input), settings)(input, weight, bias)
+    layout = session.layout(input)
+    assert layout is not None
+    return Convolution(session, weights, layout, autocast_dtype(input), settings)(input, weight, bias)
 
 
 def _each(value: Any, n: int) -> list[int]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.gradient_accountant.layer import Rule, is_layer
-from memloc_ext.nn.gradient_accountant.session import examples_first
+from memloc_ext.nn.gradient_accountant.layer import Rule
+from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.session import Session
 
 
 @dataclass
@@ -21,11 +22,13 @@ class Reached:
         seen: Those that reach the loss through layers of the accountant only.
         unseen: Those that reach it some other way.
         stops: Positions, in the tensors to stop at, of those that were met.
+        nodes: Of the graph, that the walk went through.
     """
 
     seen: dict[int, nn.Parameter] = field(default_factory=dict)
     unseen: dict[int, nn.Parameter] = field(default_factory=dict)
     stops: set[int] = field(default_factory=set)
+    nodes: set[Any] = field(default_factory=set)
 
     @property
     def all(self) -> dict[int, nn.Parameter]:
@@ -33,29 +36,33 @@ class Reached:
         return self.seen | self.unseen
 
 
-def reached(root: Tensor, parameters: Mapping[int, nn.Parameter], stop_at: Sequence[Tensor] = ()) -> Reached:
+def reached(
+    root: Tensor, session: Session, parameters: Mapping[int, nn.Parameter], stop_at: Sequence[Tensor] = ()
+) -> Reached:
     """Walk from a tensor down to the parameters it depends on.
 
     Args:
         root: Where to start.
+        session: Whose layers tell their parameters; to those of another one belongs what it belongs to without.
         parameters: Those of interest, by ``id``.
         stop_at: Tensors that the walk does not go below.
     """
     found = Reached()
-    stops = {t.grad_fn: i for i, t in enumerate(stop_at)}
-    pending: list[Any] = [root.grad_fn]
-    visited = set()
+    stops = {(t.grad_fn, t.output_nr): i for i, t in enumerate(stop_at)}
+    pending: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr)]
     while pending:
-        node = pending.pop()
-        if node is None or node in visited:
+        edge = pending.pop()
+        node = edge[0]
+        if edge in stops:
+            found.stops.add(stops[edge])
             continue
-        visited.add(node)
-        if node in stops:
-            found.stops.add(stops[node])
+        if node is None or node in found.nodes:
             continue
-        edges = [edge for edge, _ in node.next_functions]
-        if is_layer(node):
-            edges = _below(node.rule, edges, found)
+        found.nodes.add(node)
+        edges = list(node.next_functions)
+        rule = getattr(node, "rule", None)
+        if isinstance(rule, Rule) and rule.session is session:
+            edges = _below(rule, edges, found)
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) in parameters:
             found.unseen[id(variable)] = variable
         pending += edges
@@ -64,8 +71,8 @@ def reached(root: Tensor, parameters: Mapping[int, nn.Parameter], stop_at: Seque
     return found
 
 
-def _below(rule: Rule, edges: Sequence[Any], found: Reached) -> list[Any]:
-    """Return the nodes under a layer, its parameters left out, which are taken note of."""
+def _below(rule: Rule, edges: Sequence[tuple[Any, int]], found: Reached) -> list[tuple[Any, int]]:
+    """Return the edges below a layer, its parameters left out, which are taken note of."""
     below = []
     for weight, edge in zip([rule.weights[i] for i in rule.given], edges, strict=True):
         if weight is None:
@@ -82,33 +89,34 @@ class Rows:
     Attributes:
         tensors: A row per example.
         cotangents: Of the loss by each.
-        batch_dim: Dimension of the examples in each.
+        layouts: Where the examples are in each.
     """
 
     tensors: list[Tensor]
     cotangents: list[Tensor]
-    batch_dim: int
+    layouts: list[Layout]
 
     def of(self, batch: int, chosen: Tensor) -> list[Tensor]:
         """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""
         result = []
-        for cotangent in self.cotangents:
+        for cotangent, layout in zip(self.cotangents, self.layouts, strict=True):
             part = torch.zeros_like(cotangent, memory_format=torch.contiguous_format)
-            views = (examples_first(t, batch, self.batch_dim, 0, "the loss") for t in (part, cotangent.contiguous()))
-            to, source = views
+            to, source = (layout.of(batch).first(t) for t in (part, cotangent.contiguous()))
             to[chosen] = source[chosen]
             result.append(part)
         return result
 
 
-def minimal(root: Tensor, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]) -> list[Tensor] | None:
+def minimal(
+    root: Tensor, session: Session, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
+) -> list[Tensor] | None:
     """Return the outputs through which alone a loss depends on the parameters, none through another; else None."""
-    found = reached(root, parameters, outputs)
+    found = reached(root, session, parameters, outputs)
     chosen = [outputs[i] for i in sorted(found.stops)]
     if found.seen or found.unseen:
         return None
     for t in chosen:
         others = [other for other in chosen if other is not t]
-        if reached(t, {}, others).stops:
+        if reached(t, session, {}, others).stops:
             return None
     return chosen

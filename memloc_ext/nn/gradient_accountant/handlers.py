@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.attention import attention
-from memloc_ext.nn.gradient_accountant.broadcast import ELEMENTWISE, broadcast, expand
+from memloc_ext.nn.gradient_accountant.broadcast import ELEMENTWISE, broadcast, cat, repeat
 from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
 from memloc_ext.nn.gradient_accountant.embedding import embedding, getitem
 from memloc_ext.nn.gradient_accountant.linear import addmm, linear, matmul
@@ -30,6 +30,7 @@ HANDLERS: dict[Any, Handler] = {
     F.rms_norm: rms_norm,
     F.multi_head_attention_forward: attention,
     **dict.fromkeys(ELEMENTWISE, broadcast),
-    **dict.fromkeys(("expand", "expand_as", "repeat"), expand),
+    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "repeat": repeat,
 }
 """Function, or the name of a function and of the tensor method that does the same, to its handler."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Use
@@ -20,10 +21,11 @@ class Rule:
     Args:
         session: That the layer is part of.
         weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
+        layout: Of the layer's input and output.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None]) -> None:
-        self.session, self.weights, self.batch_dim = session, list(weights), session.batch_dim
+    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout) -> None:
+        self.session, self.weights, self.layout = session, list(weights), layout
         self.given: list[int] = []  # places of the arguments that are tensors
 
     def forward(self, *tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -42,21 +44,30 @@ class Rule:
             return use.total().to(weight.tensor.dtype)
         return run.record(weight, use)
 
-    def examples(self, first: Tensor) -> int:
-        """Return the number of examples; outside of an accounted backward pass any that fits will do."""
-        run = self.session.run
-        return run.batch if run is not None else first.shape[self.batch_dim] if first.dim() > self.batch_dim else 1
+    def batch(self, rows: int) -> int:
+        """Return the number of examples; outside of an accounted backward pass each row may be one."""
+        return rows if self.session.run is None else self.session.run.batch
 
-    def name(self, index: int) -> str:
-        """Describe a parameter for an error."""
-        weight = self.weights[index]
-        return f"a parameter of shape {list(weight.parameter.shape)}" if weight is not None else "a layer"
+    def examples(self, t: Tensor) -> Tensor:
+        """Return activations as ``[batch, *]``; outside of an accounted backward pass as one example."""
+        run = self.session.run
+        return t[None] if run is None else self.layout.of(run.batch).first(t)
+
+    def by_example(self, rows: Tensor) -> Tensor:
+        """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the layout's."""
+        run = self.session.run
+        layout = self.layout if run is None else self.layout.of(run.batch)
+        if layout.before == layout.after == 1:
+            return rows
+        return rows.unflatten(0, (layout.before, layout.batch, layout.after)).sum((0, 2))
 
     def __call__(self, *tensors: Any) -> Any:
         """Run the layer."""
-        self.session.count(*self.weights)
+        self.session.count(self.layout, *self.weights)
         self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
-        return _Layer.apply(self, *tensors)
+        out = _Layer.apply(self, *tensors)
+        self.session.set_layout(out, self.layout)
+        return out
 
 
 class _Layer(torch.autograd.Function):
@@ -75,11 +86,6 @@ class _Layer(torch.autograd.Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
         with torch._C.DisableTorchFunction(), torch.autocast(grad.device.type, enabled=False):
             return (None, *ctx.rule.backward(saved, needs, grad))
-
-
-def is_layer(node: object) -> bool:
-    """Return whether a node of the graph is one of these layers, whose ``rule`` tells its parameters."""
-    return isinstance(getattr(node, "rule", None), Rule)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
-from memloc_ext.nn.gradient_accountant.session import Session, examples_first
+from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import LinearUse, Rows
 
 
@@ -21,14 +22,20 @@ class Linear(Rule):
     Args:
         session: See `Rule`.
         weights: Of input, weight and bias.
+        layout: See `Rule`.
         dtype: That the product is computed in.
         transposed: The weight is ``[in, out]``.
     """
 
     def __init__(
-        self, session: Session, weights: Sequence[Weight | None], dtype: torch.dtype, transposed: bool = False
+        self,
+        session: Session,
+        weights: Sequence[Weight | None],
+        layout: Layout,
+        dtype: torch.dtype,
+        transposed: bool = False,
     ) -> None:
-        super().__init__(session, weights)
+        super().__init__(session, weights, layout)
         self.dtype, self.transposed = dtype, transposed
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -44,19 +51,13 @@ class Linear(Rule):
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
             grad_input = grad @ (w.t() if self.transposed else w)
-        g = self._split(grad)
+        g = self.examples(grad)
         if needs[1]:
-            pair = (self._split(x), g)
+            pair = (self.examples(x), g)
             grad_weight = self.record(1, LinearUse(*(reversed(pair) if self.transposed else pair)))
         if needs[2]:
             grad_bias = self.record(2, Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g))
         return grad_input, grad_weight, grad_bias
-
-    def _split(self, t: Tensor) -> Tensor:
-        run = self.session.run
-        if run is None:
-            return t[None]
-        return examples_first(t, run.batch, self.batch_dim, 1, self.name(1))
 
 
 def linear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
@@ -83,14 +84,16 @@ def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
     weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
-    parameters = (weight, bias)
-    if session.weight(input) is not None or weight.dim() != 2 or input.dim() < 2:
+    layout = session.layout(input)
+    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
         return NotImplemented
-    for t, known in zip(parameters, weights[1:], strict=True):
+    outputs = weight.shape[1 if transposed else 0]
+    for t, known in zip((weight, bias), weights[1:], strict=True):
         if t is not None and t.requires_grad and known is None:  # computed from parameters: as if nobody looked
             return NotImplemented
-    session.see(input)
-    return Linear(session, weights, autocast_dtype(input), transposed)(input, weight, bias)
+    if bias is not None and bias.shape != (outputs,):
+        return NotImplemented
+    return Linear(session, weights, layout, autocast_dtype(input), transposed)(input, weight, bias)
 
 
 def _bind(names: Sequence[str], args: Any, kwargs: Any) -> list[Any]:

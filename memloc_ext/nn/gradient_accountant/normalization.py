@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
-from memloc_ext.nn.gradient_accountant.session import Session, examples_first
+from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Rows, chunks
 
 aten = torch.ops.aten
@@ -20,17 +21,8 @@ aten = torch.ops.aten
 class _Norm(Rule):
     """What the normalisations share: input, weight and bias in, gradients of weight and bias by example."""
 
-    def _batch(self, input: Tensor) -> int:
-        run = self.session.run
-        return len(input) if run is None else run.batch
-
-    def _rows(self, index: int, needed: bool, rows: Tensor, batch: int) -> Tensor | None:
-        if not needed:
-            return None
-        if len(rows) != batch:
-            examples_first(rows, batch, 0, rows.dim() - 1, self.name(index))  # or says what is wrong
-            rows = rows.unflatten(0, (batch, -1)).sum(1)
-        return self.record(index, Rows(rows))
+    def _rows(self, index: int, needed: bool, rows: Tensor) -> Tensor | None:
+        return self.record(index, Rows(self.by_example(rows))) if needed else None
 
 
 class BatchNorm(_Norm):
@@ -39,6 +31,7 @@ class BatchNorm(_Norm):
     Args:
         session: See `Rule`.
         weights: Of input, weight and bias.
+        layout: See `Rule`.
         running: Running mean and variance.
         training: Whether the batch's statistics are used.
         momentum: Of the running statistics.
@@ -49,12 +42,13 @@ class BatchNorm(_Norm):
         self,
         session: Session,
         weights: Sequence[Weight | None],
+        layout: Layout,
         running: tuple[Tensor | None, Tensor | None],
         training: bool,
         momentum: float,
         eps: float,
     ) -> None:
-        super().__init__(session, weights)
+        super().__init__(session, weights, layout)
         self.running, self.training, self.momentum, self.eps = running, training, momentum, eps
 
     def forward(
@@ -74,7 +68,7 @@ class BatchNorm(_Norm):
         if needs[0] and not self.training and grad.dtype == running_var.dtype:  # the statistics are constants
             scale = (running_var + self.eps).rsqrt()
             scale = scale if weight is None else scale * weight
-            grad_input = grad * scale.reshape(-1, *[1] * (x.dim() - 2))
+            grad_input = grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))
         elif needs[0]:
             stats = (running_mean, running_var, mean, rstd)
             grad_input = aten.native_batch_norm_backward(
@@ -88,8 +82,7 @@ class BatchNorm(_Norm):
         else:
             mean, var, eps = running_mean.repeat(n), running_var.repeat(n), self.eps
         scaled, plain = _channel_gradients(x, grad, mean, var, eps)
-        batch = self._batch(x)
-        return grad_input, self._rows(1, needs[1], scaled, batch), self._rows(2, needs[2], plain, batch)
+        return grad_input, self._rows(1, needs[1], scaled), self._rows(2, needs[2], plain)
 
 
 class GroupNorm(_Norm):
@@ -98,12 +91,15 @@ class GroupNorm(_Norm):
     Args:
         session: See `Rule`.
         weights: Of input, weight and bias.
+        layout: See `Rule`.
         groups: Of channels.
         eps: Added to the variance.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], groups: int, eps: float) -> None:
-        super().__init__(session, weights)
+    def __init__(
+        self, session: Session, weights: Sequence[Weight | None], layout: Layout, groups: int, eps: float
+    ) -> None:
+        super().__init__(session, weights, layout)
         self.groups, self.eps = groups, eps
 
     def forward(
@@ -128,8 +124,7 @@ class GroupNorm(_Norm):
         width = x.shape[1] // self.groups
         mean, var = (t.reshape(-1).repeat_interleave(width) for t in (mean, rstd.pow(-2)))
         scaled, plain = _channel_gradients(x, grad, mean, var, 0.0)
-        batch = self._batch(x)
-        return grad_input, self._rows(1, needs[1], scaled, batch), self._rows(2, needs[2], plain, batch)
+        return grad_input, self._rows(1, needs[1], scaled), self._rows(2, needs[2], plain)
 
 
 class LayerNorm(_Norm):
@@ -138,12 +133,20 @@ class LayerNorm(_Norm):
     Args:
         session: See `Rule`.
         weights: Of input, weight and bias.
+        layout: See `Rule`.
         shape: Of the last dimensions.
         eps: Added to the variance.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], shape: Sequence[int], eps: float) -> None:
-        super().__init__(session, weights)
+    def __init__(
+        self,
+        session: Session,
+        weights: Sequence[Weight | None],
+        layout: Layout,
+        shape: Sequence[int],
+        eps: float | None,
+    ) -> None:
+        super().__init__(session, weights, layout)
         self.shape, self.eps = list(shape), eps
 
     def forward(
@@ -168,13 +171,11 @@ class LayerNorm(_Norm):
         self, needs: Sequence[bool], x: Tensor, grad: Tensor, mean: Tensor | None, rstd: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of weight and bias."""
-        run, flat, what = self.session.run, len(self.shape), self.name(1 if needs[1] else 2)
+        own = len(self.shape)
 
         def split(t: Tensor) -> Tensor:  # [batch, positions, *shape]
-            if run is None:
-                return t.reshape(1, -1, *t.shape[t.dim() - flat :])
-            first = examples_first(t, run.batch, self.batch_dim, flat, what)
-            return first.reshape(len(first), -1, *t.shape[t.dim() - flat :])
+            first = self.examples(t)
+            return first.reshape(len(first), math.prod(first.shape[1 : first.dim() - own]), *first.shape[-own:])
 
         x, grad, rstd = split(x), split(grad), split(rstd)
         mean = None if mean is None else split(mean)
@@ -207,7 +208,8 @@ class RMSNorm(LayerNorm):
         x, weight = saved
         dims = tuple(range(x.dim() - len(self.shape), x.dim()))
         wide = x.double() if x.dtype == torch.float64 else x.float()
-        rstd = (wide.square().mean(dims, keepdim=True) + self.eps).rsqrt()
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
+        rstd = (wide.square().mean(dims, keepdim=True) + eps).rsqrt()
         grad_input = None
         if needs[0]:
             scaled = grad.to(wide.dtype) if weight is None else grad * weight.to(wide.dtype)
@@ -234,12 +236,12 @@ def _channel_gradients(x: Tensor, grad: Tensor, mean: Tensor, var: Tensor, eps: 
     dtype = torch.promote_types(x.dtype, mean.dtype)
     budget = 1 << 30 if x.dtype == dtype else 1 << 22  # a copy in another type is made of a few examples at a time
     for begin, end in chunks(batch, x.shape[1:], dtype, budget=budget):
-        one = (1, (end - begin) * channels, -1)
+        one = (1, (end - begin) * channels, math.prod(x.shape[2:]))
         pair = (t[begin:end].reshape(one).to(dtype) for t in (grad, x))
         part = slice(begin * channels, end * channels)
         stats = (mean[part].to(dtype), var[part].to(dtype), None, None)
         _, scaled, plain = aten.native_batch_norm_backward(*pair, None, *stats, False, eps, [False, True, True])
-        parts.append((scaled.reshape(-1, channels), plain.reshape(-1, channels)))
+        parts.append((scaled.reshape(end - begin, channels), plain.reshape(end - begin, channels)))
     if not parts:
         return x.new_zeros(0, channels), x.new_zeros(0, channels)
     scaled, plain = zip(*parts, strict=True)
@@ -258,17 +260,17 @@ def batch_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented  # PyTorch's own error
     running = (given["running_mean"], given["running_var"])
     settings = (running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
-    return BatchNorm(session, _weights(session, input, weight, bias), *settings)(input, weight, bias)
+    return BatchNorm(session, *_known(session, input, weight, bias), *settings)(input, weight, bias)
 
 
 def group_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.group_norm`."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
-    input, weight, bias = _wide(given["input"]), given.get("weight"), given.get("bias")
+    input, weight, bias = _wide(session, given["input"]), given.get("weight"), given.get("bias")
     if not _accountable(session, input, weight, bias):
         return NotImplemented
     settings = (given["num_groups"], given.get("eps", 1e-5))
-    return GroupNorm(session, _weights(session, input, weight, bias), *settings)(input, weight, bias)
+    return GroupNorm(session, *_known(session, input, weight, bias), *settings)(input, weight, bias)
 
 
 def instance_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
@@ -281,43 +283,52 @@ def instance_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     if not _accountable(session, input, weight, bias) or math.prod(input.shape[2:]) < 2:
         return NotImplemented
     settings = (input.shape[1], given.get("eps", 1e-5))
-    return GroupNorm(session, _weights(session, input, weight, bias), *settings)(input, weight, bias)
+    return GroupNorm(session, *_known(session, input, weight, bias), *settings)(input, weight, bias)
 
 
 def layer_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.layer_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
-    input, weight, bias = _wide(given["input"]), given.get("weight"), given.get("bias")
-    if not _accountable(session, input, weight, bias):
+    input, weight, bias = _wide(session, given["input"]), given.get("weight"), given.get("bias")
+    if not _accountable(session, input, weight, bias, given["normalized_shape"]):
         return NotImplemented
     settings = (given["normalized_shape"], given.get("eps", 1e-5))
-    return LayerNorm(session, _weights(session, input, weight, bias), *settings)(input, weight, bias)
+    return LayerNorm(session, *_known(session, input, weight, bias), *settings)(input, weight, bias)
 
 
 def rms_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.rms_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
     input, weight = given["input"], given.get("weight")
-    if not _accountable(session, input, weight, None):
+    if not _accountable(session, input, weight, None, given["normalized_shape"]):
         return NotImplemented
-    eps = given.get("eps")
-    settings = (given["normalized_shape"], torch.finfo(input.dtype).eps if eps is None else eps)
-    return RMSNorm(session, _weights(session, input, weight, None), *settings)(input, weight, None)
+    settings = (given["normalized_shape"], given.get("eps"))
+    return RMSNorm(session, *_known(session, input, weight, None), *settings)(input, weight, None)
 
 
-def _wide(input: Tensor) -> Tensor:
+def _wide(session: Session, input: Tensor) -> Tensor:
     """Return the input in the type that autocast computes layer and group normalisations in on this device."""
     device = input.device.type
     if device == "cuda" and torch.is_autocast_enabled(device) and input.dtype in (torch.float16, torch.bfloat16):
-        return input.float()
+        layout, input = session.layout(input), input.float()
+        if layout is not None:
+            session.set_layout(input, layout)
     return input
 
 
-def _accountable(session: Session, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    unknown = any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias))
-    return not unknown and input.dim() >= 2 and session.weight(input) is None
+def _accountable(
+    session: Session, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int] | None = None
+) -> bool:
+    """Return whether the parameters are plain ones, and the examples are not among what is normalised together."""
+    layout = session.layout(input)
+    if layout is None or any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias)):
+        return False
+    return layout.dim < input.dim() - len(shape) if shape is not None else layout.dim == 0 and input.dim() >= 2
 
 
-def _weights(session: Session, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Weight | None]:
-    session.see(input)
-    return [None, session.weight(weight), session.weight(bias)]
+def _known(
+    session: Session, input: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[list[Weight | None], Layout]:
+    layout = session.layout(input)
+    assert layout is not None
+    return [None, session.weight(weight), session.weight(bias)], layout

@@ -32,6 +32,8 @@ class Weight:
 
     def inside(self, parameter_like: Tensor) -> Tensor:
         """Return the view, taken of a contiguous tensor of the parameter's shape."""
+        if self.whole:
+            return parameter_like
         offset = parameter_like.storage_offset() + self.tensor.storage_offset() - self.parameter.storage_offset()
         return parameter_like.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
@@ -44,36 +46,50 @@ class Run:
         groups: Of the examples, or None.
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
+        slow: Parameters that are accounted one example at a time, by their ``id``.
     """
 
-    def __init__(self, batch: int, groups: Groups | None, weight_grads: bool, calls: Mapping[int, int]) -> None:
-        self.batch, self.groups, self.weight_grads = batch, groups, weight_grads
+    def __init__(
+        self,
+        batch: int,
+        groups: Groups | None,
+        weight_grads: bool,
+        calls: Mapping[int, int],
+        slow: Mapping[int, nn.Parameter],
+    ) -> None:
+        self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}
         self.group_grad: dict[int, Tensor] = {}
         self._calls = calls
         self._whole: Groups | None = None
         self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
 
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter's gradient of the whole batch is computed."""
+        return self.weight_grads
+
     def record(self, weight: Weight, use: Use) -> Tensor | None:
-        """Take note of a use; return the gradient of the whole batch, or None where no parameter gets any.
+        """Take note of a use; return the gradient of the whole batch, or None where it is not wanted.
 
         The norm of a parameter that the forward pass used once is computed here. The uses of another are held, with
         the tensors they are made of, until all of them are known.
         """
-        key = id(weight.parameter)
-        alone = (
-            self._calls.get(key) == 1 and key not in self.sqnorm and weight.tensor.numel() == weight.parameter.numel()
-        )
+        key, whole = id(weight.parameter), weight.tensor.numel() == weight.parameter.numel()
+        wanted = self.wants(weight.parameter)
+        if key in self.slow:
+            return use.total().to(weight.tensor.dtype) if wanted else None
+        alone = self._calls.get(key) == 1 and key not in self.sqnorm and whole
         gradient = None
-        if self.weight_grads and (alone or self.groups is not None):
+        if wanted and (alone or self.groups is not None):
             groups = self.groups or self._all_in_one(use.device)
             sqnorm, sums = use.sqnorm_and_groups(groups)
             gradient = sums.sum(0) if groups.num > 1 else sums[0]
             if self.groups is not None:
                 self._add_groups(weight, sums)
+                gradient = gradient.clone() if groups.num == 1 else gradient  # the parameter's own, to be changed
             if alone:
                 self.sqnorm[key] = sqnorm
-        elif self.weight_grads:
+        elif wanted:
             gradient = use.total()
         elif alone:
             self.sqnorm[key] = use.sqnorm()
@@ -89,13 +105,14 @@ class Run:
 
     def add_example(self, parameter: nn.Parameter, example: int, gradient: Tensor) -> None:
         """Take note of the gradient of one example, ``[*parameter.shape]``."""
-        key, dtype = id(parameter), accumulated(parameter.dtype)
+        key, gradient = id(parameter), gradient.to_dense() if gradient.is_sparse else gradient
+        norm = Rows(gradient[None]).sqnorm()[0]
         if key not in self.sqnorm:
-            self.sqnorm[key] = torch.zeros(self.batch, dtype=dtype, device=gradient.device)
-        self.sqnorm[key][example] = torch.linalg.vector_norm(gradient, dtype=dtype).square()
+            self.sqnorm[key] = norm.new_zeros(self.batch)
+        self.sqnorm[key][example] = norm
         if self.weight_grads and self.groups is not None:
             ids = self.groups.ids[example : example + 1]
-            self._groups_of(parameter).index_add_(0, ids, gradient[None].to(dtype))
+            self._groups_of(parameter).index_add_(0, ids, gradient[None].to(accumulated(parameter.dtype)))
 
     def _all_in_one(self, device: torch.device) -> Groups:
         if self._whole is None:
@@ -119,15 +136,19 @@ class Run:
             weight.inside(total).add_(part)
 
 
-class Silent(Run):
-    """A backward pass in which no parameter covered gets a gradient or a norm."""
+class OneByOne(Run):
+    """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
-    def __init__(self, batch: int) -> None:
-        super().__init__(batch, None, False, {})
+    def __init__(self, batch: int, wanted: Mapping[int, nn.Parameter]) -> None:
+        super().__init__(batch, None, True, {}, wanted)
+
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Return whether it is one of these parameters."""
+        return id(parameter) in self.slow
 
     def record(self, weight: Weight, use: Use) -> Tensor | None:
         """Take no note."""
-        return None
+        return use.total().to(weight.tensor.dtype) if self.wants(weight.parameter) else None
 
 
 def _held_sqnorm(uses: list[tuple[Weight, Use]]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
+from memloc_ext.nn.gradient_accountant.layout import MOVES, Layout, after, moved
 from memloc_ext.nn.gradient_accountant.run import Run, Weight
 
 Handler = Callable[..., Any]
@@ -21,34 +22,53 @@ _BACKWARD = {
     function: in_parts(function) for function in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 }
 # what these return may be of the examples, though no tensor is given to them
-_DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as", "from")
+_DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
 
 
 class Session(TorchFunctionMode):
     """What one ``with`` of an accountant knows.
 
-    Tensors are of three kinds. Parameters and their views; what is computed from parameters, buffers and numbers alone
-    (`constants`, if it needs no gradient); and everything else, which is taken to have a dimension of examples.
+    A tensor belongs to examples, by a `Layout` or in a way that cannot be told (None), or it is the same for all of
+    them. While the model runs, what is computed from its inputs belongs to examples, and nothing else; outside of it,
+    so do tensors of unknown origin.
 
     Args:
         model: Its parameters that require gradients are accounted.
-        batch_dim: Dimension of the examples in activations.
+        batch_dim: Dimension of the examples in the model's inputs.
         handlers: Function, or name of one, to its handler: ``handler(session, function, args, kwargs)`` runs it or
             returns NotImplemented to have it run as if nobody looked.
     """
 
     def __init__(self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler]) -> None:
         super().__init__()
-        self.parameters = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
-        self.batch_dim = batch_dim
-        self.batch: int | None = None
+        self.parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.run: Run | None = None
         self.outputs: list[Tensor] = []
-        self.lookups = WeakTensorKeyDictionary()
-        self._constants = WeakTensorKeyDictionary()
-        self._fixed = {id(t) for t in (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad))}
-        self._handlers = handlers
+        self.sources = WeakTensorKeyDictionary()  # what is repeated parameters, or looked up in one for all examples
+        self._batch_dim, self._handlers = batch_dim, handlers
+        self._layouts = WeakTensorKeyDictionary()
+        self._shared = WeakTensorKeyDictionary()
+        self._buffers = list(model.buffers())
+        self._fixed = {*self.parameters, *map(id, self._buffers)}
+        self._inside = 0
+
+    def enter_model(self, inputs: object) -> None:
+        """Take the number of examples from the model's inputs, and these for what belongs to examples."""
+        self._inside += 1
+        given = [t for t in tensors(inputs) if t.dim() > self._batch_dim]
+        if self._inside == 1 and given and self.run is None:
+            self.batch = given[0].shape[self._batch_dim]
+        for t in given if self._inside == 1 else ():
+            if t.shape[self._batch_dim] == self.batch:
+                self._layouts[t] = Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1)
+
+    def leave_model(self, output: object) -> None:
+        """Keep what the model returned, until a backward pass went through it."""
+        self._inside -= 1
+        if self.run is None and self._inside == 0:
+            self.outputs += [t for t in tensors(output) if t.requires_grad and t.dim() > 0]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function: by a handler if a parameter is among its arguments."""
@@ -58,100 +78,126 @@ class Session(TorchFunctionMode):
         if func in _BACKWARD:
             with self:
                 return _BACKWARD[func](*args, **kwargs)
-        known, weights = True, False
-        for t in tensors((args, kwargs)):
-            weight = self.weight(t) is not None or t in self.lookups
-            weights |= weight
-            known &= weight or self.constant(t)
+        given = list(tensors((args, kwargs)))
+        weights = [t for t in given if t in self.sources or self._parameter(t) is not None]
+        result = NotImplemented
         if weights:
             handler = self._handlers.get(func) or self._handlers.get(getattr(func, "__name__", None))
             if handler is not None:
                 result = handler(self, func, args, kwargs)
-                if result is not NotImplemented:
-                    return result
-        result = func(*args, **kwargs)
-        if known and not getattr(func, "__name__", "").startswith(_DATA):
-            for t in tensors(result):
-                if not t.requires_grad:
-                    self._constants[t] = True
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+            if weights and self.run is not None:
+                self._refuse_hidden(weights, result)
+        self._place(func, args, kwargs, given, result)
         return result
 
-    def forget(self) -> None:
-        """End a backward pass: what the forward pass before it did is no longer of interest."""
-        self.run, self.batch = None, None
-        self.calls.clear()
-        self.outputs.clear()
-
     def weight(self, t: object) -> Weight | None:
-        """Return which parameter, or view of one, a tensor is, or None."""
-        if not isinstance(t, Tensor) or not t.requires_grad:
+        """Return which parameter, or view of one whose elements are all different, a tensor is, or None."""
+        parameter = self._parameter(t)
+        if parameter is None or not isinstance(t, Tensor):
             return None
-        parameter = self.parameters.get(id(t))
-        if parameter is None and not t.is_leaf and t._is_view():
-            parameter = self.parameters.get(id(t._base))
-            repeated = any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True))
-            if parameter is not None and (repeated or not parameter.is_contiguous() or t.dtype != parameter.dtype):
-                return None
-        return None if parameter is None else Weight(parameter, t)
+        if t is not parameter and (_overlaps(t) or not parameter.is_contiguous() or t.dtype != parameter.dtype):
+            return None
+        return Weight(parameter, t)
 
-    def constant(self, t: Tensor) -> bool:
-        """Return whether a tensor was computed from numbers and buffers alone."""
-        return id(t) in self._fixed or t in self._constants or (t.dim() == 0 and not t.requires_grad)
+    def layout(self, t: Tensor) -> Layout | None:
+        """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
+        if t in self._layouts:
+            return self._layouts[t]
+        if self._is_shared(t) or t.dim() <= self._batch_dim:
+            return None
+        size = t.shape[self._batch_dim]  # given by hand, or by a function that is not PyTorch's
+        return Layout(self._batch_dim, 1, size, 1) if self.batch in (None, size) or not self._inside else None
 
-    def count(self, *weights: Weight | None) -> None:
+    def output_layout(self, t: Tensor) -> Layout | None:
+        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
+        layout = self.layout(t)
+        if layout is None and t.dim() > self._batch_dim and t.shape[self._batch_dim] == self.batch:
+            layout = Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1)
+        return layout
+
+    def shared(self, t: Tensor) -> bool:
+        """Return whether a tensor is the same for all examples."""
+        return t not in self._layouts and self._is_shared(t)
+
+    def count(self, layout: Layout | None, *weights: Weight | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
         if self.run is None:
+            if layout is not None and not self._inside and not self.calls:
+                self.batch = layout.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
 
-    def see(self, input: Tensor) -> None:
-        """Take the number of examples from the first input of a layer."""
-        if self.batch is None and input.dim() > self.batch_dim:
-            self.batch = input.shape[self.batch_dim]
+    def set_layout(self, t: Tensor, layout: Layout) -> None:
+        """Say where the examples are in the output of a layer."""
+        self._layouts[t] = layout
 
-    @contextlib.contextmanager
-    def examples_at(self, dim: int) -> Iterator[None]:
-        """Have the examples in another dimension of activations for a while."""
-        outer, self.batch_dim = self.batch_dim, dim
-        try:
-            yield
-        finally:
-            self.batch_dim = outer
+    def _parameter(self, t: object) -> nn.Parameter | None:
+        """Return the parameter that a tensor is or is a view of, or None."""
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return None
+        return self.parameters.get(id(t._base if not t.is_leaf and t._is_view() else t))
+
+    def _is_shared(self, t: Tensor) -> bool:
+        if id(t) in self._fixed or t in self._shared or t in self.sources or (t.dim() == 0 and not t.requires_grad):
+            return True
+        return self._parameter(t) is not None or (self._inside > 0 and t.is_leaf)
+
+    def _place(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
+        """Find out where the examples are in what a function returned."""
+        name = getattr(func, "__name__", "")
+        results = [t for t in tensors(result) if t not in self._layouts]
+        own = [t for t in given if not self.shared(t)]
+        if not own:
+            if given or not name.startswith(_DATA):
+                for t in results:
+                    self._shared[t] = True
+            return
+        source = max(own, key=lambda t: t.dim())
+        layout = self.layout(source)
+        if name == "__setitem__" and self.shared(args[0]):
+            results = [args[0]]
+            layout = None
+        places: list[Layout | None] = [None] * len(results)
+        if layout is not None and results:
+            if name in MOVES:
+                places = moved(layout, func, source, results, args, kwargs)
+            else:
+                places = [after(layout, func, source, t, args, kwargs) for t in results]
+        for t, place in zip(results, places, strict=True):
+            self._layouts[t] = place
+
+    def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
+        """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
+        computed = [t for t in tensors(result) if t.requires_grad and self.weight(t) is None and t not in self.sources]
+        known = {} if self.run is None else self.run.slow
+        for weight in map(self.weight, weights):
+            if computed and weight is not None and id(weight.parameter) not in known:
+                raise ValueError(
+                    f"GradientAccountant: the layer of a parameter of shape {list(weight.parameter.shape)} is not "
+                    "covered, and reentrant checkpointing hides it: give checkpoint use_reentrant=False"
+                )
 
 
 def tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors(item)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value):
+        yield from tensors(list(vars(value).values()))
 
 
-def examples_first(t: Tensor, batch: int, batch_dim: int, flat_dims: int, what: str) -> Tensor:
-    """Return a view of activations as ``[batch, *]``.
-
-    Args:
-        t: Examples in dimension ``batch_dim``; or these dimensions flattened, as ``[batch * tokens, *]`` is (with
-            ``batch_dim`` 1: ``[tokens * batch, *]``).
-        batch: Number of examples.
-        batch_dim: 0 or more.
-        flat_dims: How many dimensions belong to the layer: those are never the examples'.
-        what: Names the layer's parameter in errors.
-
-    Raises:
-        ValueError: If there is no such dimension, or more than one could be it.
-    """
-    leading = t.dim() - flat_dims
-    if leading > batch_dim and t.shape[batch_dim] == batch:
-        return t.movedim(batch_dim, 0)
-    if leading >= 1 and batch > 0 and t.shape[0] % batch == 0 and batch not in t.shape[1:leading]:
-        if batch_dim == 0:
-            return t.unflatten(0, (batch, -1))
-        if batch_dim == 1 and leading == 1:
-            return t.unflatten(0, (-1, batch)).transpose(0, 1)
-    raise ValueError(
-        f"GradientAccountant: the {batch} examples must be in dimension {batch_dim} of what {what} is given, "
-        f"got {list(t.shape)}; batch_dim and batch_size say otherwise"
-    )
+def _overlaps(t: Tensor) -> bool:
+    """Return whether two elements of a tensor may be the same in memory."""
+    span = 1
+    for step, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if step < span:
+                return True
+            span += step * (size - 1)
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -72,7 +73,7 @@ class Rows(Use):
 
     def sqnorm(self) -> Tensor:
         """See `Use`."""
-        return torch.linalg.vector_norm(self.rows.flatten(1), dim=1, dtype=self.dtype).square()
+        return self.rows.reshape(self.batch, math.prod(self.shape)).to(self.dtype).abs().square().sum(1)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
@@ -264,7 +265,7 @@ def combined_sqnorm(uses: Sequence[Use]) -> Tensor:
     norms = uses[0].sqnorm().new_zeros(uses[0].batch)
     x = g = None
     if linear:
-        dtype = torch.promote_types(linear[0].input.dtype, linear[-1].input.dtype)
+        dtype = functools.reduce(torch.promote_types, (use.input.dtype for use in linear))
         x, g = (
             torch.cat([_positions(getattr(use, name)).to(dtype) for use in linear], 1)
             for name in ("input", "grad_output")
@@ -291,7 +292,7 @@ def materialised_sqnorm(uses: Sequence[Use]) -> Tensor:
         gradient = first.gradients(begin, end)
         for use in uses[1:]:
             gradient = gradient + use.gradients(begin, end)
-        norms[begin:end] = gradient.flatten(1).square().sum(1)
+        norms[begin:end] = Rows(gradient).sqnorm()
     return norms
 
 
@@ -304,8 +305,8 @@ def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype, budget: int = B
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """Return the type that sums of ``dtype`` are formed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
 
 
 def _positions(t: Tensor) -> Tensor:
-    return t.reshape(len(t), -1, t.shape[-1])
+    return t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1])

@@ -1,0 +1,233 @@
+import warnings
+
+import pytest
+import torch
+from accounting import Model, check, parameter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from memloc_ext import GradientAccountant
+
+B = 4
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return 2 * x * w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return 2 * grad * w, (2 * grad * x).sum(0)
+
+
+UNCOVERED = {
+    "prelu": (lambda: nn.Sequential(nn.Linear(3, 5), nn.PReLU(), nn.Linear(5, 2)), (B, 3), {"1.weight"}),
+    "bilinear": (
+        lambda: Model(lambda m, x: m.b(x, m.l(x)), b=nn.Bilinear(3, 3, 2), l=nn.Linear(3, 3)),
+        (B, 3),
+        {"b.weight", "b.bias"},
+    ),
+    "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(9, 3), nn.Linear(3, 2)), "indices", {"0.weight"}),
+    "embedding by frequency": (
+        lambda: nn.Sequential(nn.Embedding(9, 3, max_norm=9.0), nn.Linear(3, 2)),
+        "indices",
+        {"0.weight"},
+    ),
+    "function": (lambda: Model(lambda m, x: Doubled.apply(x, m.w), w=parameter(3)), (B, 3), {"w"}),
+    "einsum": (lambda: Model(lambda m, x: torch.einsum("bi,oi->bo", x, m.w), w=parameter(5, 3)), (B, 3), {"w"}),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 5)), nn.Linear(5, 2)),
+        (B, 3),
+        {f"0.parametrizations.weight.original{i}" for i in (0, 1)} | {"0.bias"},
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 3, 2, bias=False)), nn.BatchNorm2d(3)),
+        (B, 2, 3, 3),
+        {"0.parametrizations.weight.original"},
+    ),
+    "standardised weight": (
+        lambda: Model(lambda m, x: F.conv2d(x, F.layer_norm(m.c.weight, (2, 3, 3))), c=nn.Conv2d(2, 3, 3, bias=False)),
+        (B, 2, 4, 4),
+        {"c.weight"},
+    ),
+    "complex view": (
+        lambda: Model(
+            lambda m, x: torch.view_as_real(torch.fft.rfft(x) * torch.view_as_complex(m.w)).flatten(1),
+            w=parameter(3, 2),
+        ),
+        (B, B),
+        {"w"},
+    ),
+    "assigned token": (
+        lambda: Model(
+            lambda m, x: m.l(x).index_fill(1, torch.tensor([1]), 0).clone() + _token(m, x),
+            l=nn.Linear(3, 3),
+            token=parameter(3),
+        ),
+        (B, 2, 3),
+        {"token"},
+    ),
+    "a parameter per example's place": (
+        lambda: Model(lambda m, x: x + m.w[: len(x)] * torch.ones_like(x), w=parameter(1, 3)),
+        (B, 3),
+        None,
+    ),
+    "product of parameters": (
+        lambda: Model(lambda m, x: x * (m.a * m.b), a=parameter(3), b=parameter(3)),
+        (B, 3),
+        "ab",
+    ),
+    "tracked instance norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)),
+        (B, 2, 5),
+        {"1.weight", "1.bias"},
+    ),
+    "one image at a time": (
+        lambda: Model(lambda m, x: torch.stack([m.c(image) for image in x]), c=nn.Conv2d(2, 3, 2)),
+        (B, 2, 3, 3),
+        {"c.weight", "c.bias"},
+    ),
+}
+
+
+def _token(m: nn.Module, x: Tensor) -> Tensor:
+    result = torch.zeros_like(x)
+    result[:, 1] = m.token
+    return result
+
+
+def data(shape: tuple[int, ...] | str) -> Tensor:
+    return torch.randint(9, (B, 5)) if isinstance(shape, str) else torch.randn(shape)
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_is_not_covered_is_right_and_named(name: str) -> None:
+    torch.manual_seed(0)
+    factory, shape, uncovered = UNCOVERED[name]
+    check(factory().eval(), data(shape), uncovered=uncovered, tell_batch=True)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.l(m.r(x)[0]), r=kind(3, 4, 2, batch_first=True), l=nn.Linear(4, 2))
+    names = {f"r.{name}" for name, _ in model.r.named_parameters()}
+    check(model, torch.randn(B, 5, 3), uncovered=names)
+
+
+def test_recurrent_cell() -> None:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 4)
+        for t in range(x.shape[1]):
+            h = m.cell(x[:, t], h)
+        return m.l(h)
+
+    model = Model(run, cell=nn.GRUCell(3, 4), l=nn.Linear(4, 2))
+    check(model, torch.randn(B, 5, 3), uncovered={f"cell.{name}" for name, _ in model.cell.named_parameters()})
+
+
+def test_outputs_may_be_nested() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: {"a": {"b": [m.p(m.l(x)), 3]}}, l=nn.Linear(3, 2), p=nn.PReLU())
+
+    def loss_of(output: dict, target: Tensor) -> Tensor:
+        return (output["a"]["b"][0].square().sum(1) * target).mean()
+
+    check(model, torch.randn(B, 3), loss_of=loss_of, uncovered={"p.weight"})
+
+
+def test_each_parameter_is_named_once() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.PReLU(4)), torch.randn(B, 3)
+    accountant = GradientAccountant(model)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030, PT031
+        for _ in range(2):
+            with accountant:
+                accountant.backward(model(x).sum(), loss_reduction="sum")
+    assert sorted(str(w.message) for w in caught) == [
+        f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
+        for name in ("1.weight", "2.weight")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with accountant:
+            accountant.backward(model(x).sum(), loss_reduction="sum")
+
+
+def test_a_penalty_on_weights_is_refused_and_leaves_no_gradients() -> None:
+    model, x = nn.Linear(3, 8), torch.randn(B, 3)
+    for penalty in (lambda w: w.square().sum(), lambda w: (w.relu() @ w.t()).sum(), lambda w: (w - 1).norm()):
+        with GradientAccountant(model) as accountant:
+            loss = model(x).square().sum() + penalty(model.weight)
+            with pytest.raises(ValueError, match="depends on weight in a way"):
+                accountant.backward(loss, loss_reduction="sum")
+        assert model.weight.grad is None
+        assert model.bias.grad is None
+
+
+def test_a_learned_center_in_the_loss() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.l(x), l=nn.Linear(3, 2), center=parameter(2), centers=parameter(3, 2))
+    x, y = torch.randn(B, 3), torch.tensor([0, 2, 2, 1])
+
+    def losses(rows: slice) -> Tensor:
+        features = model(x[rows])
+        return ((features - model.center).square() * (features - model.centers[y[rows]]).abs()).sum(1)
+
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(losses(slice(None)).mean())
+    for b in range(B):
+        gradients = torch.autograd.grad(losses(slice(b, b + 1)).sum(), list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
+
+
+def test_losses_by_example_need_no_model_output() -> None:
+    torch.manual_seed(0)
+    model, x = Model(lambda m, x: m.act(m.l(x)), l=nn.Linear(3, 2), act=nn.PReLU(2)), torch.randn(B, 3)
+    with pytest.warns(UserWarning, match=r"act\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(model.act(model.l(x)).square().sum(1), loss_reduction="none")
+    for b in range(B):
+        g = torch.autograd.grad(model(x[b : b + 1]).square().sum(), list(model.parameters()))
+        for (name, _), one in zip(model.named_parameters(), g, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], one.square().sum())
+
+
+def test_ignored_targets() -> None:
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(9, 3), nn.PReLU(), nn.Linear(3, 9)), torch.randint(9, (B, 5))
+    y = tokens.roll(-1, 1)
+    y[0, 1:], y[1] = -100, -100
+
+    def losses(rows: slice) -> Tensor:
+        return F.cross_entropy(model(tokens[rows]).transpose(1, 2), y[rows], ignore_index=-100, reduction="none")
+
+    with pytest.warns(UserWarning, match=r"1\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(losses(slice(None)), loss_reduction="none")
+    for b in range(B):
+        g = torch.autograd.grad(losses(slice(b, b + 1)).sum(), list(model.parameters()))
+        for (name, _), one in zip(model.named_parameters(), g, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], one.square().sum())
+    assert all(norms[1] == 0 for norms in account.sqnorm.values())
+
+
+@pytest.mark.parametrize("way", ["siamese", "recurrent"])
+@pytest.mark.filterwarnings("ignore:GradientAccountant")
+def test_a_model_that_is_called_twice(way: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 3), nn.PReLU(3)), torch.randn(B, 3), torch.randn(B, 3)
+
+    def loss(rows: slice) -> Tensor:
+        return ((model(x[rows]) * model(y[rows])) if way == "siamese" else model(model(x[rows])).square()).sum()
+
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(loss(slice(None)), loss_reduction="sum")
+    for b in range(B):
+        gradients = torch.autograd.grad(loss(slice(b, b + 1)), list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
