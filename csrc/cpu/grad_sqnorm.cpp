@@ -5,10 +5,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/grad_sqnorm_tensors.h"
+#include "cpu/simd.h"
 #include "grad_sqnorm_args.h"
 
 namespace memloc {
@@ -17,18 +20,41 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Sum of squares: in float over blocks too short to lose digits, these in double.
+MEMLOC_CLONES double square(const float* p, int64_t n) {
+  constexpr int64_t kBlock = 256, kLanes = 16;
+  double sum = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = std::min(n, start + kBlock);
+    float lanes[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += p[i + k] * p[i + k];
+    }
+    for (; i < end; ++i) lanes[0] += p[i] * p[i];
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+  }
+  return sum;
+}
+
+template <typename Source>
+double square(const Source* p, int64_t n, int64_t step) {
+  if constexpr (std::is_same_v<Source, float>) {
+    if (step == 1) return square(p, n);
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = static_cast<double>(p[i * step]);
+    sum += value * value;
+  }
+  return sum;
+}
+
 template <typename Source>
 void outer(const Tensor& x, const Tensor& g, const GradSqnormShape& s, double* out) {
   const Operand<Source> xs = operand<Source>(x), gs = operand<Source>(g);
-  torch::stable::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
-    const auto square = [](const Source* p, int64_t n, int64_t step) {
-      double sum = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const double value = static_cast<double>(p[i * step]);
-        sum += value * value;
-      }
-      return sum;
-    };
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, s.inputs + s.outputs));
+  torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       out[b] =
           square(xs.data + b * xs.batch, s.inputs, xs.channel) * square(gs.data + b * gs.batch, s.outputs, gs.channel);

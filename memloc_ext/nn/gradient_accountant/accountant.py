@@ -172,11 +172,12 @@ class GradientAccountant:
         if not self._sessions:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         session = self._sessions[-1][0]
-        batch = _batch(loss, loss_reduction, group_ids, batch_size, session.batch)
-        groups = _groups(loss, group_ids, num_groups, batch, exact_groups)
-        self._check_parallel(weight_grads, exact_groups)
-        root = loss.sum() if loss_reduction == "none" else loss
-        found = reached(root, session, session.parameters)
+        with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
+            batch = _batch(loss, loss_reduction, group_ids, batch_size, session.batch)
+            groups = _groups(loss, group_ids, num_groups, batch, exact_groups)
+            self._check_parallel(weight_grads, exact_groups)
+            root = loss.sum() if loss_reduction == "none" else loss
+            found = reached(root, session, session.parameters)
         exact = exact_groups and weight_grads
         run = Run(batch, None if exact else groups, weight_grads and not exact, session.calls, found.unseen)
         if found.unseen or exact:
@@ -198,10 +199,12 @@ class GradientAccountant:
             session.run = None
             if not retain_graph:
                 session.calls.clear()
-                session.outputs = [t for t in session.outputs if t.grad_fn not in found.nodes]
-        if exact:
-            _add_to_grads(found.all, run.group_grad)
-        return self._account(run, loss_reduction, groups if weight_grads else None)
+                with torch._C.DisableTorchFunction():
+                    session.outputs = [t for t in session.outputs if t.grad_fn not in found.nodes]
+        with torch._C.DisableTorchFunction():
+            if exact:
+                _add_to_grads(found.all, run.group_grad)
+            return self._account(run, loss_reduction, groups if weight_grads else None)
 
     def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
         model = self._model

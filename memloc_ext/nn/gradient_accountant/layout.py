@@ -157,6 +157,8 @@ def after(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, 
         kwargs: Its arguments by name.
     """
     name = getattr(func, "__name__", "")
+    if result.dim() == 0:
+        return None
     if layout.batch < 2:  # every element is of the one example, or there is none
         dims = [d for d, size in enumerate(result.shape) if layout.batch == 1 or size == 0]
         return Layout(dims[0], 1, layout.batch, result.shape[dims[0]] if layout.batch else 1) if dims else None
@@ -226,6 +228,9 @@ def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
 
 def _reduced(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, kwargs: Any) -> Layout | None:
     """Return where a function that changes the number of dimensions leaves them: where a larger batch shows."""
+    sizes = [d for d, size in enumerate(result.shape) if size == layout.size]
+    if not sizes or (len(sizes) == 1 and list(source.shape).count(layout.size) == 1):  # no other can be meant
+        return replace(layout, dim=sizes[0]) if sizes else None
     shape = list(source.shape)
     shape[layout.dim] += 1
     larger = torch.empty(shape, dtype=source.dtype, device="meta")

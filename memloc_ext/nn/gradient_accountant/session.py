@@ -24,6 +24,8 @@ _BACKWARD = {
 # what these return may be of the examples, though no tensor is given to them
 _DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
 
+_QUESTIONS = frozenset(("__get__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous"))
+
 
 class Session(TorchFunctionMode):
     """What one ``with`` of an accountant knows.
@@ -78,11 +80,14 @@ class Session(TorchFunctionMode):
         if func in _BACKWARD:
             with self:
                 return _BACKWARD[func](*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
+            return result
         given = list(tensors((args, kwargs)))
         weights = [t for t in given if t in self.sources or self._parameter(t) is not None]
         result = NotImplemented
         if weights:
-            handler = self._handlers.get(func) or self._handlers.get(getattr(func, "__name__", None))
+            handler = self._handlers.get(func) or self._handlers.get(name)
             if handler is not None:
                 result = handler(self, func, args, kwargs)
         if result is NotImplemented:

@@ -73,7 +73,10 @@ class Rows(Use):
 
     def sqnorm(self) -> Tensor:
         """See `Use`."""
-        return self.rows.reshape(self.batch, math.prod(self.shape)).to(self.dtype).abs().square().sum(1)
+        rows = self.rows.reshape(self.batch, math.prod(self.shape))
+        if rows.is_complex():
+            return rows.abs().square().sum(1)
+        return ops.linear_grad_sqnorm(rows, rows.new_ones(self.batch, 1))
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
