@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,18 +15,6 @@ from memloc_ext.reference import grad_sqnorm as reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLAIN = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups
-
-
-def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """Allow ``actual`` at most ``factor`` times the error that plain PyTorch makes in the same dtype."""
-    if exact.numel() == 0:
-        return
-    # eager may be exact by luck; in float64 it is the measure itself, and a sum in another order differs by rounding
-    rounding = 64 if actual.dtype == torch.float64 else 4
-    floor = rounding * torch.finfo(actual.dtype).eps * exact.abs().max()
-    allowed = factor * (eager.double() - exact).abs().max() + floor
-    error = (actual.double() - exact).abs().max()
-    assert error <= allowed, f"max error {error:.2e} > {factor} x eager + rounding = {allowed:.2e} ({actual.dtype})"
 
 
 def check_linear(x: Tensor, g: Tensor, method: str) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_grad_sqnorm import assert_as_accurate, geometries, output
+from accuracy import assert_as_accurate
+from test_grad_sqnorm import geometries, output
 from torch import Tensor
 
 from memloc_ext.ops import conv2d_grad_sqnorm, linear_grad_sqnorm

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grad_sqnorm import DTYPES, assert_as_accurate, geometries, output
+from test_grad_sqnorm import DTYPES, geometries, output
 from torch import Tensor
 
 from memloc_ext.ops import (
