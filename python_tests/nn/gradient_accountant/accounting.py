@@ -154,3 +154,22 @@ def assert_equal(actual: Mapping[str, Tensor | None], expected: Mapping[str, Ten
     for name, t in expected.items():
         other = actual[name]
         assert t is other is None or torch.equal(t, other), f"{name} was written"
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def total(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().sum()
+
+
+def sums(accountant: GradientAccountant, loss: Tensor, **arguments) -> Account:
+    return accountant.backward(loss, loss_reduction="sum", **arguments)
+
+
+def assert_same(a: Account, b: Account) -> None:
+    assert a.sqnorm.keys() == b.sqnorm.keys()
+    for name, norm in a.sqnorm.items():
+        torch.testing.assert_close(norm, b.sqnorm[name])

@@ -17,6 +17,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     [
         ("lenet", 28, 4, 1.0),
         ("resnet9", 32, 2, 0.125),
+        ("vit", 32, 2, 1.0),
         pytest.param("resnet50", 32, 2, 1.0, marks=pytest.mark.slow),  # 25 million parameters, five times over
     ],
 )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accounting import targets
+from accounting import Model, parameter, targets
 from torch import Tensor, nn
 
 from memloc_ext import GradientAccountant
@@ -63,6 +63,20 @@ def test_the_last_smaller_batch() -> None:
             assert result.sqnorm["0.bias"].shape == (batch,)
 
 
+@pytest.mark.parametrize("before", ["without gradient", "plain backward"])
+def test_a_smaller_batch_before(before: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    with GradientAccountant(net) as accountant:
+        if before == "plain backward":
+            net(torch.randn(4, 3)).sum().backward()
+        else:
+            with torch.no_grad():
+                net(torch.randn(4, 3))
+        result = accountant.backward(net(torch.randn(8, 3)).square().sum(), loss_reduction="sum")
+    assert result.sqnorm["weight"].shape == (8,)
+
+
 def test_parameters_that_the_loss_does_not_depend_on_have_zeros() -> None:
     net = model()
     with GradientAccountant(net) as accountant:
@@ -79,6 +93,18 @@ def test_results_take_no_part_in_autograd() -> None:
     assert not any(t.requires_grad for t in (*result.sqnorm.values(), *result.group_grad.values()))
     assert account(Tensor.mean, group_ids=IDS, weight_grads=False)[0].group_grad == {}
     assert account(Tensor.mean)[0].group_grad == {}
+
+
+@pytest.mark.parametrize("net", [nn.Linear(3, 2), Model(lambda m, x: x + m.row, row=parameter(3))])
+def test_an_account_does_not_change_with_the_gradients(net: nn.Module) -> None:
+    net.zero_grad()
+    ids = torch.zeros(B, dtype=torch.int64)
+    with GradientAccountant(net) as accountant:
+        result = accountant.backward(net(torch.randn(B, 3)).square().sum(), loss_reduction="sum", group_ids=ids)
+        before = {name: group.clone() for name, group in result.group_grad.items()}
+        accountant.backward(net(torch.randn(B, 3)).square().sum(), loss_reduction="sum", group_ids=ids)
+    for name, group in result.group_grad.items():
+        assert torch.equal(group, before[name]), name
 
 
 @pytest.mark.parametrize(

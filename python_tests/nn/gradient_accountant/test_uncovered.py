@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from accounting import Model, check, parameter
+from accounting import Model, account_of, check, grads, parameter, targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -111,6 +111,26 @@ def test_what_is_not_covered_is_right_and_named(name: str) -> None:
     check(factory().eval(), data(shape), uncovered=uncovered, tell_batch=True)
 
 
+def test_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2))
+    check(model, torch.randint(9, (B, 5)), uncovered={"0.weight"}, tell_batch=True)
+
+
+def test_a_complex_parameter() -> None:
+    torch.manual_seed(0)
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return (output.sum(1) * target).mean()
+
+    model = Model(lambda m, x: torch.fft.rfft(x).mul(m.w).abs(), w=nn.Parameter(torch.randn(3, dtype=torch.cfloat)))
+    x, y = torch.randn(B, B), targets(B)
+    account, _ = account_of(model, loss_of, x, y, batch_size=B)
+    for b in range(B):
+        (g,) = torch.autograd.grad(loss_of(model(x[b : b + 1]), y[b : b + 1]), [model.w])
+        torch.testing.assert_close(account.sqnorm["w"][b], g.abs().square().sum())
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent(kind: type[nn.RNNBase]) -> None:
     torch.manual_seed(0)
@@ -140,6 +160,42 @@ def test_outputs_may_be_nested() -> None:
         return (output["a"]["b"][0].square().sum(1) * target).mean()
 
     check(model, torch.randn(B, 3), loss_of=loss_of, uncovered={"p.weight"})
+
+
+def test_no_examples_and_an_uncovered_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.PReLU(), nn.Flatten(), nn.Linear(27, 4)).eval()
+    ids = torch.zeros(0, dtype=torch.int64)
+    with pytest.warns(UserWarning, match=r"2\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(
+            model(torch.randn(0, 2, 5, 5)).sum(), loss_reduction="sum", group_ids=ids, num_groups=2
+        )
+    assert all(norm.shape == (0,) for norm in account.sqnorm.values())
+
+
+def test_outputs_that_are_chunks_of_one_tensor() -> None:
+    torch.manual_seed(0)
+
+    def loss_of(output: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        return (output[0].square().sum(1) * target + output[1].sum(1)).mean()
+
+    model = Model(lambda m, x: m.a(m.l(x)).chunk(2, -1), l=nn.Linear(3, 6), a=nn.PReLU())
+    check(model, torch.randn(B, 3), loss_of=loss_of, uncovered={"a.weight"})
+
+
+def test_a_loss_of_logits_and_of_the_features_below_is_refused_and_leaves_no_gradients() -> None:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = m.a(m.l(x))
+        return m.h(features), features
+
+    model = Model(run, l=nn.Linear(3, 4), a=nn.PReLU(), h=nn.Linear(4, 2))
+    with GradientAccountant(model) as accountant:
+        logits, features = model(torch.randn(B, 3))
+        loss = logits.square().sum() + features.square().sum()
+        with pytest.raises(ValueError, match=r"a\.weight"):
+            accountant.backward(loss, loss_reduction="sum")
+    assert all(grad is None for grad in grads(model).values())
 
 
 def test_each_parameter_is_named_once() -> None:
