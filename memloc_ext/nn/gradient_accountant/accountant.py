@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from memloc_ext.nn.gradient_accountant.arguments import batch_of, groups_of
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
-from memloc_ext.nn.gradient_accountant.graph import Reached, Rows, minimal, reached
+from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, minimal, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
 from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.one_by_one import account_examples, add_to_grads
+from memloc_ext.nn.gradient_accountant.one_by_one import exact_groups as exact_groups_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import accumulated
 from memloc_ext.ops import Groups
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,15 @@ class GradientAccountant:
             group_ids: Group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``loss``.
             num_groups: At least 1; by default the largest id and one.
             loss_reduction: What ``loss`` is of the examples' own losses: their ``mean`` or ``sum``; or ``none``: one
-                loss per example, ``[batch, *]``, of which the sum is differentiated.
+                loss per example, ``[batch, *]``, of which the sum is differentiated. A mean over tokens of which
+                examples have different numbers is not a mean over examples: give ``none`` or ``sum`` then.
             weight_grads: If False, the gradients of parameters are not computed, their ``grad`` stays as it was and
                 there are no group gradients: the norms alone, for less than a usual backward pass.
             exact_groups: Get the groups' gradients from one backward pass per group, which is exact also where
                 examples meet (batch normalisation in training mode). A ``mean`` or ``sum`` must then depend on the
                 model through what it returns, with the examples in dimension ``batch_dim``.
-            batch_size: Number of examples; by default that of ``group_ids``, of a ``none`` loss, or of the first
-                layer's input.
+            batch_size: Number of examples, if an example has several rows of the model's input, one behind the other;
+                by default each row is one.
             retain_graph: Keep the graph for another backward pass.
 
         Returns:
@@ -173,37 +174,39 @@ class GradientAccountant:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         session = self._sessions[-1][0]
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
-            batch = _batch(loss, loss_reduction, group_ids, batch_size, session.batch)
-            groups = _groups(loss, group_ids, num_groups, batch, exact_groups)
+            batch = batch_of(loss, loss_reduction, group_ids, batch_size, session.batch)
+            groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             self._check_parallel(weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
         exact = exact_groups and weight_grads
-        run = Run(batch, None if exact else groups, weight_grads and not exact, session.calls, found.unseen)
+        calls = {key: max(count, session.calls[key]) for key, count in (session.calls | found.uses).items()}
+        several = batch_size is not None
+        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, found.unseen, several)
         if found.unseen or exact:
-            rows = Rows([loss], [torch.ones_like(loss)], [Layout(0, 1, batch, 1)])
+            outputs = Outputs([loss], [torch.ones_like(loss)], [Layout(0, 1, batch, 1)])
             if loss_reduction != "none":
-                rows = self._rows(session, root, found, batch)
-            self._account_unseen(session, run, rows)
+                outputs = self._outputs(session, root, found, run)
+            self._account_unseen(session, run, outputs)
             if exact and groups is not None:
-                run.group_grad = _exact_groups(session, rows, found.all, groups)
+                run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
         session.run = run
         try:
             if inputs is None or inputs:
                 root.backward(retain_graph=retain_graph, inputs=inputs)
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.no_grad():
                 run.finish()
         finally:
             session.run = None
             if not retain_graph:
                 session.calls.clear()
                 with torch._C.DisableTorchFunction():
-                    session.outputs = [t for t in session.outputs if t.grad_fn not in found.nodes]
-        with torch._C.DisableTorchFunction():
+                    session.drop_outputs(found.nodes)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact:
-                _add_to_grads(found.all, run.group_grad)
+                add_to_grads(found.all, run.group_grad)
             return self._account(run, loss_reduction, groups if weight_grads else None)
 
     def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
@@ -216,9 +219,10 @@ class GradientAccountant:
                         f"gradients, got {not rule}; call forward and backward inside model.no_sync()"
                     )
 
-    def _rows(self, session: Session, root: Tensor, found: Reached, batch: int) -> Rows:
+    def _outputs(self, session: Session, root: Tensor, found: Reached, run: Run) -> Outputs:
         """Return tensors whose rows are the examples and through which the loss depends on the parameters."""
-        outputs = minimal(root, session, session.outputs, found.all)
+        returned = [t for forward_pass in session.outputs for t in forward_pass]
+        outputs = minimal(root, session, returned, found.all)
         layouts = [session.output_layout(t) for t in outputs or ()]
         if not outputs or None in layouts:
             names = [name for name, p in self._model.named_parameters() if id(p) in (found.unseen or found.all)]
@@ -227,14 +231,14 @@ class GradientAccountant:
                 "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
                 "losses by example, with loss_reduction='none'"
             )
-        session.run = OneByOne(batch, {})
+        session.run = OneByOne(run, {})
         try:
             cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
         finally:
             session.run = None
-        return Rows(outputs, list(cotangents), [layout for layout in layouts if layout is not None])
+        return Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None])
 
-    def _account_unseen(self, session: Session, run: Run, rows: Rows) -> None:
+    def _account_unseen(self, session: Session, run: Run, outputs: Outputs) -> None:
         """Account parameters whose layers are not covered, by one backward pass per example."""
         unseen = run.slow
         if not unseen:
@@ -244,19 +248,7 @@ class GradientAccountant:
                 self._warned.add(name)
                 message = f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
                 warnings.warn(message, UserWarning, stacklevel=3)
-        parameters = list(unseen.values())
-        session.run = OneByOne(run.batch, unseen)
-        try:
-            for b in range(run.batch):
-                cotangents = rows.of(run.batch, torch.tensor([b], device=rows.tensors[0].device))
-                gradients = torch.autograd.grad(
-                    rows.tensors, parameters, cotangents, retain_graph=True, allow_unused=True
-                )
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        run.add_example(parameter, b, gradient)
-        finally:
-            session.run = None
+        account_examples(session, run, outputs, unseen)
 
     def _account(self, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
         scale = run.batch**2 if loss_reduction == "mean" else 1
@@ -272,90 +264,3 @@ class GradientAccountant:
                 shape = (groups.num, *p.shape)
                 group_grad[name] = torch.zeros(shape, dtype=dtype, device=p.device) if sums is None else sums
         return Account(sqnorm, group_grad)
-
-
-def _batch(
-    loss: Tensor, loss_reduction: str, group_ids: Tensor | None, batch_size: int | None, seen: int | None
-) -> int:
-    """Return the number of examples; checks what it depends on."""
-    if loss_reduction not in _REDUCTIONS:
-        raise ValueError(f"GradientAccountant: loss_reduction must be mean, sum or none, got {loss_reduction!r}")
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError(
-            "GradientAccountant: loss must be a tensor that depends on a parameter that requires a gradient"
-        )
-    if (loss.numel() == 1 and loss.dim() == 0) == (loss_reduction == "none"):
-        rule = "one loss per example, [batch, *]," if loss_reduction == "none" else "a scalar"
-        raise ValueError(
-            f"GradientAccountant: loss must be {rule} for loss_reduction={loss_reduction!r}, got {list(loss.shape)}"
-        )
-    sizes = {
-        "batch_size": batch_size,
-        "group_ids": group_ids.numel() if isinstance(group_ids, Tensor) else None,
-        "loss": len(loss) if loss_reduction == "none" else None,
-    }
-    known = {name: size for name, size in sizes.items() if size is not None}
-    if len(set(known.values())) > 1:
-        raise ValueError(f"GradientAccountant: sizes of the batch must agree, got {known}")
-    batch = next(iter(known.values()), seen)
-    if batch is None:
-        raise ValueError(
-            "GradientAccountant: the forward pass must run inside the with, where the first layer's input tells the "
-            "size of the batch; no layer was seen there, so give batch_size"
-        )
-    return batch
-
-
-def _groups(
-    loss: Tensor, group_ids: Tensor | None, num_groups: int | None, batch: int, exact_groups: bool
-) -> Groups | None:
-    """Return the groups, checked."""
-    if group_ids is None:
-        for name, value in (("num_groups", num_groups), ("exact_groups", exact_groups or None)):
-            if value is not None:
-                raise ValueError(f"GradientAccountant: {name} needs group_ids, got None")
-        return None
-    if isinstance(group_ids, Tensor) and (group_ids.shape != (batch,) or group_ids.device != loss.device):
-        raise ValueError(
-            f"GradientAccountant: group_ids must be [{batch}] on {loss.device}, got {list(group_ids.shape)} on "
-            f"{group_ids.device}"
-        )
-    try:
-        if num_groups is None:
-            num_groups = int(group_ids.max()) + 1 if batch else 1
-        return Groups(group_ids, num_groups)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"GradientAccountant: {error}") from None
-
-
-def _exact_groups(
-    session: Session, rows: Rows, parameters: Mapping[int, nn.Parameter], groups: Groups
-) -> dict[int, Tensor]:
-    """Return the gradients of the groups from a backward pass each."""
-    result = {
-        key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
-        for key, p in parameters.items()
-    }
-    for group in range(groups.num):
-        chosen = (groups.ids == group).nonzero().flatten()
-        if len(chosen) == 0:
-            continue
-        cotangents = rows.of(len(groups.ids), chosen)
-        session.run = OneByOne(len(groups.ids), parameters)
-        try:
-            gradients = torch.autograd.grad(
-                rows.tensors, list(parameters.values()), cotangents, retain_graph=True, allow_unused=True
-            )
-        finally:
-            session.run = None
-        for key, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                result[key][group] = gradient
-    return result
-
-
-@torch.no_grad()
-def _add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int, Tensor]) -> None:
-    for key, p in parameters.items():
-        total = group_grad[key].sum(0).to(p.dtype)
-        p.grad = total if p.grad is None else p.grad.add_(total)

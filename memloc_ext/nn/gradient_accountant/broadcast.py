@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
-from memloc_ext.nn.gradient_accountant.run import Weight
+from memloc_ext.nn.gradient_accountant.run import Repeated
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
 from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, Rows
-
-_NAMES = "add sub rsub mul div true_divide pow maximum minimum where lerp addcmul addcdiv multiply subtract divide"
-_OPERATORS = "add sub mul truediv div pow"
-ELEMENTWISE = (
-    *_NAMES.split(),
-    *(f"{name}_" for name in _NAMES.split()),
-    *(f"__{before}{name}__" for name in _OPERATORS.split() for before in ("", "r", "i")),
-)
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """A parameter, or rows of it, as every example meets it.
-
-    Attributes:
-        weight: The parameter or view; of rows that are looked up, the table.
-        value: What is repeated.
-        indices: Of the rows, or None for all of the parameter.
-        padding_idx: A row that gets no gradient, or -1.
-    """
-
-    weight: Weight
-    value: Tensor
-    indices: Tensor | None = None
-    padding_idx: int = -1
 
 
 class Broadcast(Rule):
@@ -124,7 +99,7 @@ def repeat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
     whole = all(size in (1, repeated) for size, repeated in zip(own, result.shape, strict=True))
     if weight is not None and whole and result.requires_grad:
-        session.sources[result] = Repeated(weight, parameter)
+        session.remember(result, Repeated(weight, parameter))
     return result
 
 
@@ -135,7 +110,7 @@ def _aligned(session: Session, t: Tensor, rank: int) -> Layout | None:
 
 def _repeat(session: Session, t: Tensor, layout: Layout, rank: int) -> Tensor | None:
     """Return what every example meets of a tensor, repeated for each; None if it is nothing that can be accounted."""
-    source = session.sources.get(t)
+    source = session.source(t)
     own = [1] * (rank - t.dim()) + list(t.shape)
     place = layout.dim - (rank - t.dim())  # of the examples, in t
     if source is None:

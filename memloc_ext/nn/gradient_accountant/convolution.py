@@ -56,7 +56,8 @@ class Convolution(Rule):
             outputs = [True, False, False]
             grad_input = torch.ops.aten.convolution_backward(grad, x, w, None, *self.settings, outputs)[0]
         if needs[1]:
-            repeats = 1 if self.session.run is None else self.layout.of(self.session.run.batch).after
+            run = self.session.run
+            repeats = 1 if run is None else run.place(self.layout).after
             geometry = (stride, padding, dilation, groups, transposed, output_padding, repeats)
             grad_weight = self.record(1, ConvolutionUse(x, grad, w.shape, *geometry))
         if needs[2]:
@@ -101,9 +102,8 @@ def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) 
 
 
 def _accountable(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> bool:
-    unknown = any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias))
     layout = session.layout(input)
-    return not unknown and input.dim() == n + 2 and layout is not None and layout.rows_first
+    return session.plain(weight, bias) and input.dim() == n + 2 and layout is not None and layout.rows_first
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Any:

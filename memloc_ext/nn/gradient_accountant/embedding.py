@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.nn.gradient_accountant.broadcast import Repeated
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
-from memloc_ext.nn.gradient_accountant.run import Weight
+from memloc_ext.nn.gradient_accountant.run import Repeated, Weight
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse
 
@@ -76,10 +75,13 @@ def _look_up(
     if weight is None:
         return NotImplemented
     if shared:  # the same for every example, as positions are: it counts where it meets activations
-        rows = torch.embedding(table, indices, padding_idx)
+        expanded = indices.dim() > 1 and indices.stride(0) == 0 and indices.shape[0] > 1
+        once = indices[:1] if expanded else indices
+        rows = torch.embedding(table, once, padding_idx)
+        result = rows.expand(*indices.shape, -1) if expanded else rows
         if rows.requires_grad:
-            session.sources[rows] = Repeated(weight, rows, indices, padding_idx)
-        return rows
+            session.remember(result, Repeated(weight, rows, once, padding_idx))
+        return result
     if layout is None:
         return NotImplemented
     return Embedding(session, weight, layout, padding_idx)(indices, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.run import Run
 from memloc_ext.nn.gradient_accountant.session import Session
 
 
@@ -23,12 +25,14 @@ class Reached:
         unseen: Those that reach it some other way.
         stops: Positions, in the tensors to stop at, of those that were met.
         nodes: Of the graph, that the walk went through.
+        uses: How many layers use each parameter.
     """
 
     seen: dict[int, nn.Parameter] = field(default_factory=dict)
     unseen: dict[int, nn.Parameter] = field(default_factory=dict)
     stops: set[int] = field(default_factory=set)
     nodes: set[Any] = field(default_factory=set)
+    uses: Counter[int] = field(default_factory=Counter)
 
     @property
     def all(self) -> dict[int, nn.Parameter]:
@@ -79,11 +83,12 @@ def _below(rule: Rule, edges: Sequence[tuple[Any, int]], found: Reached) -> list
             below.append(edge)
         else:
             found.seen[id(weight.parameter)] = weight.parameter
+            found.uses[id(weight.parameter)] += 1
     return below
 
 
 @dataclass(frozen=True)
-class Rows:
+class Outputs:
     """What tells the examples apart: a loss is the sum of the products of these tensors with these cotangents.
 
     Attributes:
@@ -96,12 +101,12 @@ class Rows:
     cotangents: list[Tensor]
     layouts: list[Layout]
 
-    def of(self, batch: int, chosen: Tensor) -> list[Tensor]:
+    def of(self, run: Run, chosen: Tensor) -> list[Tensor]:
         """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""
         result = []
         for cotangent, layout in zip(self.cotangents, self.layouts, strict=True):
             part = torch.zeros_like(cotangent, memory_format=torch.contiguous_format)
-            to, source = (layout.of(batch).first(t) for t in (part, cotangent.contiguous()))
+            to, source = (run.place(layout).first(t) for t in (part, cotangent.contiguous()))
             to[chosen] = source[chosen]
             result.append(part)
         return result

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.attention import attention
-from memloc_ext.nn.gradient_accountant.broadcast import ELEMENTWISE, broadcast, cat, repeat
+from memloc_ext.nn.gradient_accountant.broadcast import broadcast, cat, repeat
 from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
 from memloc_ext.nn.gradient_accountant.embedding import embedding, getitem
+from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE
 from memloc_ext.nn.gradient_accountant.linear import addmm, linear, matmul
 from memloc_ext.nn.gradient_accountant.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from memloc_ext.nn.gradient_accountant.session import Handler

@@ -44,19 +44,15 @@ class Rule:
             return use.total().to(weight.tensor.dtype)
         return run.record(weight, use)
 
-    def batch(self, rows: int) -> int:
-        """Return the number of examples; outside of an accounted backward pass each row may be one."""
-        return rows if self.session.run is None else self.session.run.batch
-
     def examples(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``; outside of an accounted backward pass as one example."""
         run = self.session.run
-        return t[None] if run is None else self.layout.of(run.batch).first(t)
+        return t[None] if run is None else run.place(self.layout).first(t)
 
     def by_example(self, rows: Tensor) -> Tensor:
         """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the layout's."""
         run = self.session.run
-        layout = self.layout if run is None else self.layout.of(run.batch)
+        layout = self.layout if run is None else run.place(self.layout)
         if layout.before == layout.after == 1:
             return rows
         return rows.unflatten(0, (layout.before, layout.batch, layout.after)).sum((0, 2))
@@ -83,7 +79,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
+        saved = [None if t is None else t.detach() for t in ctx.saved_tensors]  # checkpointing recomputes here, seen
+        needs = ctx.needs_input_grad[1:]
         with torch._C.DisableTorchFunction(), torch.autocast(grad.device.type, enabled=False):
             return (None, *ctx.rule.backward(saved, needs, grad))
 

@@ -101,6 +101,16 @@ SCATTERS = frozenset(
 """Functions that may put rows anywhere, by what is in tensors."""
 
 
+_NAMES = "add sub rsub mul div true_divide pow maximum minimum where lerp addcmul addcdiv multiply subtract divide"
+_OPERATORS = "add sub mul truediv div pow"
+ELEMENTWISE = (
+    *_NAMES.split(),
+    *(f"{name}_" for name in _NAMES.split()),
+    *(f"__{before}{name}__" for name in _OPERATORS.split() for before in ("", "r", "i")),
+)
+"""Functions of elements that are in the same place, or broadcast."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Place of the examples: index ``(i * batch + b) * after + j`` of dimension ``dim`` belongs to example ``b``.
@@ -128,14 +138,7 @@ class Layout:
         return self.dim == 0 and self.before == 1
 
     def of(self, batch: int) -> Layout:
-        """Return the layout for so many examples, each of which takes the place of several."""
-        if batch == self.batch:
-            return self
-        if batch < 1 or self.batch % batch:
-            raise ValueError(
-                f"GradientAccountant: the {self.batch} rows of the model's input must be those of the examples, or of "
-                f"as many for each, got {batch} examples"
-            )
+        """Return the layout for fewer examples, each of which takes the place of several."""
         return replace(self, batch=batch, after=self.after * (self.batch // batch))
 
     def first(self, t: Tensor) -> Tensor:
@@ -168,6 +171,8 @@ def after(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, 
         return None
     if name == "embedding":  # appends a dimension
         return layout
+    if name == "einsum":
+        return _contracted(layout, source, args)
     if name in ALONG:
         given = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else -1)
         if not isinstance(given, int) or given % max(1, source.dim()) == layout.dim:
@@ -190,6 +195,18 @@ def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout 
             return Layout(dim, above // max(1, weight * layout.batch), layout.batch, weight // below)
         below = above
     return None
+
+
+def _contracted(layout: Layout, source: Tensor, args: Any) -> Layout | None:
+    """Return where ``einsum`` leaves the examples: where their letter is."""
+    equation, *operands = args
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    operands = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
+    letters = next((part for part, t in zip(inputs.split(","), operands, strict=False) if t is source), "")
+    place = output.find(letters[layout.dim]) if letters else -1
+    return replace(layout, dim=place) if place >= 0 else None
 
 
 def moved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class Linear(Rule):
         """See `Rule`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
-        out = F.linear(x, w.t() if self.transposed else w, b)
+        out = _product(x, w if self.transposed else w.t(), b)
         return out, (x if self.weights[1] else None, w if input.requires_grad else None)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -58,6 +59,17 @@ class Linear(Rule):
         if needs[2]:
             grad_bias = self.record(2, Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g))
         return grad_input, grad_weight, grad_bias
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Return ``x @ w + b``, not as a view, which could not be written to in place behind an autograd function."""
+    if b is None or x.dim() == 2:
+        return F.linear(x, w.t(), b)
+    out = x.new_empty(*x.shape[:-1], w.shape[1])
+    torch.addmm(
+        b, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w, out=out.view(math.prod(x.shape[:-1]), w.shape[1])
+    )
+    return out
 
 
 def linear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
@@ -88,11 +100,10 @@ def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, t
     if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
         return NotImplemented
     outputs = weight.shape[1 if transposed else 0]
-    for t, known in zip((weight, bias), weights[1:], strict=True):
-        if t is not None and t.requires_grad and known is None:  # computed from parameters: as if nobody looked
-            return NotImplemented
-    if bias is not None and bias.shape != (outputs,):
+    if not session.plain(weight):
         return NotImplemented
+    if bias is not None and (bias.shape != (outputs,) or not session.plain(bias)):
+        return _run(session, input, weight, None, transposed) + bias
     return Linear(session, weights, layout, autocast_dtype(input), transposed)(input, weight, bias)
 
 

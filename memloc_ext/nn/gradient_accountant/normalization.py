@@ -321,7 +321,7 @@ def _accountable(
 ) -> bool:
     """Return whether the parameters are plain ones, and the examples are not among what is normalised together."""
     layout = session.layout(input)
-    if layout is None or any(t is not None and t.requires_grad and session.weight(t) is None for t in (weight, bias)):
+    if layout is None or not session.plain(weight, bias):
         return False
     return layout.dim < input.dim() - len(shape) if shape is not None else layout.dim == 0 and input.dim() >= 2
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.uses import Rows, Use, accumulated, combined_sqnorm
 from memloc_ext.ops import Groups
 
@@ -38,6 +39,23 @@ class Weight:
         return parameter_like.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A parameter, or rows of it, as every example meets it.
+
+    Attributes:
+        weight: The parameter or view; of rows that are looked up, the table.
+        value: What is repeated.
+        indices: Of the rows, or None for all of the parameter.
+        padding_idx: A row that gets no gradient, or -1.
+    """
+
+    weight: Weight
+    value: Tensor
+    indices: Tensor | None = None
+    padding_idx: int = -1
+
+
 class Run:
     """One backward pass.
 
@@ -47,6 +65,7 @@ class Run:
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
         slow: Parameters that are accounted one example at a time, by their ``id``.
+        several: Whether an example may have several rows of the model's input, one behind the other.
     """
 
     def __init__(
@@ -56,13 +75,26 @@ class Run:
         weight_grads: bool,
         calls: Mapping[int, int],
         slow: Mapping[int, nn.Parameter],
+        several: bool = False,
     ) -> None:
+        self._several = several
         self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}
         self.group_grad: dict[int, Tensor] = {}
         self._calls = calls
         self._whole: Groups | None = None
         self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
+
+    def place(self, layout: Layout) -> Layout:
+        """Return where the examples are, given where the rows of the model's input are."""
+        if layout.batch == self.batch:
+            return layout
+        if not self._several or self.batch < 1 or layout.batch % self.batch:
+            raise ValueError(
+                f"GradientAccountant: the model's input must have a row per example, got {layout.batch} rows and "
+                f"{self.batch} examples; if each example has several, one behind the other, give batch_size"
+            )
+        return layout.of(self.batch)
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Return whether a parameter's gradient of the whole batch is computed."""
@@ -139,8 +171,8 @@ class Run:
 class OneByOne(Run):
     """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
-    def __init__(self, batch: int, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(batch, None, True, {}, wanted)
+    def __init__(self, run: Run, wanted: Mapping[int, nn.Parameter]) -> None:
+        super().__init__(run.batch, None, True, {}, wanted, run._several)
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Return whether it is one of these parameters."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
-from memloc_ext.nn.gradient_accountant.layout import MOVES, Layout, after, moved
-from memloc_ext.nn.gradient_accountant.run import Run, Weight
+from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, moved
+from memloc_ext.nn.gradient_accountant.places import UNKNOWN, Places
+from memloc_ext.nn.gradient_accountant.run import Repeated, Run, Weight
 
 Handler = Callable[..., Any]
 # what gradient checkpointing recomputes inside of these is to be seen
@@ -24,7 +24,12 @@ _BACKWARD = {
 # what these return may be of the examples, though no tensor is given to them
 _DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
 
+# asked all the time, mostly for numbers
 _QUESTIONS = frozenset(("__get__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous"))
+_PLAIN = (int, float, str, torch.dtype, torch.device, slice, type(...))
+_SHARED = object()
+_SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))  # of the second only shape or type counts
+_FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
 
 
 class Session(TorchFunctionMode):
@@ -47,11 +52,9 @@ class Session(TorchFunctionMode):
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.run: Run | None = None
-        self.outputs: list[Tensor] = []
-        self.sources = WeakTensorKeyDictionary()  # what is repeated parameters, or looked up in one for all examples
+        self.outputs: deque[list[Tensor]] = deque(maxlen=_FORWARD_PASSES)
         self._batch_dim, self._handlers = batch_dim, handlers
-        self._layouts = WeakTensorKeyDictionary()
-        self._shared = WeakTensorKeyDictionary()
+        self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
         self._inside = 0
@@ -59,18 +62,29 @@ class Session(TorchFunctionMode):
     def enter_model(self, inputs: object) -> None:
         """Take the number of examples from the model's inputs, and these for what belongs to examples."""
         self._inside += 1
+        if self._inside > 1:
+            return
         given = [t for t in tensors(inputs) if t.dim() > self._batch_dim]
-        if self._inside == 1 and given and self.run is None:
-            self.batch = given[0].shape[self._batch_dim]
-        for t in given if self._inside == 1 else ():
-            if t.shape[self._batch_dim] == self.batch:
-                self._layouts[t] = Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1)
+        sizes = [t.shape[self._batch_dim] for t in given]
+        batch = next((size for size in sizes if size != 1), 1)  # what has one row may be for all
+        if given and self.run is None:
+            self.batch = batch
+        for t, size in zip(given, sizes, strict=True):
+            if size == self.batch:
+                self._places.put(t, Layout(self._batch_dim, 1, size, 1))
 
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
         self._inside -= 1
         if self.run is None and self._inside == 0:
-            self.outputs += [t for t in tensors(output) if t.requires_grad and t.dim() > 0]
+            returned = [t for t in tensors(output) if t.requires_grad and t.dim() > 0]
+            if returned:
+                self.outputs.append(returned)
+
+    def drop_outputs(self, nodes: Collection[object]) -> None:
+        """Forget what the model returned in a forward pass that a backward pass went through."""
+        kept = [outputs for outputs in self.outputs if not any(t.grad_fn in nodes for t in outputs)]
+        self.outputs = deque(kept, maxlen=_FORWARD_PASSES)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function: by a handler if a parameter is among its arguments."""
@@ -83,8 +97,8 @@ class Session(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
             return result
-        given = list(tensors((args, kwargs)))
-        weights = [t for t in given if t in self.sources or self._parameter(t) is not None]
+        given = tensors((args, kwargs))
+        weights = [t for t in given if t.requires_grad and (self._parameter(t) is not None or self.source(t))]
         result = NotImplemented
         if weights:
             handler = self._handlers.get(func) or self._handlers.get(name)
@@ -94,7 +108,7 @@ class Session(TorchFunctionMode):
             result = func(*args, **kwargs)
             if weights and self.run is not None:
                 self._refuse_hidden(weights, result)
-        self._place(func, args, kwargs, given, result)
+        self._place(func, name, args, kwargs, given, result)
         return result
 
     def weight(self, t: object) -> Weight | None:
@@ -106,11 +120,25 @@ class Session(TorchFunctionMode):
             return None
         return Weight(parameter, t)
 
+    def plain(self, *values: Tensor | None) -> bool:
+        """Return whether what needs a gradient here is a parameter or view of one, not computed from parameters."""
+        return all(t is None or not t.requires_grad or self.weight(t) is not None for t in values)
+
+    def source(self, t: Tensor) -> Repeated | None:
+        """Return which parameter a tensor repeats, or looks up the same rows of for all examples, or None."""
+        place = self._places.get(t)
+        return place if isinstance(place, Repeated) else None
+
+    def remember(self, t: Tensor, source: Repeated) -> None:
+        """Say what a tensor repeats."""
+        self._places.put(t, source)
+
     def layout(self, t: Tensor) -> Layout | None:
         """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
-        if t in self._layouts:
-            return self._layouts[t]
-        if self._is_shared(t) or t.dim() <= self._batch_dim:
+        place = self._places.get(t)
+        if place is not UNKNOWN:
+            return place if isinstance(place, Layout) else None
+        if self.shared(t) or t.dim() <= self._batch_dim:
             return None
         size = t.shape[self._batch_dim]  # given by hand, or by a function that is not PyTorch's
         return Layout(self._batch_dim, 1, size, 1) if self.batch in (None, size) or not self._inside else None
@@ -124,45 +152,46 @@ class Session(TorchFunctionMode):
 
     def shared(self, t: Tensor) -> bool:
         """Return whether a tensor is the same for all examples."""
-        return t not in self._layouts and self._is_shared(t)
+        place = self._places.get(t)
+        if place is not UNKNOWN:
+            return place is _SHARED or isinstance(place, Repeated)
+        if id(t) in self._fixed or (t.dim() == 0 and not t.requires_grad) or (self._inside > 0 and t.is_leaf):
+            return True
+        return self._parameter(t) is not None
 
-    def count(self, layout: Layout | None, *weights: Weight | None) -> None:
+    def count(self, layout: Layout, *weights: Weight | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
         if self.run is None:
-            if layout is not None and not self._inside and not self.calls:
+            if not self._inside and not self.calls:
                 self.batch = layout.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
 
     def set_layout(self, t: Tensor, layout: Layout) -> None:
         """Say where the examples are in the output of a layer."""
-        self._layouts[t] = layout
+        self._places.put(t, layout)
 
     def _parameter(self, t: object) -> nn.Parameter | None:
         """Return the parameter that a tensor is or is a view of, or None."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return None
-        return self.parameters.get(id(t._base if not t.is_leaf and t._is_view() else t))
+        return self.parameters.get(id(t if t.is_leaf or not t._is_view() else t._base))
 
-    def _is_shared(self, t: Tensor) -> bool:
-        if id(t) in self._fixed or t in self._shared or t in self.sources or (t.dim() == 0 and not t.requires_grad):
-            return True
-        return self._parameter(t) is not None or (self._inside > 0 and t.is_leaf)
-
-    def _place(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
+    def _place(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
         """Find out where the examples are in what a function returned."""
-        name = getattr(func, "__name__", "")
-        results = [t for t in tensors(result) if t not in self._layouts]
+        results = [t for t in tensors(result) if self._places.get(t) is UNKNOWN]
+        given = given[:1] if name in _SHAPED_LIKE else given
         own = [t for t in given if not self.shared(t)]
         if not own:
             if given or not name.startswith(_DATA):
                 for t in results:
-                    self._shared[t] = True
+                    self._places.put(t, _SHARED)
             return
-        source = max(own, key=lambda t: t.dim())
+        source = own[0] if len(own) == 1 else max(own, key=lambda t: t.dim())
         layout = self.layout(source)
         if name == "__setitem__" and self.shared(args[0]):
-            results = [args[0]]
-            layout = None
+            results, layout = [args[0]], None
+        if len(own) > 1 and layout is not None and name in ELEMENTWISE:
+            self._check_aligned(name, source, layout, own)
         places: list[Layout | None] = [None] * len(results)
         if layout is not None and results:
             if name in MOVES:
@@ -170,11 +199,22 @@ class Session(TorchFunctionMode):
             else:
                 places = [after(layout, func, source, t, args, kwargs) for t in results]
         for t, place in zip(results, places, strict=True):
-            self._layouts[t] = place
+            self._places.put(t, place)
+
+    def _check_aligned(self, name: str, source: Tensor, layout: Layout, own: list[Tensor]) -> None:
+        """Refuse that one example's activations meet another's: an input was mistaken for one with examples."""
+        for t in own:
+            other = self.layout(t)
+            if other is not None and t.requires_grad and other.dim - t.dim() != layout.dim - source.dim():
+                raise ValueError(
+                    f"GradientAccountant: the examples must be in one place in what {name} is given, got dimension "
+                    f"{layout.dim} of {list(source.shape)} and {other.dim} of {list(t.shape)}; inputs that are the "
+                    "same for all examples need another size there, as [1, *]"
+                )
 
     def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
         """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
-        computed = [t for t in tensors(result) if t.requires_grad and self.weight(t) is None and t not in self.sources]
+        computed = [t for t in tensors(result) if t.requires_grad and not self.shared(t)]
         known = {} if self.run is None else self.run.slow
         for weight in map(self.weight, weights):
             if computed and weight is not None and id(weight.parameter) not in known:
@@ -184,17 +224,27 @@ class Session(TorchFunctionMode):
                 )
 
 
-def tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists, mappings and dataclasses."""
+def tensors(value: object) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists, mappings and dataclasses."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: object, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
+    elif value is None or isinstance(value, _PLAIN):
+        return
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors(item)
+            _collect(item, found)
     elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif dataclasses.is_dataclass(value):
-        yield from tensors(list(vars(value).values()))
+        for item in value.values():
+            _collect(item, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in vars(value).values():
+            _collect(item, found)
 
 
 def _overlaps(t: Tensor) -> bool:

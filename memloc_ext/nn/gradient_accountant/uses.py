@@ -74,8 +74,8 @@ class Rows(Use):
     def sqnorm(self) -> Tensor:
         """See `Use`."""
         rows = self.rows.reshape(self.batch, math.prod(self.shape))
-        if rows.is_complex():
-            return rows.abs().square().sum(1)
+        if rows.is_complex() or (rows.shape[1] < 4096 and rows.dtype == self.dtype):  # few to add up
+            return rows.abs().square().sum(1) if rows.is_complex() else rows.square().sum(1)
         return ops.linear_grad_sqnorm(rows, rows.new_ones(self.batch, 1))
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def test_an_account_does_not_change_with_the_gradients(net: nn.Module) -> None:
         ({"num_groups": 2}, ValueError, "num_groups needs group_ids"),
         ({"exact_groups": True}, ValueError, "exact_groups needs group_ids"),
         ({"group_ids": IDS, "batch_size": 3}, ValueError, "sizes of the batch must agree"),
-        ({"batch_size": 3}, ValueError, "the 4 rows of the model's input .* got 3 examples"),
+        ({"batch_size": 3}, ValueError, "batch_size|a row per example"),
         ({"batch_size": -1}, ValueError, "batch_size|examples"),
         ({"batch_size": 0}, ValueError, "batch_size|examples"),
     ],

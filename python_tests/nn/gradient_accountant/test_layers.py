@@ -252,3 +252,15 @@ def test_a_parameter_of_no_dimensions() -> None:
 def test_norms_of_large_parameters_are_accurate() -> None:
     torch.manual_seed(0)
     check(Model(lambda m, x: x + m.w, w=parameter(300_000)), torch.randn(2, 300_000))
+
+
+def test_outputs_may_be_written_to() -> None:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.l(x)
+        h += x
+        h[:, 0] = 0
+        return nn.functional.relu(m.k(h), inplace=True)
+
+    check(Model(run, l=nn.Linear(3, 3), k=nn.Linear(3, 3)), torch.randn(4, 5, 3))

@@ -256,3 +256,33 @@ def test_a_parameter_that_is_unfrozen_inside() -> None:
         model[1].requires_grad_(True)
         account = accountant.backward(model(torch.randn(B, 3)).square().sum(), loss_reduction="sum")
     assert account.sqnorm["1.weight"].all()
+
+
+def test_two_forward_passes_of_which_one_was_accounted_before() -> None:
+    torch.manual_seed(0)
+    model, (a, b, c) = nn.Linear(3, 2), torch.randn(3, B, 3)
+    with GradientAccountant(model) as accountant:
+        first, second = total(model, a), total(model, b)
+        sums(accountant, first)
+        account = sums(accountant, second + total(model, c))
+    with GradientAccountant(model) as accountant:
+        assert_same(account, sums(accountant, total(model, b) + total(model, c)))
+
+
+def test_an_account_of_a_tied_table_takes_no_part_in_autograd() -> None:
+    table = nn.Embedding(5, 3)
+    model = Model(lambda m, x: nn.functional.linear(m.e(x).tanh(), m.e.weight), e=table)
+    with GradientAccountant(model) as accountant:
+        account = sums(accountant, total(model, torch.randint(5, (B, 4))))
+    assert not account.sqnorm["e.weight"].requires_grad
+
+
+def test_outputs_that_no_loss_used_are_forgotten() -> None:
+    model = Model(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
+    with GradientAccountant(model) as accountant:
+        used, unused = model(torch.randn(B, 3))
+        node = weakref.ref(unused)
+        sums(accountant, used.square().sum())
+        del used, unused
+        gc.collect()
+        assert node() is None

@@ -6,6 +6,8 @@ from accounting import Model, account_of, check, parameter, targets, weighted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memloc_ext import GradientAccountant
+
 B, T = 4, 8  # as many tokens as examples, or twice as many, are not told from examples by their number
 KEEP = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0]]).bool()  # 8 tokens of 4 examples
 
@@ -206,3 +208,46 @@ def test_batch_dim_one_and_a_first_layer_behind_a_mean_over_tokens() -> None:
     torch.manual_seed(0)
     model = Model(lambda m, x: m.h(x.mean(0)), h=nn.Linear(3, T))
     check(model, torch.randn(5, B, 3), targets(B), batch_dim=1, uncovered=None)
+
+
+def test_positions_among_the_inputs_of_as_many_tokens_as_examples_are_refused() -> None:
+    model = Model(lambda m, ids, at: m.e(ids) + m.p(at), e=nn.Embedding(9, 3), p=nn.Embedding(9, 3))
+    with GradientAccountant(model) as accountant:
+        loss = model(torch.randint(9, (B, 2 * B)), torch.arange(2 * B)).sum()  # told apart by their number
+        accountant.backward(loss, loss_reduction="sum")
+        with pytest.raises(ValueError, match=r"the examples must be in one place"):
+            model(torch.randint(9, (B, B)), torch.arange(B))
+
+
+def test_an_input_of_one_row_does_not_tell_the_batch() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, at, x: m.l(x) + m.p(at), l=nn.Linear(3, 3), p=nn.Embedding(9, 3))
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(model(torch.arange(5)[None], torch.randn(B, 5, 3)).square().mean())
+    assert account.sqnorm["p.weight"].shape == (B,)
+
+
+@pytest.mark.parametrize("tokens", [B, 7])
+def test_einsum_that_moves_the_examples(tokens: int) -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.l(torch.einsum("btd->tbd", x)).transpose(0, 1), l=nn.Linear(3, 2))
+    check(model, torch.randn(B, tokens, 3))
+
+
+def test_expanded_positions_are_covered() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: x + m.p(torch.arange(5).expand(len(x), -1)), p=nn.Embedding(5, 3))
+    check(model, torch.randn(B, 5, 3))
+
+
+def test_several_rows_of_an_example_are_told_by_batch_size() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(2 * B, 3)
+    with GradientAccountant(model) as accountant:
+        losses = model(x).square().sum(1).view(B, 2).sum(1)
+        with pytest.raises(ValueError, match="batch_size"):
+            accountant.backward(losses, loss_reduction="none", retain_graph=True)
+        model.zero_grad()
+        account = accountant.backward(losses, loss_reduction="none", batch_size=B)
+    pairs = [torch.autograd.grad(model(x[2 * b : 2 * b + 2]).square().sum(), [model.weight])[0] for b in range(B)]
+    torch.testing.assert_close(account.sqnorm["weight"], torch.stack(pairs).square().sum((1, 2)))

@@ -196,6 +196,7 @@ def _in_group(rank: int, world: int, store: str, check_: Callable[[int], None]) 
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     try:
         check_(rank)
+        dist.barrier()  # a process that leaves early takes the connection from one that still sends
     finally:
         dist.destroy_process_group()
 
