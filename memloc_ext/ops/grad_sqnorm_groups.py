@@ -48,13 +48,13 @@ class Groups:
     def _rows(self) -> list[Tensor]:
         return list(self.ids.argsort(stable=True).split(self.ids.bincount(minlength=self.num).tolist()))
 
-    def split(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows of each group."""
+    def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the rows of each group, of every tensor ``[batch, *]``."""
         if self.num == 1:
-            yield x, g
+            yield tensors
             return
         for rows in self._rows:
-            yield x.index_select(0, rows), g.index_select(0, rows)
+            yield tuple(t.index_select(0, rows) for t in tensors)
 
 
 def linear_grad_sqnorm_groups(

@@ -80,9 +80,9 @@ class Rows(Use):
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
-        if groups.num == 1:
-            return self.sqnorm(), self.rows.sum(0, keepdim=True, dtype=self.dtype)
-        return super().sqnorm_and_groups(groups)
+        if groups.num > 16:  # many small groups
+            return super().sqnorm_and_groups(groups)
+        return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
 
 
 class LinearUse(Use):
