@@ -83,11 +83,17 @@ def linear_grad_sqnorm_groups(
     if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
         groups = _groups(name, x, group_ids, num_groups)
-        sums = norms.new_empty(groups.num, g.shape[-1], x.shape[-1])
-        for total, (rows_x, rows_g) in zip(sums, groups.split(x, g), strict=True):
-            torch.mm(rows_g.flatten(0, -2).to(sums.dtype).t(), rows_x.flatten(0, -2).to(sums.dtype), out=total)
-        return norms, sums
+        return norms, linear_group_grad(x, g, groups)
     return _errors.call(_linear, name, x, g, *_ids(group_ids, num_groups))
+
+
+def linear_group_grad(input: Tensor, grad_output: Tensor, groups: Groups) -> Tensor:
+    """Return the *sum* of the weight gradients over each group of examples, ``[groups.num, out, in]``, and no norms."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    sums = input.new_empty(groups.num, grad_output.shape[-1], input.shape[-1], dtype=dtype)
+    for total, (x, g) in zip(sums, groups.split(input, grad_output), strict=True):
+        torch.mm(g.flatten(0, -2).to(dtype).t(), x.flatten(0, -2).to(dtype), out=total)
+    return sums
 
 
 def conv2d_grad_sqnorm_groups(

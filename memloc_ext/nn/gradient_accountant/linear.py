@@ -52,12 +52,14 @@ class Linear(Rule):
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
             grad_input = grad @ (w.t() if self.transposed else w)
-        g = self.examples(grad)
-        if needs[1]:
-            pair = (self.examples(x), g)
-            grad_weight = self.record(1, LinearUse(*(reversed(pair) if self.transposed else pair)))
+        g, bias = self.examples(grad), None
         if needs[2]:
-            grad_bias = self.record(2, Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g))
+            bias = Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g)
+            grad_bias = self.record(2, bias)
+        if needs[1]:
+            first = self.examples(x)
+            use = LinearUse(g, first) if self.transposed else LinearUse(first, g, bias)
+            grad_weight = self.record(1, use)
         return grad_input, grad_weight, grad_bias
 
 

@@ -25,8 +25,10 @@ _BACKWARD = {
 _DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
 
 # asked all the time, mostly for numbers
-_QUESTIONS = frozenset(("__get__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous"))
-_PLAIN = (int, float, str, torch.dtype, torch.device, slice, type(...))
+_QUESTIONS = frozenset(
+    ("__get__", "__set__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous")
+)
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 _SHARED = object()
 _SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))  # of the second only shape or type counts
 _FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
@@ -97,7 +99,10 @@ class Session(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
             return result
-        given = tensors((args, kwargs))
+        given: list[Tensor] = []
+        _collect(args, given)
+        if kwargs:
+            _collect(kwargs, given)
         weights = [t for t in given if t.requires_grad and (self._parameter(t) is not None or self.source(t))]
         result = NotImplemented
         if weights:
@@ -178,7 +183,8 @@ class Session(TorchFunctionMode):
 
     def _place(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
         """Find out where the examples are in what a function returned."""
-        results = [t for t in tensors(result) if self._places.get(t) is UNKNOWN]
+        results = [result] if isinstance(result, Tensor) else tensors(result)
+        results = [t for t in results if self._places.get(t) is UNKNOWN]
         given = given[:1] if name in _SHAPED_LIKE else given
         own = [t for t in given if not self.shared(t)]
         if not own:
@@ -234,7 +240,7 @@ def tensors(value: object) -> list[Tensor]:
 def _collect(value: object, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif value is None or isinstance(value, _PLAIN):
+    elif type(value) in _PLAIN:
         return
     elif isinstance(value, tuple | list):
         for item in value:

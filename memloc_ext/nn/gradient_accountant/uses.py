@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memloc_ext import ops
 from memloc_ext.ops import Groups
+from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
 _Geometry = tuple[list[int], list[int], list[int], list[int]]
 BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
@@ -59,7 +60,7 @@ class Rows(Use):
     """
 
     def __init__(self, gradients: Tensor) -> None:
-        self.rows = gradients
+        self.rows, self._sqnorm = gradients, None
         self.batch, self.shape = len(gradients), gradients.shape[1:]
         self.dtype, self.device = accumulated(gradients.dtype), gradients.device
 
@@ -73,10 +74,9 @@ class Rows(Use):
 
     def sqnorm(self) -> Tensor:
         """See `Use`."""
-        rows = self.rows.reshape(self.batch, math.prod(self.shape))
-        if rows.is_complex() or (rows.shape[1] < 4096 and rows.dtype == self.dtype):  # few to add up
-            return rows.abs().square().sum(1) if rows.is_complex() else rows.square().sum(1)
-        return ops.linear_grad_sqnorm(rows, rows.new_ones(self.batch, 1))
+        if self._sqnorm is None:
+            self._sqnorm = row_sqnorms(self.rows.reshape(self.batch, math.prod(self.shape)))
+        return self._sqnorm
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
@@ -91,10 +91,12 @@ class LinearUse(Use):
     Args:
         input: ``[batch, *, in]``.
         grad_output: ``[batch, *, out]``, of the same dtype.
+        bias: Its use of the same layer, which knows the norms of ``grad_output`` if there are no positions.
     """
 
-    def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+    def __init__(self, input: Tensor, grad_output: Tensor, bias: Rows | None = None) -> None:
         self.input, self.grad_output = input, grad_output
+        self._bias = bias if input.dim() == 2 else None
         self.batch, self.shape = len(input), torch.Size((grad_output.shape[-1], input.shape[-1]))
         self.dtype, self.device = accumulated(input.dtype), input.device
 
@@ -109,10 +111,14 @@ class LinearUse(Use):
 
     def sqnorm(self) -> Tensor:
         """See `Use`."""
+        if self._bias is not None:
+            return row_sqnorms(self.input) * self._bias.sqnorm()
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """See `Use`."""
+        if self._bias is not None:
+            return self.sqnorm(), linear_group_grad(self.input, self.grad_output, groups)
         return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
 
 
@@ -297,6 +303,15 @@ def materialised_sqnorm(uses: Sequence[Use]) -> Tensor:
             gradient = gradient + use.gradients(begin, end)
         norms[begin:end] = Rows(gradient).sqnorm()
     return norms
+
+
+def row_sqnorms(rows: Tensor) -> Tensor:
+    """Return the squared norm of each row of a matrix."""
+    if rows.is_complex():
+        return rows.abs().square().sum(1)
+    if rows.numel() < 1 << 15 and rows.dtype in (torch.float32, torch.float64):  # the operator's call costs more
+        return rows.square().sum(1)
+    return ops.linear_grad_sqnorm(rows, rows.new_ones(len(rows), 1))
 
 
 def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype, budget: int = BUDGET) -> Iterator[tuple[int, int]]:
