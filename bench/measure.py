@@ -17,12 +17,16 @@ from memloc_ext.info import build_info
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = 21) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int = 21, before: int = 0
+) -> dict[str, list[float]]:
     """Time functions in turn, round after round, so that a slow moment of a shared machine hits all of them.
 
     Args:
         functions: Name to function; each is called once before the first round.
         rounds: Calls of each that are timed.
+        before: Calls of the same function right before each one that is timed, so that it meets the memory that it
+            leaves itself, as the steps of a training do, and not that of another.
 
     Returns:
         Name to its times in seconds.
@@ -32,6 +36,8 @@ def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = 21)
         function()
     for _ in range(rounds):
         for name, function in functions.items():
+            for _ in range(before):
+                function()
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
