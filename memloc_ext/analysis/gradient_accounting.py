@@ -153,7 +153,8 @@ class GradientAccounting:
         Args:
             account: Of the batch; ``group_grad`` with `kinds` as its groups and of the mean loss, as the paper's
                 ``g_clean`` and ``g_noisy``. A parameter that is missing in it got no gradient.
-            ids: Numbers of its B examples in the data set, ``[B]``, int64; each must be in the split.
+            ids: Numbers of its B examples in the data set, ``[B]``, int64; each must be in the split, which is checked
+                on the CPU, where that does not wait for a device.
             scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, whose step
                 is skipped, counts nothing. None for 1.
         """
@@ -183,7 +184,11 @@ class GradientAccounting:
         return EpochAccount(model, groups, parameters, norms, memorized, self._split.indices.cpu())
 
     def _rows(self, ids: Tensor) -> Tensor:
-        return self._order[torch.searchsorted(self._sorted, ids)]
+        places = torch.searchsorted(self._sorted, ids).clamp_(max=len(self._sorted) - 1)
+        if ids.device.type == "cpu" and not torch.equal(self._sorted[places], ids):
+            wrong = ids[self._sorted[places] != ids][0].item()
+            raise ValueError(f"GradientAccounting: ids must be those of examples in the split, got {wrong}")
+        return self._order[places]
 
 
 def gradient_accounting(

@@ -44,6 +44,13 @@ class Groups:
             raise ValueError(f"group_ids must be in [0, {num_groups}), got {outside[0].item()}")
         self.ids, self.num = group_ids, num_groups
 
+    @classmethod
+    def single(cls, batch: int, device: torch.device) -> Groups:
+        """Return one group of all examples."""
+        groups = cls.__new__(cls)
+        groups.ids, groups.num = torch.zeros(batch, dtype=torch.int64, device=device), 1
+        return groups
+
     @cached_property
     def _rows(self) -> list[Tensor]:
         return list(self.ids.argsort(stable=True).split(self.ids.bincount(minlength=self.num).tolist()))

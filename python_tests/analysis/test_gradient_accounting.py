@@ -211,6 +211,12 @@ def test_groups_must_share_out_the_parameters(groups: dict[str, list[str]], mess
         GradientAccounting(pair(), make_split(), layer_groups=groups)
 
 
+def test_refuses_an_example_of_another_split() -> None:
+    split = make_split()
+    with pytest.raises(ValueError, match=r"ids must be those of examples in the split, got 7$"):
+        GradientAccounting(build(), split).kinds(torch.tensor([int(split.indices[0]), 7]))
+
+
 def test_refuses_what_cannot_be_accounted() -> None:
     split = make_split()
     with pytest.raises(ValueError, match="split must hold at least one example"):

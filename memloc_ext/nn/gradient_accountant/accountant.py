@@ -258,7 +258,13 @@ class GradientAccountant:
                 continue
             dtype, key = accumulated(p.dtype), id(p)
             norms = run.sqnorm.get(key)
-            sqnorm[name] = torch.zeros(run.batch, dtype=dtype, device=p.device) if norms is None else norms * scale
+            sqnorm[name] = (
+                torch.zeros(run.batch, dtype=dtype, device=p.device)
+                if norms is None
+                else norms
+                if scale == 1
+                else norms * scale
+            )
             if groups is not None:
                 sums = run.group_grad.get(key)
                 shape = (groups.num, *p.shape)

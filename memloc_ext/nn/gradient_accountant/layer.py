@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor:
         ctx.rule = rule
         device = next(t.device.type for t in tensors if t is not None)
-        with torch.autocast(device, enabled=False):
+        with _exactly(device):
             out, saved = rule.forward(*tensors)
         ctx.save_for_backward(*saved)
         return out
@@ -81,8 +82,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = [None if t is None else t.detach() for t in ctx.saved_tensors]  # checkpointing recomputes here, seen
         needs = ctx.needs_input_grad[1:]
-        with torch._C.DisableTorchFunction(), torch.autocast(grad.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), _exactly(grad.device.type):
             return (None, *ctx.rule.backward(saved, needs, grad))
+
+
+def _exactly(device: str) -> contextlib.AbstractContextManager[object]:
+    """Have functions compute in the types they are given; entering `torch.autocast` takes long, so only if need be."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:

@@ -148,7 +148,7 @@ class Run:
 
     def _all_in_one(self, device: torch.device) -> Groups:
         if self._whole is None:
-            self._whole = Groups(torch.zeros(self.batch, dtype=torch.int64, device=device), 1)
+            self._whole = Groups.single(self.batch, device)
         return self._whole
 
     def _groups_of(self, parameter: nn.Parameter) -> Tensor:
