@@ -34,6 +34,25 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType d
   return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
 }
 
+// Scratch of the calling thread. Up to kPackedBytes are kept for its next call: layers follow each other, and fresh
+// memory costs more than filling it.
+class Packed {
+ public:
+  explicit Packed(int64_t bytes) {
+    if (bytes > kPackedBytes) {
+      own_.reset(new char[bytes]);
+    } else if (kept_ == nullptr) {
+      kept_.reset(new char[kPackedBytes]);
+    }
+  }
+  void* get() const { return own_ != nullptr ? own_.get() : kept_.get(); }
+
+ private:
+  static thread_local std::unique_ptr<char[]> kept_;
+  std::unique_ptr<char[]> own_;
+};
+thread_local std::unique_ptr<char[]> Packed::kept_;
+
 // The examples in the order of their groups, and those.
 struct Order {
   std::vector<int64_t> examples, ids;
@@ -91,8 +110,8 @@ void run(const Tensor& x, const Tensor& g, const GradSqnormShape& s, const Order
   Tensor parts = sums;
   if (slices > 1) parts = zeros(sums, {slices, c.slice_size}, sums.scalar_type());
   c.sums = static_cast<E*>(parts.mutable_data_ptr());
-  const std::unique_ptr<E[]> packed(new E[step * groups * (layout.x_size() + layout.g_size())]);
-  c.xs = packed.get(), c.gs = c.xs + step * groups * layout.x_size();
+  const Packed packed(sizeof(E) * step * groups * (layout.x_size() + layout.g_size()));
+  c.xs = static_cast<E*>(packed.get()), c.gs = c.xs + step * groups * layout.x_size();
   std::vector<double> partial(c.blocks() * step);
   c.partial = partial.data();
   for (c.first_group = 0; c.first_group < s.groups; c.first_group += groups) {
