@@ -64,6 +64,9 @@ class GradientAccountant:
     names it. Autocast, gradient checkpointing, frozen parameters and `DistributedDataParallel` work as usual; under
     the last, group gradients are those of this process. What `torch.compile` compiled runs uncompiled here.
 
+    The layers it runs cannot be differentiated twice, as gradient penalties need. A hook on a parameter is called with
+    None where ``weight_grads`` is False.
+
     If examples meet in the forward pass, as batch normalisation in training mode makes them, the norm is that of the
     gradient *that flows through the example's own activations*: what the example's rows add to the gradient of the
     whole batch's loss, statistics included. In evaluation mode it is the gradient of the example's own loss.
