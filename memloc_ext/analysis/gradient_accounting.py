@@ -167,8 +167,8 @@ class GradientAccounting:
             finite = torch.stack([value.isfinite().all() for value in added]).all()
             added = [torch.where(finite, value / scale, 0) for value in added]
             sqnorm = torch.where(finite, sqnorm / scale / scale, float("nan"))
-        for name, value in zip(names, added, strict=True):
-            self._sums[name] += value
+        if names:
+            torch._foreach_add_([self._sums[name] for name in names], added)  # pyright: ignore[reportPrivateImportUsage]
         self._sqnorm[self._rows(ids)] = sqnorm.T
 
     def result(self) -> EpochAccount:

@@ -272,4 +272,7 @@ class GradientAccountant:
                 sums = run.group_grad.get(key)
                 shape = (groups.num, *p.shape)
                 group_grad[name] = torch.zeros(shape, dtype=dtype, device=p.device) if sums is None else sums
+        if scale != 1:
+            scaled = torch._foreach_mul(list(sqnorm.values()), scale)  # pyright: ignore[reportPrivateImportUsage]
+            sqnorm = dict(zip(sqnorm, scaled, strict=True))
         return Account(sqnorm, group_grad)

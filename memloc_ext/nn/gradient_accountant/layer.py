@@ -80,10 +80,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [None if t is None else t.detach() for t in ctx.saved_tensors]  # checkpointing recomputes here, seen
-        needs = ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
         with torch._C.DisableTorchFunction(), _exactly(grad.device.type):
-            return (None, *ctx.rule.backward(saved, needs, grad))
+            detached = [None if t is None else t.detach() for t in saved]
+            return (None, *ctx.rule.backward(detached, needs, grad))
 
 
 def _exactly(device: str) -> contextlib.AbstractContextManager[object]:
