@@ -261,13 +261,7 @@ class GradientAccountant:
                 continue
             dtype, key = accumulated(p.dtype), id(p)
             norms = run.sqnorm.get(key)
-            sqnorm[name] = (
-                torch.zeros(run.batch, dtype=dtype, device=p.device)
-                if norms is None
-                else norms
-                if scale == 1
-                else norms * scale
-            )
+            sqnorm[name] = torch.zeros(run.batch, dtype=dtype, device=p.device) if norms is None else norms
             if groups is not None:
                 sums = run.group_grad.get(key)
                 shape = (groups.num, *p.shape)
