@@ -40,7 +40,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
 
     Source: Goodfellow, "Efficient per-example gradient computations", 2015 (``outer``).
     """
-    return _errors.call(_linear, "linear_grad_sqnorm", _detached(input), _detached(grad_output), method=method)
+    return _errors.call(_linear, "linear_grad_sqnorm", detached(input), detached(grad_output), method=method)
 
 
 def conv2d_grad_sqnorm(
@@ -79,7 +79,7 @@ def conv2d_grad_sqnorm(
     2019.
     """
     settings = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    tensors = (_detached(input), _detached(grad_output))
+    tensors = (detached(input), detached(grad_output))
     return _errors.call(_conv2d, "conv2d_grad_sqnorm", *tensors, *settings, method=method)
 
 
@@ -184,7 +184,13 @@ def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x
     return Plan(gram if method == "gram" else method, counts, fused)
 
 
-def _detached(tensor: Tensor) -> Tensor:
+def result_dtype(input: Tensor) -> torch.dtype:
+    """Return the type of norms and sums."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph."""
     return tensor.detach() if isinstance(tensor, Tensor) else tensor  # what is no tensor, the operator refuses
 
 
@@ -201,4 +207,4 @@ def _(input: Tensor, grad_output: Tensor, *_: object, method: str = "auto") -> T
 def _norms(input: Tensor, grad_output: Tensor) -> Tensor:
     if input.device != grad_output.device:
         raise ValueError(f"grad_sqnorm: grad_output must be on {input.device} like input, got {grad_output.device}")
-    return input.new_empty(input.shape[0], dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    return input.new_empty(input.shape[0], dtype=result_dtype(input))

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ops import _errors
-from memloc_ext.ops.grad_sqnorm import conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
+from memloc_ext.ops.grad_sqnorm import (
+    conv2d_grad_sqnorm,
+    detached,
+    linear_grad_sqnorm,
+    plan_conv2d,
+    plan_linear,
+    result_dtype,
+)
 
 _linear = torch.ops.memloc_ext.linear_grad_sqnorm_groups.default
 _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm_groups.default
@@ -86,7 +93,7 @@ def linear_grad_sqnorm_groups(
         ValueError: If a shape, number or device breaks the above.
         TypeError: If a dtype or a type does.
     """
-    name, x, g = "linear_grad_sqnorm_groups", _detached(input), _detached(grad_output)
+    name, x, g = "linear_grad_sqnorm_groups", detached(input), detached(grad_output)
     if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
         groups = _groups(name, x, group_ids, num_groups)
@@ -96,7 +103,7 @@ def linear_grad_sqnorm_groups(
 
 def linear_group_grad(input: Tensor, grad_output: Tensor, groups: Groups) -> Tensor:
     """Return the *sum* of the weight gradients over each group of examples, ``[groups.num, out, in]``, and no norms."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(input)
     sums = input.new_empty(groups.num, grad_output.shape[-1], input.shape[-1], dtype=dtype)
     for total, (x, g) in zip(sums, groups.split(input, grad_output), strict=True):
         torch.mm(g.flatten(0, -2).to(dtype).t(), x.flatten(0, -2).to(dtype), out=total)
@@ -138,7 +145,7 @@ def conv2d_grad_sqnorm_groups(
         ValueError: If a shape, number or device breaks the above.
         TypeError: If a dtype or a type does.
     """
-    name, x, g = "conv2d_grad_sqnorm_groups", _detached(input), _detached(grad_output)
+    name, x, g = "conv2d_grad_sqnorm_groups", detached(input), detached(grad_output)
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
     if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
@@ -190,10 +197,6 @@ def _groups(name: str, x: Tensor, group_ids: Tensor | Groups, num_groups: int | 
         raise type(error)(f"{name}: {error}") from None
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # what is no tensor, the operator refuses
-
-
 @torch.library.register_fake("memloc_ext::linear_grad_sqnorm_groups")
 def _(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return _results(input, grad_output, group_ids, num_groups, grad_output.shape[-1], input.shape[-1])
@@ -219,5 +222,5 @@ def _results(input: Tensor, grad_output: Tensor, group_ids: Tensor, *sizes: int)
     for name, tensor in (("grad_output", grad_output), ("group_ids", group_ids)):
         if input.device != tensor.device:
             raise ValueError(f"grad_sqnorm_groups: {name} must be on {input.device} like input, got {tensor.device}")
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(input)
     return input.new_empty(input.shape[0], dtype=dtype), input.new_empty(sizes, dtype=dtype)

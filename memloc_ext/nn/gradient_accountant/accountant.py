@@ -123,7 +123,7 @@ class GradientAccountant:
                 session.leave_model(output)
 
         return [
-            self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=False),
+            self._model.register_forward_pre_hook(before, with_kwargs=True),
             self._model.register_forward_hook(after, always_call=True),
         ]
 
@@ -183,7 +183,7 @@ class GradientAccountant:
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
         exact = exact_groups and weight_grads
-        calls = {key: max(count, session.calls[key]) for key, count in (session.calls | found.uses).items()}
+        calls = session.calls | found.uses  # the larger count of each
         several = batch_size is not None
         run = Run(batch, None if exact else groups, weight_grads and not exact, calls, found.unseen, several)
         if found.unseen or exact:

@@ -59,7 +59,7 @@ def broadcast(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         written = not func.__name__.endswith("__") or func.__name__.startswith("__i")
         if written:  # what is repeated cannot be written to
             return NotImplemented
-    given = list(tensors((args, kwargs)))
+    given = tensors((args, kwargs))
     rank = max(t.dim() for t in given)
     places = {_aligned(session, t, rank) for t in given if not session.shared(t)}
     if len(places) != 1 or (layout := places.pop()) is None:

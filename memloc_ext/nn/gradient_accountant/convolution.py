@@ -83,7 +83,7 @@ def convolution(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         input = F.pad(input, [side for total in reversed(missing) for side in (0, total % 2)])
         padding = [total // 2 for total in missing]
         if layout is not None:
-            session.set_layout(input, layout)
+            session.remember(input, layout)
     settings = (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1))
     return _run(session, input, weight, bias, settings)
 
@@ -107,7 +107,7 @@ def _accountable(session: Session, input: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Any:
-    weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
+    weights = [None, session.weight(weight), session.weight(bias)]
     layout = session.layout(input)
     assert layout is not None
     return Convolution(session, weights, layout, autocast_dtype(input), settings)(input, weight, bias)

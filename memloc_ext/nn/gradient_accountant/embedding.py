@@ -64,7 +64,7 @@ def getitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     layout, shared = session.layout(indices), session.shared(indices)
     indices = indices % table.shape[0]  # negative ones count from the end
     if layout is not None:
-        session.set_layout(indices, layout)
+        session.remember(indices, layout)
     return _look_up(session, indices, table, -1, layout, shared)
 
 

@@ -63,7 +63,7 @@ class Rule:
         self.session.count(self.layout, *self.weights)
         self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
         out = _Layer.apply(self, *tensors)
-        self.session.set_layout(out, self.layout)
+        self.session.remember(out, self.layout)
         return out
 
 

@@ -103,10 +103,12 @@ SCATTERS = frozenset(
 
 _NAMES = "add sub rsub mul div true_divide pow maximum minimum where lerp addcmul addcdiv multiply subtract divide"
 _OPERATORS = "add sub mul truediv div pow"
-ELEMENTWISE = (
-    *_NAMES.split(),
-    *(f"{name}_" for name in _NAMES.split()),
-    *(f"__{before}{name}__" for name in _OPERATORS.split() for before in ("", "r", "i")),
+ELEMENTWISE = frozenset(
+    (
+        *_NAMES.split(),
+        *(f"{name}_" for name in _NAMES.split()),
+        *(f"__{before}{name}__" for name in _OPERATORS.split() for before in ("", "r", "i")),
+    )
 )
 """Functions of elements that are in the same place, or broadcast."""
 
@@ -215,9 +217,7 @@ def moved(
     """Return the layouts of what a function of `MOVES` returned: it is called again, on the examples' numbers."""
     if layout.batch < 2:
         return [after(layout, func, source, result, args, kwargs) for result in results]
-    shape = [1] * source.dim()
-    shape[layout.dim] = layout.size
-    numbers = torch.arange(layout.size, device=source.device).reshape(shape).expand(source.shape)
+    numbers = _numbers(layout, source)
     try:
         outcome = func(*(numbers if a is source else a for a in args), **kwargs)
         outcome = [outcome] if isinstance(outcome, Tensor) else list(outcome)
@@ -235,12 +235,17 @@ def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
             return None
         return replace(layout, dim=dims[0])
     for dim in range(out.dim()):  # few functions copy
-        if out.shape[dim] == layout.size:
-            shape = [1] * out.dim()
-            shape[dim] = layout.size
-            if torch.equal(out, torch.arange(layout.size, device=out.device).reshape(shape).expand(out.shape)):
-                return replace(layout, dim=dim)
+        place = replace(layout, dim=dim)
+        if out.shape[dim] == layout.size and torch.equal(out, _numbers(place, out)):
+            return place
     return None
+
+
+def _numbers(layout: Layout, like: Tensor) -> Tensor:
+    """Return, for every element of a tensor, its index in the dimension of the examples, as a view."""
+    shape = [1] * like.dim()
+    shape[layout.dim] = layout.size
+    return torch.arange(layout.size, device=like.device).reshape(shape).expand(like.shape)
 
 
 def _reduced(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, kwargs: Any) -> Layout | None:

@@ -67,10 +67,8 @@ def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Return ``x @ w + b``, not as a view, which could not be written to in place behind an autograd function."""
     if b is None or x.dim() == 2:
         return F.linear(x, w.t(), b)
-    out = x.new_empty(*x.shape[:-1], w.shape[1])
-    torch.addmm(
-        b, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w, out=out.view(math.prod(x.shape[:-1]), w.shape[1])
-    )
+    rows, out = math.prod(x.shape[:-1]), x.new_empty(*x.shape[:-1], w.shape[1])
+    torch.addmm(b, x.reshape(rows, x.shape[-1]), w, out=out.view(rows, w.shape[1]))
     return out
 
 
@@ -97,15 +95,13 @@ def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
-    weights = [None, session.weight(weight), None if bias is None else session.weight(bias)]
     layout = session.layout(input)
-    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
+    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1 or not session.plain(weight):
         return NotImplemented
     outputs = weight.shape[1 if transposed else 0]
-    if not session.plain(weight):
-        return NotImplemented
     if bias is not None and (bias.shape != (outputs,) or not session.plain(bias)):
         return _run(session, input, weight, None, transposed) + bias
+    weights = [None, session.weight(weight), session.weight(bias)]
     return Linear(session, weights, layout, autocast_dtype(input), transposed)(input, weight, bias)
 
 

@@ -21,8 +21,15 @@ aten = torch.ops.aten
 class _Norm(Rule):
     """What the normalisations share: input, weight and bias in, gradients of weight and bias by example."""
 
-    def _rows(self, index: int, needed: bool, rows: Tensor) -> Tensor | None:
-        return self.record(index, Rows(self.by_example(rows))) if needed else None
+    def _channels(
+        self, needs: Sequence[bool], x: Tensor, grad: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and bias; statistics as of `_channel_gradients`."""
+        rows = _channel_gradients(x, grad, mean, var, eps)
+        scaled, plain = (
+            self.record(i, Rows(self.by_example(row))) if needs[i] else None for i, row in enumerate(rows, 1)
+        )
+        return scaled, plain
 
 
 class BatchNorm(_Norm):
@@ -81,8 +88,7 @@ class BatchNorm(_Norm):
             mean, var, eps = mean.repeat(n), rstd.pow(-2).repeat(n), 0.0
         else:
             mean, var, eps = running_mean.repeat(n), running_var.repeat(n), self.eps
-        scaled, plain = _channel_gradients(x, grad, mean, var, eps)
-        return grad_input, self._rows(1, needs[1], scaled), self._rows(2, needs[2], plain)
+        return grad_input, *self._channels(needs, x, grad, mean, var, eps)
 
 
 class GroupNorm(_Norm):
@@ -123,8 +129,7 @@ class GroupNorm(_Norm):
             return grad_input, None, None
         width = x.shape[1] // self.groups
         mean, var = (t.reshape(-1).repeat_interleave(width) for t in (mean, rstd.pow(-2)))
-        scaled, plain = _channel_gradients(x, grad, mean, var, 0.0)
-        return grad_input, self._rows(1, needs[1], scaled), self._rows(2, needs[2], plain)
+        return grad_input, *self._channels(needs, x, grad, mean, var, 0.0)
 
 
 class LayerNorm(_Norm):
@@ -312,7 +317,7 @@ def _wide(session: Session, input: Tensor) -> Tensor:
     if device == "cuda" and torch.is_autocast_enabled(device) and input.dtype in (torch.float16, torch.bfloat16):
         layout, input = session.layout(input), input.float()
         if layout is not None:
-            session.set_layout(input, layout)
+            session.remember(input, layout)
     return input
 
 

@@ -134,9 +134,9 @@ class Session(TorchFunctionMode):
         place = self._places.get(t)
         return place if isinstance(place, Repeated) else None
 
-    def remember(self, t: Tensor, source: Repeated) -> None:
-        """Say what a tensor repeats."""
-        self._places.put(t, source)
+    def remember(self, t: Tensor, place: Layout | Repeated) -> None:
+        """Say where the examples are in a tensor, or what it repeats for all of them."""
+        self._places.put(t, place)
 
     def layout(self, t: Tensor) -> Layout | None:
         """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
@@ -170,10 +170,6 @@ class Session(TorchFunctionMode):
             if not self._inside and not self.calls:
                 self.batch = layout.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
-
-    def set_layout(self, t: Tensor, layout: Layout) -> None:
-        """Say where the examples are in the output of a layer."""
-        self._places.put(t, layout)
 
     def _parameter(self, t: object) -> nn.Parameter | None:
         """Return the parameter that a tensor is or is a view of, or None."""
