@@ -12,6 +12,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #define MEMLOC_VECTOR_BYTES 32
 #define MEMLOC_TILE_ROWS 6
+#define MEMLOC_SQUARE_ROWS 4
+#define MEMLOC_SQUARE_VECTORS 3
 
 namespace memloc {
 namespace {

@@ -12,6 +12,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define MEMLOC_VECTOR_BYTES 64
 #define MEMLOC_TILE_ROWS 12
+#define MEMLOC_SQUARE_ROWS 8
+#define MEMLOC_SQUARE_VECTORS 2
 
 namespace memloc {
 namespace {

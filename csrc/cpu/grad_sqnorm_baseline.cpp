@@ -10,6 +10,8 @@
 
 #define MEMLOC_VECTOR_BYTES 16
 #define MEMLOC_TILE_ROWS 4
+#define MEMLOC_SQUARE_ROWS 3
+#define MEMLOC_SQUARE_VECTORS 3
 
 namespace memloc {
 namespace {
