@@ -8,10 +8,9 @@
 //   outer          ||x||^2 ||g||^2, for a single position, pixel, offset and group    d + p
 //   direct         tiles of G_b in registers, squared and summed                      T k d p, for each group
 //   gram           sum over t, t' of (x_t . x_t') (g_t . g_t')                        T^2 (d + p + 1/2), for each group
-//   shifted_gram   the same for a convolution: patches overlap, so the Gram of its    U V d + T W p + k T W / 2
-//                  pixels serves all k offsets: U pixels against V places of a
-//                  zero-padded image (for each residue of the stride), W of them in
-//                  the rows that positions have
+//   shifted_gram   the same for a convolution: patches overlap, so the Gram of its    U^2 d + T^2 p + k T W / 2
+//                  U pixels (for each residue of the stride) serves all k offsets;
+//                  W places in the rows of a zero-padded image that positions have
 // Both Grams are symmetric: the counts are those of the whole products, of which kernels compute a little over half.
 //
 // Source: Goodfellow, "Efficient per-example gradient computations", 2015 (outer); Rochette, Manoel, Tramel, "Efficient
@@ -45,10 +44,13 @@ struct Axis {
     const int64_t end = (padding + size - residue + stride - 1) / stride;
     return std::max(first_pixel(residue), std::min(extent(), end));
   }
-  // All of them, over the residues that the offsets have.
-  double pixels() const {
+  // Pairs of them, over the residues that the offsets have.
+  double pixel_pairs() const {
     double sum = 0;
-    for (int64_t i = 0; i < residues(); ++i) sum += end_pixel(residue(i)) - first_pixel(residue(i));
+    for (int64_t i = 0; i < residues(); ++i) {
+      const double pixels = end_pixel(residue(i)) - first_pixel(residue(i));
+      sum += pixels * pixels;
+    }
     return sum;
   }
   // Whether there is such an axis; numbers below 2^31 keep every product of two of them in range.
@@ -67,12 +69,11 @@ struct GradSqnormShape {
 
   double positions() const { return 1.0 * y.positions() * x.positions(); }
   double direct() const { return positions() * y.kernel * x.kernel * inputs * outputs * groups; }
-  double gram() const {
-    if (y.positions() == 1 && x.positions() > 1) return GradSqnormShape{groups, inputs, outputs, x, y}.gram();
-    const double padded = 1.0 * y.extent() * x.extent(), span = 1.0 * y.positions() * x.extent();
-    const double sums = 0.5 * y.kernel * x.kernel * positions() * span;
-    return groups * (y.pixels() * x.pixels() * padded * inputs + positions() * span * outputs + sums);
+  double gram_products() const {
+    return groups * (y.pixel_pairs() * x.pixel_pairs() * inputs + positions() * positions() * outputs);
   }
+  double gram_sums() const { return 0.5 * groups * y.kernel * x.kernel * positions() * y.positions() * x.extent(); }
+  double gram() const { return gram_products() + gram_sums(); }
   bool outer_applies() const {
     return positions() == 1 && groups == 1 && y.kernel == 1 && x.kernel == 1 && y.size + 2 * y.padding == 1 &&
            x.size + 2 * x.padding == 1;
@@ -88,12 +89,12 @@ struct GradSqnormShape {
     return (pixels + positions() + inputs + outputs + 256) * (places + 64);
   }
 
-  // Times in multiply-adds of the direct way, fitted to 21 layers on one core with AVX-512: of a Gram's products a
-  // little over half is computed, at a lower rate, and putting an element into panels costs as much as 35 of them, 75
-  // for a Gram's two kinds of panels.
+  // Times in multiply-adds of the direct way, fitted to 29 layers on one core with AVX-512, and right for AVX2 too: of
+  // a Gram's products a little over half is computed, its sums wait for the cache, and putting an element into panels
+  // costs as much as 30 multiply-adds, 40 for a Gram.
   double elements() const { return groups * (1.0 * y.size * x.size * inputs + positions() * outputs); }
-  double direct_time() const { return direct() + 35 * elements(); }
-  double gram_time() const { return 0.8 * gram() + 75 * elements(); }
+  double direct_time() const { return direct() + 30 * elements(); }
+  double gram_time() const { return 0.55 * gram_products() + 4 * gram_sums() + 40 * elements(); }
 
   // The Grams of an example are whole in a thread's scratch, which grows with the square of its positions: beyond
   // kMostScratch the direct way stands in, even for a Gram that was asked for.
@@ -123,10 +124,10 @@ struct GradSqnormShape {
   GradSqnormMethod choose_cuda(bool half) const {
     if (outer_applies()) return GradSqnormMethod::kOuter;
     const auto filled = [](double n, double tile) { return std::ceil(n / tile) * tile; };
-    const double offsets = 1.0 * y.kernel * x.kernel, t = positions(), pixels = y.pixels() * x.pixels();
+    const double offsets = 1.0 * y.kernel * x.kernel, t = positions();
     const double residues = 1.0 * y.residues() * x.residues();
     const double tiles = t * filled(outputs, outputs > 8 ? 64 : 8) * filled(inputs * offsets, 64);
-    const double pairs = pixels * pixels / residues;  // as many pixels to each residue
+    const double pairs = y.pixel_pairs() * x.pixel_pairs();
     const double gram = (pairs * inputs + t * t * outputs) / (half ? 6 : 0.8) + 50 * (pairs + t * t);
     const bool cheaper = gram + 3 * offsets * t * t < tiles / 0.6;
     return cheaper && residues <= 16 ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;

@@ -31,12 +31,12 @@ class _Axis:
     def extent(self) -> int:
         return self.positions + (self.kernel - 1) * self.dilation // self.stride
 
-    def pixels(self) -> int:
+    def pixel_pairs(self) -> int:
         total = 0
         for offset in range(min(self.kernel, self.stride // gcd(self.stride, self.dilation))):
             before = self.padding - offset * self.dilation % self.stride + self.stride - 1
             first = max(0, before // self.stride)
-            total += max(first, min(self.extent, (before + self.size) // self.stride)) - first
+            total += max(0, min(self.extent, (before + self.size) // self.stride) - first) ** 2
         return total
 
 
@@ -56,25 +56,18 @@ def grad_sqnorm_plan(
         )
     positions, offsets = rows.positions * columns.positions, rows.kernel * columns.kernel
     direct = float(positions * offsets * inputs * outputs * groups)
-    gram = _gram(groups, inputs, outputs, rows, columns)
-    counts = {"direct": direct, "gram": gram}
+    pairs = rows.pixel_pairs() * columns.pixel_pairs()
+    products = groups * (float(pairs) * inputs + float(positions * positions) * outputs)
+    sums = 0.5 * groups * offsets * positions * rows.positions * columns.extent
+    counts = {"direct": direct, "gram": products + sums}
     pads = rows.size + 2 * rows.padding, columns.size + 2 * columns.padding
     if positions == groups == offsets == 1 and pads == (1, 1):
         return "outer", {**counts, "outer": float(inputs + outputs)}, False
     elements = groups * (rows.size * columns.size * inputs + positions * outputs)
-    direct_time, gram_time = direct + 35 * elements, 0.8 * gram + 75 * elements
+    direct_time, gram_time = direct + 30 * elements, 0.55 * products + 4 * sums + 40 * elements
     places = rows.extent * columns.extent + 64
     pixels = min(places, rows.size * columns.size)
     scratch = (pixels + positions + inputs + outputs + 256) * (places + 64)
     if gram_time >= direct_time or scratch > _MOST_SCRATCH:
         return "direct", counts, True
     return "gram", counts, direct_time + 3 * direct / positions < gram_time + 1.2 * direct
-
-
-def _gram(groups: int, inputs: int, outputs: int, rows: _Axis, columns: _Axis) -> float:
-    if rows.positions == 1 and columns.positions > 1:
-        rows, columns = columns, rows
-    positions, span = rows.positions * columns.positions, rows.positions * columns.extent
-    sums = 0.5 * rows.kernel * columns.kernel * positions * span
-    pixels = rows.pixels() * columns.pixels()
-    return groups * (float(pixels * rows.extent * columns.extent) * inputs + float(positions * span) * outputs + sums)

@@ -266,12 +266,14 @@ def test_direct_and_gram_counts_are_those_of_an_exhaustive_count(geometry: tuple
     places = [(i * dy // sy, j * dx // sx) for i in range(ky) for j in range(kx)]
     pitch, tall = columns + max(j for _, j in places), rows + max(i for i, _ in places)
     met = {(i * dy % sy, j * dx % sx) for i in range(ky) for j in range(kx)}
-    pixels = 0
-    for (ry, rx), a, b in product(met, range(tall), range(pitch)):
-        pixels += 0 <= a * sy + ry - py < height and 0 <= b * sx + rx - px < width
-    span = rows * pitch
-    products = pixels * tall * pitch * inputs + rows * columns * span * outputs
-    sums = groups * ky * kx * rows * columns * span / 2
+    pairs = 0
+    for ry, rx in met:
+        inside = product(range(tall), range(pitch))
+        pixels = sum(0 <= a * sy + ry - py < height and 0 <= b * sx + rx - px < width for a, b in inside)
+        pairs += pixels * pixels
+    positions = rows * columns
+    sums = groups * ky * kx * positions * rows * pitch / 2
+    products = pairs * inputs + positions * positions * outputs
     assert plan.multiply_adds["shifted_gram"] == pytest.approx(products + sums)
 
 
