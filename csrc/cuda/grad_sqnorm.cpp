@@ -42,19 +42,6 @@ Tensor slice(const Tensor& t, int64_t dim, int64_t first, int64_t count, int64_t
               std::optional<int64_t>(first + (count - 1) * step + 1), step);
 }
 
-ElementType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return ElementType::kHalf;
-    case ScalarType::BFloat16:
-      return ElementType::kBFloat16;
-    case ScalarType::Float:
-      return ElementType::kFloat;
-    default:
-      return ElementType::kDouble;
-  }
-}
-
 ImageView view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 // Some examples and groups of a layer, whose Grams are computed together.

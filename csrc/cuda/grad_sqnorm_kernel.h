@@ -3,11 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/element_type.h"
 #include "cuda/grad_sqnorm_index.h"
 
 namespace memloc {
-
-enum class ElementType { kHalf, kBFloat16, kFloat, kDouble };
 
 // A strided operand [batch, channels, rows, columns]; a linear layer is an image of one row, whose columns are its
 // positions.

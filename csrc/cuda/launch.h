@@ -3,8 +3,10 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "cuda/element_type.h"
 
 namespace memloc {
 
@@ -16,6 +18,21 @@ inline cudaStream_t current_stream(int32_t device) {
 
 inline void check_cuda(cudaError_t error, const char* op) {
   MEMLOC_CHECK(error == cudaSuccess, "CUDA error in ", op, ": ", cudaGetErrorString(error));
+}
+
+// Of a tensor of one of the four types.
+inline ElementType element_type(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return ElementType::kHalf;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Float:
+      return ElementType::kFloat;
+    default:
+      return ElementType::kDouble;
+  }
 }
 
 }  // namespace memloc

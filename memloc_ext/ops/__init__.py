@@ -1,6 +1,7 @@
 """Operators: each is also ``torch.ops.memloc_ext.<name>``, on the CPU and on CUDA."""
 
 from memloc_ext import _libraries as _libraries
+from memloc_ext.ops.channel_saliency import channel_saliency
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
@@ -8,6 +9,7 @@ from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups,
 __all__ = [
     "Groups",
     "Plan",
+    "channel_saliency",
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
