@@ -1,6 +1,8 @@
 """Operators that switch channels off, or say what that would do, against plain PyTorch.
 
 ``channel_saliency`` is bound by traffic: it reads two tensors, where the plain product is written and read again.
+``linear_ablation_loss`` is bound by arithmetic, one exp per feature, example and class; plain PyTorch stores as many
+logits, or runs the classifier once per feature.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bench.measure import interleaved, ratios
-from memloc_ext.ops import channel_saliency
+from memloc_ext.ops import channel_saliency, linear_ablation_loss
 from memloc_ext.reference import channel_saliency as channel_saliency_reference
+from memloc_ext.reference import linear_ablation_loss as linear_ablation_loss_reference
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,63 @@ def test_channel_saliency(case: Saliency, benchmark: Any) -> None:
     benchmark.pedantic(channel_saliency, (activation, grad, case.channel_dim), rounds=5)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Inputs of linear_ablation_loss: examples, features, classes, dtype."""
+
+    batch: int
+    features: int
+    classes: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.features}x{self.classes}"
+        return f"linear_ablation_loss-{sizes}-{str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return features, weight, bias, targets and a baseline of zeros."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((self.batch, self.features), (self.classes, self.features), (self.classes,))
+        drawn = [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in shapes]
+        targets = torch.randint(self.classes, (self.batch,), generator=generator).to(device)
+        return drawn[0].relu(), drawn[1] / self.features**0.5, drawn[2], targets, torch.zeros_like(drawn[0][0])
+
+    @staticmethod
+    def stored(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, baseline: Tensor) -> Any:
+        """Subtract each feature from the logits, and store those of all features."""
+        moved = (features - baseline).t()[..., None] * weight.t()[:, None]
+        logits = functional.linear(features, weight, bias) - moved
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
+        return loss.view(logits.shape[:2]), logits.argmax(2)
+
+    def check(self, *inputs: Tensor) -> None:
+        """Fail unless the operator's losses are those of the reference in float64."""
+        wide = [t.double() if t.is_floating_point() else t for t in inputs]
+        exact, _ = linear_ablation_loss_reference.linear_ablation_loss(*wide)  # pyright: ignore[reportArgumentType]
+        loss, _ = torch.ops.memloc_ext.linear_ablation_loss(*inputs)
+        if (loss.double() - exact).abs().max() > 1e-5 * exact.abs().max():
+            raise AssertionError(f"linear_ablation_loss differs from its reference on {self}")
+
+
+LOSSES = [Loss(128, 512, 10), Loss(128, 512, 100), Loss(64, 512, 1000), Loss(128, 512, 10, torch.float64)]
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_linear_ablation_loss(case: Loss, benchmark: Any) -> None:
+    inputs = case.inputs("cpu")
+    case.check(*inputs)
+    times = interleaved(
+        {
+            "ours": lambda: linear_ablation_loss(*inputs),
+            "all logits stored": lambda: case.stored(*inputs),
+            "a forward pass per feature": lambda: linear_ablation_loss_reference.linear_ablation_loss(*inputs),
+        },
+        rounds=7,
+    )
+    benchmark.extra_info["time over"] = ratios(times, "ours")
+    benchmark.pedantic(linear_ablation_loss, inputs, rounds=5)
+
+
 def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
     """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first."""
     for small in SALIENCIES:
@@ -94,4 +155,15 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], o
             2 * activation.nbytes,
             lambda a=activation: a.clone(),
             2 * activation.nbytes,
+        )
+    for loss in LOSSES:
+        inputs = loss.inputs("cuda")
+        loss.check(*inputs)
+        results = loss.batch * loss.features
+        yield (
+            str(loss),
+            lambda inputs=inputs: torch.ops.memloc_ext.linear_ablation_loss(*inputs),
+            (loss.dtype.itemsize + 8) * results,
+            lambda loss=loss, inputs=inputs: loss.stored(*inputs),
+            loss.dtype.itemsize * results * loss.classes,
         )

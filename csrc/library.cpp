@@ -24,4 +24,7 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "conv2d_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups, SymInt[2] "
       "kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
   m.def("channel_saliency(Tensor activation, Tensor grad, int channel_dim=1) -> Tensor");
+  m.def(
+      "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "
+      "Tensor)");
 }

@@ -5,6 +5,7 @@ from memloc_ext.ops.channel_saliency import channel_saliency
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
+from memloc_ext.ops.linear_ablation_loss import linear_ablation_loss
 
 __all__ = [
     "Groups",
@@ -13,6 +14,7 @@ __all__ = [
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
+    "linear_ablation_loss",
     "linear_grad_sqnorm",
     "linear_grad_sqnorm_groups",
     "plan",
