@@ -27,4 +27,5 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "
       "Tensor)");
+  m.def("normalization_grads(Tensor input, Tensor grad_output, Tensor mean, Tensor rstd) -> (Tensor, Tensor)");
 }

@@ -6,6 +6,7 @@ from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
 from memloc_ext.ops.linear_ablation_loss import linear_ablation_loss
+from memloc_ext.ops.normalization_grads import normalization_grads
 
 __all__ = [
     "Groups",
@@ -17,6 +18,7 @@ __all__ = [
     "linear_ablation_loss",
     "linear_grad_sqnorm",
     "linear_grad_sqnorm_groups",
+    "normalization_grads",
     "plan",
     "plan_conv2d",
     "plan_linear",
