@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,23 +69,16 @@ def convolution(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``conv1d``, ``conv2d`` and ``conv3d`` of `torch.nn.functional`."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
-    input, weight, bias = given["input"], given["weight"], given.get("bias")
     n = _DIMENSIONS[func.__name__]
     stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
-    padding = given.get("padding", 0)
-    if not _accountable(session, input, weight, bias, n):
-        return NotImplemented
+    padding, odd = given.get("padding", 0), []
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        missing = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        layout = session.layout(input)
-        input = F.pad(input, [side for total in reversed(missing) for side in (0, total % 2)])
+        missing = [d * (k - 1) for d, k in zip(dilation, given["weight"].shape[2:], strict=False)]
+        odd = [side for total in reversed(missing) for side in (0, total % 2)]
         padding = [total // 2 for total in missing]
-        if layout is not None:
-            session.remember(input, layout)
-    settings = (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1))
-    return _run(session, input, weight, bias, settings)
+    return _run(session, given, (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1)), odd)
 
 
 def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
@@ -93,24 +86,20 @@ def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) 
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     given = dict(zip(names, args, strict=False)) | kwargs
     n = _DIMENSIONS[func.__name__.replace("_transpose", "")]
-    input, weight, bias = given["input"], given["weight"], given.get("bias")
-    if not _accountable(session, input, weight, bias, n):
-        return NotImplemented
     stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
     extra, padding = _each(given.get("output_padding", 0), n), _each(given.get("padding", 0), n)
-    return _run(session, input, weight, bias, (stride, padding, dilation, True, extra, given.get("groups", 1)))
+    return _run(session, given, (stride, padding, dilation, True, extra, given.get("groups", 1)))
 
 
-def _accountable(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> bool:
-    layout = session.layout(input)
-    return session.plain(weight, bias) and input.dim() == n + 2 and layout is not None and layout.rows_first
-
-
-def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Any:
-    weights = [None, session.weight(weight), session.weight(bias)]
-    layout = session.layout(input)
-    assert layout is not None
-    return Convolution(session, weights, layout, autocast_dtype(input), settings)(input, weight, bias)
+def _run(session: Session, given: Mapping[str, Any], settings: tuple[Any, ...], pad: Sequence[int] = ()) -> Any:
+    """Run the rule, if the parameters are plain ones and the examples are the input's rows, padded beforehand."""
+    input, weight, bias = given["input"], given["weight"], given.get("bias")
+    layout, weights = session.layout(input), session.weights(weight, bias)
+    if layout is None or weights is None or not layout.rows_first or input.dim() != len(settings[0]) + 2:
+        return NotImplemented
+    if any(pad):
+        input = F.pad(input, list(pad))
+    return Convolution(session, [None, *weights], layout, autocast_dtype(input), settings)(input, weight, bias)
 
 
 def _each(value: Any, n: int) -> list[int]:

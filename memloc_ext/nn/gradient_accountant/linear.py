@@ -95,14 +95,15 @@ def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
-    layout = session.layout(input)
-    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1 or not session.plain(weight):
+    layout, weights = session.layout(input), session.weights(weight)
+    if layout is None or weights is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
         return NotImplemented
-    outputs = weight.shape[1 if transposed else 0]
-    if bias is not None and (bias.shape != (outputs,) or not session.plain(bias)):
+    shift = session.weights(bias)
+    outputs = weight.shape[1:] if transposed else weight.shape[:1]
+    if shift is None or (bias is not None and bias.shape != outputs):
         return _run(session, input, weight, None, transposed) + bias
-    weights = [None, session.weight(weight), session.weight(bias)]
-    return Linear(session, weights, layout, autocast_dtype(input), transposed)(input, weight, bias)
+    layer = Linear(session, [None, *weights, *shift], layout, autocast_dtype(input), transposed)
+    return layer(input, weight, bias)
 
 
 def _bind(names: Sequence[str], args: Any, kwargs: Any) -> list[Any]:

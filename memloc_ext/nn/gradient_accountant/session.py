@@ -125,9 +125,11 @@ class Session(TorchFunctionMode):
             return None
         return Weight(parameter, t)
 
-    def plain(self, *values: Tensor | None) -> bool:
-        """Return whether what needs a gradient here is a parameter or view of one, not computed from parameters."""
-        return all(t is None or not t.requires_grad or self.weight(t) is not None for t in values)
+    def weights(self, *values: Tensor | None) -> list[Weight | None] | None:
+        """Return which parameter, or view of one, each is; None if one is computed from parameters in another way."""
+        weights = [self.weight(t) for t in values]
+        derived = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
+        return None if derived else weights
 
     def source(self, t: Tensor) -> Repeated | None:
         """Return which parameter a tensor repeats, or looks up the same rows of for all examples, or None."""
