@@ -55,10 +55,11 @@ class AccountedBackward(Backward):
 
     def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None) -> None:
         """Give the parameters their gradients and add them to the account."""
-        account = self._accountant.backward(
-            loss, group_ids=self._accounting.kinds(ids), num_groups=2, loss_reduction="mean"
-        )
-        self._accounting.add(account, ids, scale)
+        with torch._C.DisableTorchFunction():  # nothing of this is for the accountant to follow
+            kinds = self._accounting.kinds(ids)
+        account = self._accountant.backward(loss, group_ids=kinds, num_groups=2, loss_reduction="mean")
+        with torch._C.DisableTorchFunction():
+            self._accounting.add(account, ids, scale)
 
     def finish(self, epoch: int) -> None:
         """Write the account of the epoch."""

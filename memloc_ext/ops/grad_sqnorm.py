@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -175,13 +176,18 @@ def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
 
 
 def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
+    method, counts, fused = _cost_model()(groups, inputs, outputs, tuple(y), tuple(x))
+    counts = {gram if name == "gram" else name: count for name, count in counts.items()}
+    return Plan(gram if method == "gram" else method, counts, fused)
+
+
+@functools.cache
+def _cost_model() -> Callable[..., tuple[str, dict[str, float], bool]]:
     try:
         model = importlib.import_module("memloc_ext._host").grad_sqnorm_plan
     except ModuleNotFoundError:  # a build without it
         model = _grad_sqnorm_plan.grad_sqnorm_plan
-    method, counts, fused = model(groups, inputs, outputs, tuple(y), tuple(x))
-    counts = {gram if name == "gram" else name: count for name, count in counts.items()}
-    return Plan(gram if method == "gram" else method, counts, fused)
+    return functools.lru_cache(maxsize=1024)(model)  # a training asks the same of every batch
 
 
 def result_dtype(input: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import memloc_ext
-from memloc_ext.ops import Plan, conv2d_grad_sqnorm, plan, plan_conv2d, plan_linear
+from memloc_ext.ops import Plan, conv2d_grad_sqnorm, grad_sqnorm, plan, plan_conv2d, plan_linear
 from memloc_ext.ops._grad_sqnorm_plan import grad_sqnorm_plan
 
 axes = st.tuples(st.integers(0, 70), st.integers(0, 8), st.integers(0, 9), st.integers(0, 4), st.integers(0, 4))
@@ -41,9 +41,16 @@ def test_the_copy_in_python_agrees_on_linear_layers(positions: int, inputs: int,
 def test_a_build_without_the_host_module_plans_all_the_same(monkeypatch) -> None:
     expected = plan_linear(64, 256, 768)
     monkeypatch.setitem(sys.modules, "memloc_ext._host", None)
+    grad_sqnorm._cost_model.cache_clear()
     assert plan_linear(64, 256, 768) == expected
     with pytest.raises(ValueError, match="plan: "):
         plan_conv2d(3, 4, (4, 4), (9, 9))
+    grad_sqnorm._cost_model.cache_clear()
+
+
+def test_a_plan_that_is_changed_changes_no_other() -> None:
+    plan_linear(64, 256, 768).multiply_adds.clear()
+    assert plan_linear(64, 256, 768).multiply_adds
 
 
 def test_groups_take_one_pass_but_for_few_positions() -> None:

@@ -24,9 +24,12 @@ _BACKWARD = {
 # what these return may be of the examples, though no tensor is given to them
 _DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
 
-# asked all the time, mostly for numbers
+# called all the time, mostly for numbers
 _QUESTIONS = frozenset(
-    ("__get__", "__set__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous")
+    (
+        *("__get__", "__set__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous"),
+        "_set_grad_enabled",
+    )
 )
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 _SHARED = object()
