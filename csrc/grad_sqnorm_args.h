@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "conv2d_args.h"
 #include "grad_sqnorm.h"
 #include "tensor_text.h"
 
@@ -69,18 +70,7 @@ inline GradSqnormShape conv2d_shape(const char* op, const torch::stable::Tensor&
   MEMLOC_CHECK(input.dim() == 4 && grad_output.dim() == 4 && input.size(0) == grad_output.size(0), op,
                ": input and grad_output must be [batch, in, height, width] and [batch, out, rows, columns], got ",
                shape_of(input), " and ", shape_of(grad_output));
-  const char* const names[] = {"kernel_size", "stride", "padding", "dilation"};
-  const std::vector<int64_t>* const values[] = {&kernel, &stride, &padding, &dilation};
-  for (int i = 0; i < 4; ++i) {
-    MEMLOC_CHECK(values[i]->size() == 2, op, ": ", names[i], " must be two numbers, got ", values[i]->size());
-    const int64_t least = i == 2 ? 0 : 1;
-    for (const int64_t value : *values[i]) {
-      MEMLOC_CHECK(value >= least && value < (int64_t{1} << 31), op, ": ", names[i], " must be in [", least,
-                   ", 2^31), got ", value);
-    }
-  }
-  const double pixels = (input.size(2) + 2.0 * padding[0]) * (input.size(3) + 2.0 * padding[1]);
-  MEMLOC_CHECK(pixels < 1u << 31, op, ": padding must leave an image of less than 2^31 pixels, got ", pixels);
+  check_conv2d_numbers(op, input.size(2), input.size(3), kernel, stride, padding, dilation);
   MEMLOC_CHECK(groups >= 1 && input.size(1) % groups == 0 && grad_output.size(1) % groups == 0, op,
                ": groups must divide the ", input.size(1), " input and ", grad_output.size(1), " output channels, got ",
                groups);

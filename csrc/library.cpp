@@ -28,4 +28,10 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "
       "Tensor)");
   m.def("normalization_grads(Tensor input, Tensor grad_output, Tensor mean, Tensor rstd) -> (Tensor, Tensor)");
+  m.def(
+      "conv2d_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, Tensor? scale, Tensor? shift, Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "linear_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, Tensor? scale, Tensor? shift, "
+      "Tensor? residual, bool relu) -> Tensor");
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/compute.h"
 #include "grad_sqnorm.h"
 
 namespace memloc {
@@ -21,18 +22,6 @@ struct GradSqnormProblem {
   int64_t groups, inputs, outputs;  // inputs and outputs of one group
   Axis row, column;
 };
-
-// What is computed in: float, or double for double.
-template <typename Source>
-struct ComputeIn {
-  using type = float;
-};
-template <>
-struct ComputeIn<double> {
-  using type = double;
-};
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How one example and group is packed for tiles of the gradient: g [g_panels][positions][tile_rows], x
 // [x_panels][x_positions][tile_columns], zero padded.

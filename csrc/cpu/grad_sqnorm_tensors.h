@@ -5,26 +5,19 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <string>
 #include <vector>
 
 #include "cpu/grad_sqnorm_kernels.h"
+#include "cpu/instruction_set.h"
 #include "grad_sqnorm.h"
 
 namespace memloc {
 
-// The best instruction set of this machine, or a lesser one that MEMLOC_CPU_CAPABILITY names.
 template <typename Source>
 GradSqnormKernels<Source> kernels() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  const char* const named = std::getenv("MEMLOC_CPU_CAPABILITY");
-  const std::string wanted = named != nullptr ? named : "";
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx512 && wanted != "avx2" && wanted != "baseline") return grad_sqnorm_avx512<Source>();
-  if (avx2 && wanted != "baseline") return grad_sqnorm_avx2<Source>();
+#if MEMLOC_INSTRUCTION_SETS
+  if (instruction_set() == InstructionSet::kAvx512) return grad_sqnorm_avx512<Source>();
+  if (instruction_set() == InstructionSet::kAvx2) return grad_sqnorm_avx2<Source>();
 #endif
   return grad_sqnorm_baseline<Source>();
 }

@@ -7,6 +7,11 @@ from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqn
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
 from memloc_ext.ops.linear_ablation_loss import linear_ablation_loss
 from memloc_ext.ops.normalization_grads import normalization_grads
+from memloc_ext.ops.conv2d_ablation import conv2d_ablation
+from memloc_ext.ops.example_tied_dropout import example_tied_dropout
+from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
+from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
+from memloc_ext.ops.linear_ablation import linear_ablation
 
 __all__ = [
     "Groups",
@@ -16,6 +21,11 @@ __all__ = [
     "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
     "linear_ablation_loss",
+    "conv2d_ablation",
+    "conv2d_grad_sqnorm",
+    "conv2d_grad_sqnorm_groups",
+    "example_tied_dropout",
+    "linear_ablation",
     "linear_grad_sqnorm",
     "linear_grad_sqnorm_groups",
     "normalization_grads",

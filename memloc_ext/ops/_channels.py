@@ -1,0 +1,27 @@
+"""What operators that are given numbers of channels check of them before they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def readable(tensor: object) -> bool:
+    """Return whether a tensor's values are on a CUDA device, which operators do not wait for, and can be read back.
+
+    They cannot while a graph is captured or compiled, inside ``vmap``, and from fake tensors.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(tensor, FakeTensor) or is_batchedtensor(tensor) or torch.cuda.is_current_stream_capturing())
+
+
+def check_channels(name: str, channels: object, count: int) -> None:
+    """Raise ValueError if a channel on a CUDA device is not in ``[0, count)``; on the CPU the operator checks."""
+    if not isinstance(channels, Tensor) or not readable(channels) or channels.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.stack(torch.aminmax(channels)).tolist())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: channels must be in [0, {count}), got {low if low < 0 else high}")

@@ -1,0 +1,65 @@
+"""Switched-off channels, spelled out: the whole layer again on the changed input, and rows set to a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def conv2d_ablation(
+    output: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    channels: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Return every variant's result from a convolution of its own; as `memloc_ext.ops.conv2d_ablation`."""
+    results = output.new_empty(len(channels), *output.shape)
+    for k, channel in enumerate(channels.tolist()):
+        one = weight[:, channel : channel + 1]
+        delta = functional.conv2d(change[k, :, None], one, None, tuple(stride), tuple(padding), tuple(dilation))
+        per_output = (-1, 1, 1)
+        results[k] = _finish(output + delta, _shaped(scale, per_output), _shaped(shift, per_output), relu, residual, k)
+    return results
+
+
+def linear_ablation(
+    output: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    channels: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Return every variant's result from an outer product; as `memloc_ext.ops.linear_ablation`."""
+    results = output.new_empty(len(channels), *output.shape)
+    for k, channel in enumerate(channels.tolist()):
+        results[k] = _finish(output + change[k, ..., None] * weight[:, channel], scale, shift, relu, residual, k)
+    return results
+
+
+def _shaped(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return tensor if tensor is None else tensor.reshape(shape)
+
+
+def _finish(
+    value: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, residual: Tensor | None, variant: int
+) -> Tensor:
+    if scale is not None:
+        value = value * scale
+    if shift is not None:
+        value = value + shift
+    if residual is not None:
+        value = value + (residual[variant] if residual.dim() > value.dim() else residual)
+    return torch.relu(value) if relu else value
