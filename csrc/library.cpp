@@ -34,4 +34,8 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "linear_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, Tensor? scale, Tensor? shift, "
       "Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "ablate_channels(Tensor input, Tensor offsets, Tensor channels, Tensor? baseline, int channel_dim=1) -> Tensor");
+  m.def(
+      "ablate_channels_(Tensor(a!) input, Tensor offsets, Tensor channels, Tensor? baseline, int channel_dim=1) -> ()");
 }

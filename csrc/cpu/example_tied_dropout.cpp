@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/cursor.h"
 #include "cpu/simd.h"
 #include "example_tied_dropout_args.h"
 
@@ -50,34 +51,6 @@ void mask_bits(T* bits, const TiedMask& mask, int64_t example, int64_t first, in
   const uint32_t last = static_cast<uint32_t>(mask.threshold - 1);  // 32 bits wide, to compare twice as many at a time
   for (int64_t i = kept; i < count; ++i) bits[i] = words[i] <= last ? static_cast<T>(-1) : T{0};
 }
-
-// Where a line starts: walks the loops outside the innermost one, from any of its steps on.
-struct Cursor {
-  const Layout& layout;
-  int64_t index[Layout::kMaxLoops] = {};
-  int64_t x = 0, y = 0, id = 0, channel = 0;
-
-  Cursor(const Layout& l, int64_t line) : layout(l) {
-    for (int i = layout.count - 2; i >= 0; --i) {
-      move(layout.loop[i], index[i] = line % layout.loop[i].size);
-      line /= layout.loop[i].size;
-    }
-  }
-  void move(const Loop& loop, int64_t steps) {
-    x += steps * loop.x;
-    y += steps * loop.y;
-    id += steps * loop.id;
-    channel += steps * loop.channel;
-  }
-  void next() {
-    for (int i = layout.count - 2; i >= 0; --i) {
-      move(layout.loop[i], 1);
-      if (++index[i] < layout.loop[i].size) return;
-      move(layout.loop[i], -index[i]);
-      index[i] = 0;
-    }
-  }
-};
 
 template <typename T>
 struct Lines {

@@ -7,6 +7,7 @@ from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqn
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
 from memloc_ext.ops.linear_ablation_loss import linear_ablation_loss
 from memloc_ext.ops.normalization_grads import normalization_grads
+from memloc_ext.ops.ablate_channels import ablate_channels, ablate_channels_
 from memloc_ext.ops.conv2d_ablation import conv2d_ablation
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
@@ -21,6 +22,8 @@ __all__ = [
     "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
     "linear_ablation_loss",
+    "ablate_channels",
+    "ablate_channels_",
     "conv2d_ablation",
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",

@@ -49,6 +49,19 @@ def linear_ablation(
     return results
 
 
+def ablate_channels(
+    input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None = None, channel_dim: int = 1
+) -> Tensor:
+    """Return the rows one by one; arguments as in `memloc_ext.ops.ablate_channels`."""
+    rows = []
+    for r, (begin, end) in enumerate(zip(offsets.tolist()[:-1], offsets.tolist()[1:], strict=True)):
+        row = input.movedim(channel_dim, 1)[r % len(input)].clone()
+        for channel in channels[begin:end].tolist():
+            row[channel] = 0 if baseline is None else baseline[channel]
+        rows.append(row)
+    return torch.stack(rows).movedim(1, channel_dim) if rows else input.clone()
+
+
 def _shaped(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return tensor if tensor is None else tensor.reshape(shape)
 
