@@ -127,6 +127,19 @@ def test_cuda_takes_a_channel_that_does_not_exist_for_one_without_weights() -> N
     assert torch.equal(actual, op(*arguments))
 
 
+@pytest.mark.cuda
+def test_cuda_results_beyond_32_bits() -> None:
+    variants, rows, outputs = 5, 2**14, 2**15
+    if torch.cuda.mem_get_info()[0] < 8 * rows * outputs * 2:
+        pytest.skip("needs 9 GB of the device's memory")
+    output = torch.randn(rows, outputs, device="cuda").half()
+    change, weight = torch.randn(variants, rows, device="cuda").half(), torch.randn(outputs, 3, device="cuda").half()
+    channels = torch.tensor([0, 1, 2, 0, 1], device="cuda")
+    last = linear_ablation(output, change, weight, channels)[-1, -3:]
+    expected = output[-3:].float() + change[-1, -3:, None].float() * weight[:, 1].float()
+    torch.testing.assert_close(last.float(), expected, atol=1e-2, rtol=1e-3)
+
+
 # errors
 
 GOOD = {
