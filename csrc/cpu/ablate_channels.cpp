@@ -62,31 +62,47 @@ struct Rows {
 
   T value(int64_t channel) const { return baseline ? baseline[channel * baseline_step] : T{0}; }
 
-  // Planes of kept channels that follow each other in memory are copied at once.
-  void planes(int64_t begin, int64_t end) const {
+  // Whether a row's planes follow each other in memory and stay in cache: then they are copied together, and set where
+  // switched off after that.
+  bool joined() const {
     const Loop inner = layout.inner(), outer = layout.count > 1 ? layout.loop[layout.count - 2] : Loop{};
+    const bool dense = inner.x == 1 && inner.y == 1 && outer.x == inner.size && outer.y == inner.size;
+    return dense && outer.channel == 1 && !stream;
+  }
+
+  void joined_planes(int64_t begin, int64_t end) const {
+    const int64_t plane = layout.inner().size;
+    while (begin < end) {
+      const Cursor at(layout, begin);
+      const int64_t first = at.channel, count = std::min(end - begin, num_channels - first);
+      copy_line(y + at.y, x + at.x, count * plane, false);
+      for (int64_t i = offsets[at.id]; i < offsets[at.id + 1]; ++i) {
+        const int64_t channel = channels[i] - first;
+        if (channel >= 0 && channel < count) fill(y + at.y + channel * plane, 1, plane, value(channels[i]));
+      }
+      begin += count;
+    }
+  }
+
+  void planes(int64_t begin, int64_t end) const {
+    const Loop inner = layout.inner();
     const bool dense = inner.x == 1 && inner.y == 1;
-    const bool joined = dense && outer.channel == 1 && outer.x == inner.size && outer.y == inner.size;
     std::vector<uint8_t> off(num_channels);
     int64_t row = -1;
     Cursor at(layout, begin);
-    for (int64_t line = begin; line < end;) {
+    for (int64_t line = begin; line < end; ++line, at.next()) {
       if (at.id != row) {
         row = at.id;
         std::fill(off.begin(), off.end(), uint8_t{0});
         for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) off[channels[i]] = 1;
       }
-      int64_t planes = 1;
       if (off[at.channel]) {
         fill(y + at.y, inner.y, inner.size, value(at.channel));
       } else if (dense) {
-        const int64_t most = joined ? std::min(end - line, num_channels - at.channel) : 1;
-        while (planes < most && !off[at.channel + planes]) ++planes;
-        copy_line(y + at.y, x + at.x, planes * inner.size, stream);
+        copy_line(y + at.y, x + at.x, inner.size, stream);
       } else {
         for (int64_t i = 0; i < inner.size; ++i) y[at.y + i * inner.y] = x[at.x + i * inner.x];
       }
-      for (line += planes; planes > 0; --planes) at.next();
     }
   }
 
@@ -105,7 +121,13 @@ struct Rows {
   }
 
   void operator()(int64_t begin, int64_t end) const {
-    layout.inner().channel != 0 ? positions(begin, end) : planes(begin, end);
+    if (layout.inner().channel != 0) {
+      positions(begin, end);
+    } else if (joined()) {
+      joined_planes(begin, end);
+    } else {
+      planes(begin, end);
+    }
     if (stream) finish_streaming();
   }
 
