@@ -91,3 +91,10 @@ def _(output: Tensor, change: Tensor, weight: Tensor, channels: Tensor, *_: obje
         if tensor.device != output.device:
             raise ValueError(f"conv2d_ablation: tensors must be on {output.device} like output, got {tensor.device}")
     return output.new_empty(channels.shape[0], *output.shape)
+
+
+def _no_derivative(*_: object) -> None:
+    raise NotImplementedError("conv2d_ablation: there is no derivative; detach the arguments")
+
+
+torch.library.register_autograd("memloc_ext::conv2d_ablation", _no_derivative)

@@ -217,6 +217,14 @@ def test_compile_fullgraph(device: torch.device) -> None:
     torch.testing.assert_close(compiled(*arguments), 2 * conv2d_ablation(*arguments))
 
 
+def test_the_operator_does_not_pretend_to_a_derivative() -> None:
+    arguments = case(3, 2, 4, 6, (5, 5), (3, 3))
+    arguments[0].requires_grad_()
+    assert not conv2d_ablation(*arguments).requires_grad
+    with pytest.raises(NotImplementedError, match="conv2d_ablation: there is no derivative"):
+        op(*arguments).sum().backward()
+
+
 def test_meta_tensors() -> None:
     arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in case(3, 2, 4, 6, (5, 5), (3, 3))]
     assert op(*arguments).shape == (3, 2, 6, 5, 5)
