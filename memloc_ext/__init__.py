@@ -3,18 +3,22 @@
 from memloc_ext import analysis, data, models, nn, ops, training
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
-from memloc_ext.nn import GradientAccountant, example_ids
+from memloc_ext.analysis import localize
+from memloc_ext.nn import GradientAccountant, ablation_losses, apply_ablation, example_ids
 from memloc_ext.ops import plan
 from memloc_ext.run_directory import load_run
 
 __all__ = [
     "GradientAccountant",
     "__version__",
+    "ablation_losses",
     "analysis",
+    "apply_ablation",
     "data",
     "example_ids",
     "has_cuda_kernels",
     "load_run",
+    "localize",
     "models",
     "nn",
     "ops",

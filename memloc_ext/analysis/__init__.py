@@ -8,16 +8,20 @@ from memloc_ext.analysis.gradient_accounting import (
     ParameterAccount,
     gradient_accounting,
 )
+from memloc_ext.analysis.localization import Found, Localization, localize
 from memloc_ext.analysis.roc import roc_auc
 
 __all__ = [
     "Accuracy",
     "EpochAccount",
+    "Found",
     "GradientAccounting",
     "GroupAccount",
+    "Localization",
     "ParameterAccount",
     "accuracy",
     "accuracy_by_mode",
     "gradient_accounting",
+    "localize",
     "roc_auc",
 ]

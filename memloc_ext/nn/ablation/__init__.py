@@ -1,0 +1,6 @@
+"""What a network does with units switched off: one at a time, for every example, far cheaper than by running it."""
+
+from memloc_ext.nn.ablation.losses import AblationLosses, SiteLosses, ablation_losses
+from memloc_ext.nn.ablation.switch import AppliedAblation, apply_ablation
+
+__all__ = ["AblationLosses", "AppliedAblation", "SiteLosses", "ablation_losses", "apply_ablation"]

@@ -1,0 +1,177 @@
+"""The loss of every example under switching off every unit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc_ext.nn.ablation.network import HOWS, Network, given
+from memloc_ext.nn.ablation.one_by_one import one_by_one
+from memloc_ext.nn.ablation.recording import UnsupportedError
+
+
+@dataclass(frozen=True)
+class SiteLosses:
+    """What switching off the units of one site does.
+
+    Attributes:
+        loss: ``[units, batch]``, cross-entropy of each example with that one unit switched off.
+        predicted: ``[units, batch]``, int64: the class with the largest logit then.
+    """
+
+    loss: Tensor
+    predicted: Tensor
+
+
+class AblationLosses(Mapping[str, SiteLosses]):
+    """Site name to its `SiteLosses`, in the order in which the network computes the sites.
+
+    Attributes:
+        base_loss: ``[batch]``, cross-entropy of each example in the unchanged network.
+        base_predicted: ``[batch]``, int64.
+    """
+
+    def __init__(self, base_loss: Tensor, base_predicted: Tensor, sites: Mapping[str, SiteLosses]) -> None:
+        self.base_loss, self.base_predicted, self._sites = base_loss, base_predicted, dict(sites)
+
+    def __getitem__(self, site: str) -> SiteLosses:
+        """Return the losses of a site."""
+        return self._sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names of the sites."""
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        """Return the number of sites."""
+        return len(self._sites)
+
+
+def ablation_losses(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    sites: Sequence[str] | None = None,
+    how: str = "zero",
+    *,
+    reference: Tensor | None = None,
+    memory_budget: int = 1 << 30,
+) -> AblationLosses:
+    """Return the exact loss of every example with every unit of some sites switched off, one unit at a time.
+
+    The model runs in evaluation mode and is left as it was. What lies before a site is computed once; where a
+    convolution or linear layer meets the one changed channel, only that channel's part is computed anew; the rest runs
+    for many variants at a time. What cannot be run so (a model that reads activations into Python, or whose examples
+    meet in evaluation mode) takes one forward pass per unit, with a warning.
+
+    Args:
+        model: Returns logits ``[batch, classes]``.
+        x: ``[batch, *]``, on the model's device.
+        y: Classes, ``[batch]``, int64.
+        sites: Names of modules; ``<module>.heads`` for the attention heads of one that calls
+            `torch.nn.functional.scaled_dot_product_attention`. Units are the channels of what a module returns: those
+            of an image, else the last dimension. By default the output of every convolution with its normalisation and
+            activation, of every linear layer that feeds another, and all attention heads.
+        how: What a unit is replaced by: ``zero``; ``mean``, its mean over the reference examples and all positions; or
+            ``filter``: the weights of its convolution or linear layer are zero, before any normalisation.
+        reference: Examples for ``mean``, ``[*, *]``; by default ``x``.
+        memory_budget: Bytes of activations that may be held at a time, the results not counted.
+
+    Returns:
+        Site name to losses ``[units, batch]`` and predicted classes, with those of the unchanged network beside them.
+
+    Raises:
+        TypeError: If ``y`` is not int64.
+        ValueError: If an argument breaks the above, the budget is too small for one example, or the unchanged
+            network's logits are not finite.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
+    """
+    check_examples("ablation_losses", x, y)
+    if how not in HOWS:
+        raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
+    try:
+        network = Network(model, x, sites, how, memory_budget)
+        with torch.no_grad():
+            return _by_graph(model, network, x, y, reference)
+    except UnsupportedError as error:
+        message = f"ablation_losses: {error}; running the model once per unit instead"
+        warnings.warn(message, UserWarning, stacklevel=2)
+    logits, variants = one_by_one(model, x, sites, how, x if reference is None else reference)
+    base = judge(check_logits(logits, y), y)
+    found = {
+        site: SiteLosses(*(torch.stack(t) for t in zip(*(judge(rows, y) for rows in units), strict=True)))
+        for site, units in variants.items()
+    }
+    return AblationLosses(*base, found)
+
+
+def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, reference: Tensor | None) -> AblationLosses:
+    baselines, inputs = network.baselines(x if reference is None else reference), given(x)
+    step, parts, base = network.examples_at_once, [], []
+    for begin in range(0, len(x), step):
+        some, classes = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
+        unchanged = network.graph.examples(some, network.needed)
+        logits = check_logits(unchanged[network.output][:, 0], classes)
+        network.check_agreement(model, some, logits)
+        base.append(judge(logits, classes))
+        parts.append([_scan(network, i, unchanged, classes, b) for i, b in enumerate(baselines)])
+    sites = {}
+    for i, site in enumerate(network.sites):
+        losses, predicted = zip(*(part[i] for part in parts), strict=True)
+        sites[site.name] = SiteLosses(torch.cat(losses, 1), torch.cat(predicted, 1))
+    losses, predicted = zip(*base, strict=True)
+    return AblationLosses(torch.cat(losses), torch.cat(predicted), sites)
+
+
+def _scan(
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return losses and predictions of all units of a site, ``[units, examples]``."""
+    units, n = network.sites[index].units, len(y)
+    suffix, losses, predictions = network.suffixes[index], [], []
+    for begin in range(0, units * n, network.rows_at_once[index]):
+        flat = torch.arange(begin, min(units * n, begin + network.rows_at_once[index]), device=y.device)
+        rows = flat % n
+        logits = suffix.run(unchanged, rows, network.slab(index, flat // n, baseline))[:, 0]
+        loss, predicted = judge(logits, y[rows])
+        losses.append(loss)
+        predictions.append(predicted)
+    return torch.cat(losses).reshape(units, n), torch.cat(predictions).reshape(units, n)
+
+
+def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's cross-entropy and predicted class."""
+    return F.cross_entropy(wide(logits), y, reduction="none"), logits.argmax(1)
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return a tensor in the type that losses are computed in: float64 as it is, else float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def check_examples(name: str, x: Tensor, y: Tensor) -> None:
+    """Raise unless there is a label for each of at least one example."""
+    if y.dtype != torch.int64:
+        raise TypeError(f"{name}: y must have dtype int64, got {y.dtype}")
+    if y.dim() != 1 or len(y) != len(x) or len(x) == 0:
+        raise ValueError(
+            f"{name}: x and y must have the same number of examples, at least one; "
+            f"got shapes {list(x.shape)} and {list(y.shape)}"
+        )
+
+
+def check_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return logits if they are ``[batch, classes]``, finite and of the classes of ``y``."""
+    if logits.dim() != 2:
+        raise ValueError(f"the model must return logits [batch, classes], got {list(logits.shape)}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's logits must be finite, got NaN or infinity in the unchanged network")
+    if bool(((y < 0) | (y >= logits.shape[1])).any()):
+        raise ValueError(f"y must be in [0, {logits.shape[1]}), got values from {int(y.min())} to {int(y.max())}")
+    return logits

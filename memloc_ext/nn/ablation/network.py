@@ -1,0 +1,161 @@
+"""A recorded model together with the sites that are to be switched off in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.nn.ablation.evaluation import Graph, Suffix
+from memloc_ext.nn.ablation.recording import UnsupportedError, evaluating, record
+from memloc_ext.nn.ablation.sites import Site, find_sites, producer
+from memloc_ext.nn.ablation.slab import Slab
+from memloc_ext.nn.example_ids import current_example_ids, example_ids
+
+HOWS = ("zero", "mean", "filter")
+_SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'
+_CACHED = 1 << 26  # bytes of a chunk of variants on the CPU; more gains nothing there
+
+
+class Network:
+    """A model as a graph, its sites, and how much memory running it takes.
+
+    Args:
+        model: In any mode; run in evaluation mode.
+        x: ``[batch, *]``, at least one example.
+        sites: See `ablation_losses`.
+        how: See `ablation_losses`.
+        memory_budget: Bytes.
+        edited: Whether units of all sites may be switched off in what is compared with.
+
+    Raises:
+        UnsupportedError: If the model cannot be recorded.
+        ValueError: If ``sites``, ``how`` or the budget does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        sites: Sequence[str] | None,
+        how: str,
+        memory_budget: int,
+        edited: bool = False,
+    ) -> None:
+        recording = record(model, x)
+        self.graph, self.how = Graph(recording), how
+        self.sites = find_sites(model, recording, sites)
+        self.places = [_place(self.graph, site, how) for site in self.sites]
+        every = [value for place in self.places for value in place.values] if edited else []
+        self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
+        self._probe([t[:1] for t in given(x)], memory_budget)
+
+    @property
+    def output(self) -> int:
+        """The logits' value."""
+        return self.graph.recording.output
+
+    def baselines(self, x: Tensor) -> list[Tensor]:
+        """Return what each site's units are replaced by, ``[units]``.
+
+        Args:
+            x: Examples, of whose activations ``how="mean"`` takes the mean.
+        """
+        if self.how == "mean":
+            return self._means(x)
+        out = []
+        for site, place in zip(self.sites, self.places, strict=True):
+            bias = _bias(self.graph, site) if self.how == "filter" else None
+            out.append(x.new_zeros(place.units, dtype=_float(x)) if bias is None else bias)
+        return out
+
+    def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
+        """Return the units of a site switched off, one per row.
+
+        Args:
+            index: Of the site.
+            units: ``[rows]``, int64.
+            baseline: ``[units]``.
+        """
+        place = self.places[index]
+        shape = list(self.graph.recording.shapes[place.values[0]])
+        shape[place.dim] = 1
+        values = baseline[units].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+        return Slab(values, units, place.dim)
+
+    def _means(self, x: Tensor) -> list[Tensor]:
+        values, inputs = [place.values for place in self.places], given(x)
+        sums = [torch.zeros(place.units, dtype=torch.float64, device=x.device) for place in self.places]
+        for begin in range(0, len(x), self.examples_at_once):
+            some = [t[begin : begin + self.examples_at_once] for t in inputs]
+            part = self.graph.examples(some, {v for vs in values for v in vs})
+            for total, vs, place in zip(sums, values, self.places, strict=True):
+                for v in vs:
+                    moved = part[v].movedim(place.dim + 1, 0).flatten(1)
+                    total += moved.double().mean(1) * (len(part[v]) / len(vs))
+        return [(total / len(x)).to(_float(x)) for total in sums]
+
+    def _probe(self, one: list[Tensor], budget: int) -> None:
+        """Run every suffix on one row, to see what it needs."""
+        everything = set(range(len(self.graph.recording.shapes)))
+        unchanged = self.graph.examples(one, everything)
+        row = torch.zeros(1, dtype=torch.int64, device=one[0].device)
+        for i, suffix in enumerate(self.suffixes):
+            baseline = torch.zeros(self.places[i].units, device=one[0].device)
+            suffix.run(unchanged, row, self.slab(i, row, baseline.to(unchanged[self.places[i].values[0]].dtype)))
+        self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
+        sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
+        example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
+        row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
+        least = _SHARE * max(example, row_bytes, 1)
+        if budget < least:
+            raise ValueError(
+                f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
+            )
+        self.examples_at_once = budget // _SHARE // max(1, example)
+        self.gradients_at_once = max(1, budget // _SHARE // max(1, 2 * sum(sizes.values())))
+        share = budget // _SHARE if one[0].is_cuda else min(budget // _SHARE, max(row_bytes, _CACHED))
+        self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
+
+    def check_agreement(self, model: nn.Module, inputs: Sequence[Tensor], logits: Tensor) -> None:
+        """Raise UnsupportedError if the model itself gives other logits for a batch: examples meet in it."""
+        with evaluating(model), torch.no_grad(), contextlib.ExitStack() as stack:
+            if len(inputs) > 1:
+                stack.enter_context(example_ids(inputs[1]))
+            own = model(inputs[0])
+        size = own.abs().max() if own.numel() else own.new_zeros(())
+        if own.shape != logits.shape or bool(((own - logits).abs() > 1e-3 * size + 1e-5).any()):
+            raise UnsupportedError("the model's examples meet in evaluation mode")
+
+
+def given(x: Tensor) -> list[Tensor]:
+    """Return the recording's inputs for a batch: the examples, and their ids if they are named."""
+    ids = current_example_ids()
+    if ids is None:
+        return [x]
+    if len(ids) != len(x):
+        raise ValueError(f"example_ids must name each example; got {len(ids)} ids for a batch of {len(x)}")
+    return [x, ids]
+
+
+def _place(graph: Graph, site: Site, how: str) -> Site:
+    """Return where the units are replaced: at the site, or in the output of the layer whose filters are zeroed."""
+    if how != "filter":
+        return site
+    value = producer(graph.recording, site).outputs[0]
+    if graph.recording.shapes[value][1] != site.units:
+        raise ValueError(f"how='filter' needs one filter per unit; {site.name} has {site.units} units")
+    return replace(site, values=(value,), dim=1)
+
+
+def _bias(graph: Graph, site: Site) -> Tensor | None:
+    call = producer(graph.recording, site)
+    bias = call.args[2] if call.name == "convolution" else call.args[0] if call.name == "addmm" else None
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _float(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.float32

@@ -1,0 +1,259 @@
+"""Records what a model does to one example, as a list of calls that can be run again for many variants at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from memloc_ext.nn.example_ids import current_example_ids, example_ids
+from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+
+aten = torch.ops.aten
+
+
+class UnsupportedError(RuntimeError):
+    """The model does something that a recording cannot repeat."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the recording, in the place of a tensor."""
+
+    index: int
+
+
+@dataclass
+class Call:
+    """One call of an operator.
+
+    Attributes:
+        function: The operator, never one that writes into its arguments.
+        args: With a `Ref` for every tensor that depends on the example.
+        kwargs: Like ``args``.
+        outputs: Index of each tensor returned; -1 for what is not used as a value.
+        module: Name of the innermost module that runs.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[int]
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name of the operator without namespace and overload."""
+        return getattr(self.function, "_opname", getattr(self.function, "__name__", ""))
+
+    def refs(self) -> list[int]:
+        """Return the values it reads."""
+        return [leaf.index for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Ref)]
+
+
+@dataclass
+class Recording:
+    """A forward pass of one example, ``[1, *]``.
+
+    Attributes:
+        calls: In their order.
+        shapes: Of each value.
+        inputs: Values that are given: the model's input, then the example's id if one is known.
+        output: The logits.
+        returned: Module name to the value of each of its calls, None for what is not a single tensor.
+        called: Module name to the number of calls that came before each of its calls ended.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    output: int = -1
+    returned: dict[str, list[int | None]] = field(default_factory=dict)
+
+    def readers(self) -> list[list[int]]:
+        """Return which calls read each value."""
+        readers: list[list[int]] = [[] for _ in self.shapes]
+        for i, call in enumerate(self.calls):
+            for ref in set(call.refs()):
+                readers[ref].append(i)
+        return readers
+
+    def writer(self) -> dict[int, int]:
+        """Return which call each value comes from."""
+        return {value: i for i, call in enumerate(self.calls) for value in call.outputs if value >= 0}
+
+
+def record(model: nn.Module, x: Tensor) -> Recording:
+    """Record the forward pass of the first example of ``x`` in evaluation mode; the model stays as it was.
+
+    Raises:
+        UnsupportedError: If the model reads a value of an activation into Python, mixes examples, or writes into a
+            view that it reads in another way later.
+    """
+    ids = current_example_ids()
+    with evaluating(model), torch.no_grad(), uncompiled(), contextlib.ExitStack() as stack:
+        recorder = _Recorder()
+        given = [x[:1].detach().clone()]
+        if ids is not None:
+            given.append(ids[:1].clone())
+            stack.enter_context(example_ids(given[1]))
+        stack.enter_context(_without_fast_path())
+        for hook in _hooks(model, recorder):
+            stack.callback(hook.remove)
+        for t in given:
+            recorder.recording.inputs.append(recorder.put(t))
+        with recorder:
+            logits = model(given[0])
+    output = recorder.value(logits)
+    if output is None:
+        raise UnsupportedError("the model must return one tensor that depends on its input")
+    recorder.recording.output = output
+    return recorder.recording
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.modules: list[str] = [""]
+        self._values: dict[int, int] = {}  # id of a tensor to its value
+        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._storages: dict[int, list[int]] = {}  # address to the tensors that share it, by id
+        self._stale: set[int] = set()
+
+    def put(self, t: Tensor) -> int:
+        """Return a new value for a tensor."""
+        index = len(self.recording.shapes)
+        self.recording.shapes.append(t.shape)
+        self._keep(t)
+        self._values[id(t)] = index
+        self._stale.discard(id(t))
+        return index
+
+    def value(self, t: object) -> int | None:
+        """Return the value of a tensor, or None if it depends on no example."""
+        return self._values.get(id(t)) if isinstance(t, Tensor) else None
+
+    def _keep(self, t: Tensor) -> None:
+        self._kept.append(t)
+        self._storages.setdefault(_storage(t), []).append(id(t))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        name = func._schema.name.split("::")[1]
+        if any(id(t) in self._stale for t in leaves):
+            raise UnsupportedError(f"{func} reads what was written through a view of it")
+        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in leaves):
+            result = func(*args, **kwargs)
+            for t in tree_flatten(result)[0]:
+                if isinstance(t, Tensor) and id(t) not in self._values:
+                    self._keep(t)  # a constant
+            return result
+        if name in _ASKING:
+            raise UnsupportedError(f"{func} reads an activation into Python")
+        if func._schema.is_mutable:
+            return self._write(func, name, args, kwargs)
+        refs = tree_map_only(Tensor, self._ref, (args, kwargs))
+        result = func(*args, **kwargs)
+        self._call(func, refs, result)
+        return result
+
+    def _write(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Record a call that writes into its first argument as one that does not."""
+        target = args[0]
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None)
+        functional = getattr(packet, func._overloadname, None)
+        if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
+            raise UnsupportedError(f"{func} writes into its arguments")
+        refs = (
+            tree_map_only(Tensor, self._ref, ((target.clone(), *args[1:]), kwargs))
+            if (self.value(target) is None)
+            else tree_map_only(Tensor, self._ref, (args, kwargs))
+        )
+        result = func(*args, **kwargs)
+        self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
+        self._call(functional, refs, target)
+        return result
+
+    def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
+        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in _list(result)]
+        self.recording.calls.append(Call(function, tuple(refs[0]), dict(refs[1]), outputs, self.modules[-1]))
+
+    def _ref(self, t: Tensor) -> Ref | Tensor:
+        index = self._values.get(id(t))
+        return t.detach() if index is None else Ref(index)
+
+
+_SHAPED_LIKE = frozenset(
+    (
+        *(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")),
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    )
+)  # of their argument only the shape and type count
+_ASKING = frozenset(
+    ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2")
+)
+
+
+def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
+    """Have the recorder told which module runs and what it returns."""
+    for name, module in model.named_modules():
+
+        def before(module: nn.Module, args: Any, name: str = name) -> None:
+            recorder.modules.append(name)
+
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            recorder.modules.pop()
+            recorder.recording.returned.setdefault(name, []).append(recorder.value(output))
+
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Have transformer layers run as they are written, not as one operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _list(result: Any) -> Sequence[Any]:
+    return list(result) if isinstance(result, tuple | list) else [result]

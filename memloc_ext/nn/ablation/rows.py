@@ -1,0 +1,73 @@
+"""Run a recorded call for many rows at a time: a row is an example in a variant; values are ``[rows, *]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from memloc_ext.nn.ablation.recording import Call, Ref, UnsupportedError
+
+# their first dimension is the batch, whatever its size: rows become more of it
+_BATCHED = frozenset(
+    (
+        "convolution",
+        "avg_pool2d",
+        "max_pool2d_with_indices",
+        "_adaptive_avg_pool2d",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+    )
+)
+BATCH_NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"))
+
+
+def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
+    """Run a call as if for each row on its own.
+
+    Args:
+        call: That was recorded for one example.
+        read: Value to ``[rows, *shape]``.
+
+    Returns:
+        Its outputs, ``[rows, *shape]``; None for what is not a tensor.
+
+    Raises:
+        UnsupportedError: If PyTorch has no way to run it so.
+    """
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]
+    given = [read(leaves[i].index) for i in places]
+
+    def run(*tensors: Tensor) -> Any:
+        for i, t in zip(places, tensors, strict=True):
+            leaves[i] = t
+        args, kwargs = tree_unflatten(leaves, spec)
+        return call.function(*args, **kwargs)
+
+    if call.name in BATCH_NORMS and normalises_by_batch(call):
+        raise UnsupportedError(f"{call.name} in {call.module or 'the model'} normalises by the statistics of the batch")
+    if call.name in BATCH_NORMS or (call.name in _BATCHED and (call.name != "convolution" or len(places) == 1)):
+        rows = len(given[0])
+        results = run(*(t.flatten(0, 1) for t in given))
+        results = results if isinstance(results, tuple | list) else [results]
+        return [
+            t.unflatten(0, (rows, -1)) if index >= 0 and t.dim() and t.numel() else None
+            for t, index in zip(results, call.outputs, strict=True)
+        ]
+    try:
+        results = torch.vmap(run)(*given)
+    except (RuntimeError, ValueError) as error:
+        raise UnsupportedError(f"{call.name} in {call.module or 'the model'}: {error}") from error
+    return [t if isinstance(t, Tensor) else None for t in (results if isinstance(results, tuple | list) else [results])]
+
+
+def normalises_by_batch(call: Call) -> bool:
+    """Return whether a batch norm uses the statistics of what it is given."""
+    return not call.name.endswith("no_training") and bool(call.args[5])

@@ -1,0 +1,108 @@
+"""Units that are switched off for each example on its own, while a recording runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from memloc_ext import ops
+from memloc_ext.nn.ablation.evaluation import Edit
+from memloc_ext.nn.ablation.network import Network
+from memloc_ext.nn.ablation.sites import Site
+
+
+class Switched:
+    """Each example's set of switched-off units.
+
+    Args:
+        network: Whose units they are.
+        baselines: See `Network.baselines`.
+        masks: Per site ``[examples, units]``, bool.
+    """
+
+    def __init__(self, network: Network, baselines: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        self.network, self.baselines, self.masks = network, baselines, list(masks)
+
+    @classmethod
+    def none(cls, network: Network, baselines: Sequence[Tensor], examples: int) -> Switched:
+        """Return the empty sets of so many examples."""
+        masks = [torch.zeros(examples, len(b), dtype=torch.bool, device=b.device) for b in baselines]
+        return cls(network, baselines, masks)
+
+    def of(self, examples: Tensor) -> Switched:
+        """Return the sets of some examples, ``[*]`` of their indices; copies."""
+        return Switched(self.network, self.baselines, [mask[examples] for mask in self.masks])
+
+    def edits(self) -> dict[int, Edit]:
+        """Return what `Graph.examples` and `Suffix.run` are to be given."""
+        edits: dict[int, Edit] = {}
+        for place, baseline, mask in zip(self.network.places, self.baselines, self.masks, strict=True):
+            if bool(mask.any()):
+                for value in place.values:
+                    edits[value] = _edit(mask, baseline, place.dim)
+        return edits
+
+
+def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
+    def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+        shape = [1] * t.dim()
+        shape[0], shape[dim + 1] = len(rows), len(baseline)
+        off = mask[rows].reshape(shape)
+        return torch.where(off, baseline.to(t.dtype).reshape(1, *shape[1:]), t)
+
+    return edit
+
+
+def first_order(
+    inputs: Sequence[Tensor],
+    switched: Switched,
+    loss: Callable[[Tensor], Tensor],
+    only: int | None = None,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """Return the first-order change of a loss when a unit is switched off, per site ``[examples, units]``.
+
+    That is the sum over positions of (baseline - activation) times the gradient with respect to the activation.
+
+    Args:
+        inputs: As of `Graph.examples`.
+        switched: Units of the same examples that are switched off already.
+        loss: Logits ``[examples, classes]`` to a number, the sum of the examples' losses.
+        only: Index of the one site that is asked about; by default all are.
+        scale: Where between the baseline, 0, and the activation, 1, the gradient is taken; not 0.
+    """
+    network, edits, seen = switched.network, switched.edits(), dict[int, Tensor]()
+
+    def watched(value: int, place: Site, baseline: Tensor) -> Edit:
+        def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+            t = edits[value](t, rows, read) if value in edits else t
+            if scale != 1:
+                origin = baseline.to(t.dtype).reshape(-1, *[1] * (t.dim() - place.dim - 2))
+                t = origin + scale * (t - origin)
+            seen[value] = t if t.requires_grad else t.detach().requires_grad_()
+            return seen[value]
+
+        return edit
+
+    sites = list(zip(network.places, switched.baselines, strict=True))
+    asked = sites if only is None else sites[only : only + 1]
+    watch = {value: watched(value, place, baseline) for place, baseline in asked for value in place.values}
+    with torch.enable_grad():
+        kept = network.graph.examples([t.detach() for t in inputs], (), edits | watch)
+        total = loss(kept[network.output][:, 0])
+        grads = torch.autograd.grad(total, [seen[v] for v in watch], allow_unused=True)
+    changes, given = [], iter(grads)
+    for place, baseline in asked:
+        change = baseline.new_zeros(len(inputs[0]), len(baseline))
+        for value in place.values:
+            grad = next(given)
+            if grad is None:
+                continue
+            own = ops.channel_saliency(seen[value].detach(), grad, place.dim + 1)
+            if bool(baseline.any()):
+                own = own - baseline * grad.movedim(place.dim + 1, 1).flatten(2).sum(2)
+            change = change - own
+        changes.append(change / scale)
+    return changes
