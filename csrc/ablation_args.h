@@ -4,6 +4,7 @@
 //   linear_ablation   y[k, b, o] = act(scale[o] (output[b, o] + change[k, b] weight[o, c_k]) + shift[o] + r)
 //
 // c_k = channels[k]; r = residual[b, o], or residual[k, b, o] if every variant has its own; act = ReLU or nothing.
+// Given examples, every variant has a single row of its own, and b = examples[k] in output and in a shared residual.
 // Every b has as many positions as the layer gives it. Sums and products are in float, or in double for double.
 #pragma once
 
@@ -27,13 +28,14 @@ struct AblationArgs {
   Tensor output, change, weight, channels;
   std::optional<Tensor> scale, shift, residual;
   bool relu;
+  std::optional<Tensor> examples = {};
 
   int64_t variants() const { return channels.size(0); }
   int64_t outputs() const { return weight.size(0); }
   bool residual_per_variant() const { return residual && residual->dim() > output.dim(); }
   std::vector<int64_t> result_sizes() const {
     std::vector<int64_t> sizes{variants()};
-    for (int64_t d = 0; d < output.dim(); ++d) sizes.push_back(output.size(d));
+    for (int64_t d = 0; d < output.dim(); ++d) sizes.push_back(d == 0 && examples ? 1 : output.size(d));
     return sizes;
   }
 
@@ -61,7 +63,8 @@ inline void AblationArgs::check_tensors() const {
                                                          {"channels", &channels},
                                                          {"scale", scale ? &*scale : nullptr},
                                                          {"shift", shift ? &*shift : nullptr},
-                                                         {"residual", residual ? &*residual : nullptr}};
+                                                         {"residual", residual ? &*residual : nullptr},
+                                                         {"examples", examples ? &*examples : nullptr}};
   for (const auto& [name, tensor] : given) {
     if (tensor == nullptr) continue;
     MEMLOC_CHECK(tensor->defined(), op, ": ", name, " must be a tensor, got None");
@@ -69,9 +72,9 @@ inline void AblationArgs::check_tensors() const {
       MEMLOC_CHECK(element_size(output) != 0, op,
                    ": output must have dtype float16, bfloat16, float32 or float64, got ",
                    torch::headeronly::toString(output.scalar_type()));
-    } else if (tensor == &channels) {
-      MEMLOC_CHECK(channels.scalar_type() == torch::headeronly::ScalarType::Long, op,
-                   ": channels must have dtype int64, got ", torch::headeronly::toString(channels.scalar_type()));
+    } else if (tensor == &channels || (examples && tensor == &*examples)) {
+      MEMLOC_CHECK(tensor->scalar_type() == torch::headeronly::ScalarType::Long, op, ": ", name,
+                   " must have dtype int64, got ", torch::headeronly::toString(tensor->scalar_type()));
     } else {
       MEMLOC_CHECK(tensor->scalar_type() == output.scalar_type(), op, ": ", name, " must have dtype ",
                    torch::headeronly::toString(output.scalar_type()), " like output, got ",
@@ -80,6 +83,8 @@ inline void AblationArgs::check_tensors() const {
     MEMLOC_CHECK(on_same_device(*tensor, output), op, ": ", name, " must be on the device of output");
   }
   MEMLOC_CHECK(channels.dim() == 1, op, ": channels must have shape [variants], got ", shape_of(channels));
+  MEMLOC_CHECK(!examples || has_shape(*examples, {variants()}), op, ": examples must have shape [", variants(),
+               "] like channels, got ", shape_of(*examples));
 }
 
 inline void AblationArgs::check_epilogue() const {
@@ -112,9 +117,10 @@ inline std::pair<Axis, Axis> AblationArgs::check_conv2d(const std::vector<int64_
   MEMLOC_CHECK(weight.dim() == 4, op, ": weight must be [out, in, height, width], got ", shape_of(weight));
   MEMLOC_CHECK(output.dim() == 4 && output.size(1) == outputs(), op, ": output must be [batch, ", outputs(),
                ", rows, columns], got ", shape_of(output));
-  MEMLOC_CHECK(change.dim() == 4 && change.size(0) == variants() && change.size(1) == output.size(0), op,
-               ": change must be [variants, batch, height, width] to go with ", variants(), " channels and output ",
-               shape_of(output), ", got ", shape_of(change));
+  const int64_t batch = examples ? 1 : output.size(0);
+  MEMLOC_CHECK(change.dim() == 4 && change.size(0) == variants() && change.size(1) == batch, op,
+               ": change must be [variants, ", examples ? "1" : "batch", ", height, width] to go with ", variants(),
+               " channels and output ", shape_of(output), ", got ", shape_of(change));
   check_conv2d_numbers(op, change.size(2), change.size(3), {weight.size(2), weight.size(3)}, stride, padding, dilation);
   const Axis y{change.size(2), weight.size(2), stride[0], padding[0], dilation[0]};
   const Axis x{change.size(3), weight.size(3), stride[1], padding[1], dilation[1]};

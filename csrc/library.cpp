@@ -30,10 +30,12 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def("normalization_grads(Tensor input, Tensor grad_output, Tensor mean, Tensor rstd) -> (Tensor, Tensor)");
   m.def(
       "conv2d_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, SymInt[2] stride, SymInt[2] "
-      "padding, SymInt[2] dilation, Tensor? scale, Tensor? shift, Tensor? residual, bool relu) -> Tensor");
+      "padding, SymInt[2] dilation, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, Tensor? examples=None) "
+      "-> "
+      "Tensor");
   m.def(
       "linear_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, Tensor? scale, Tensor? shift, "
-      "Tensor? residual, bool relu) -> Tensor");
+      "Tensor? residual, bool relu, Tensor? examples=None) -> Tensor");
   m.def(
       "ablate_channels(Tensor input, Tensor offsets, Tensor channels, Tensor? baseline, int channel_dim=1) -> Tensor");
   m.def(

@@ -12,14 +12,15 @@ namespace memloc {
 template <typename Source>
 struct AblationProblem {
   using E = typename ComputeIn<Source>::type;
-  Source* result;          // [variants][batch], each as output's
-  const Source* output;    // [batch][outputs][positions], or [batch][outputs] of a linear layer
-  const Source* residual;  // null if there is none
-  int64_t residual_step;   // from one variant's residual to the next one's; 0 if they share it
-  const Source* change;    // [variants][batch], each an image, or one value of a linear layer
-  const E* filters;        // [variants] of packed filters
-  int64_t filter_step;     // from one variant's to the next one's
-  const E *scale, *shift;  // [outputs], with zeros up to a whole vector
+  Source* result;           // [variants][batch], each as output's
+  const Source* output;     // [batch][outputs][positions], or [batch][outputs] of a linear layer
+  const Source* residual;   // null if there is none
+  const int64_t* examples;  // [variants], the row of output and of a shared residual; null for the batch's own
+  int64_t residual_step;    // from one variant's residual to the next one's; 0 if they share it
+  const Source* change;     // [variants][batch], each an image, or one value of a linear layer
+  const E* filters;         // [variants] of packed filters
+  int64_t filter_step;      // from one variant's to the next one's
+  const E *scale, *shift;   // [outputs], with zeros up to a whole vector
   int64_t variants, batch, outputs;
   Axis y, x;  // of a convolution
   bool relu;

@@ -34,6 +34,11 @@ inline void check_channels(const AblationArgs& args) {
     MEMLOC_CHECK(channel >= 0 && channel < args.weight.size(1), args.op, ": channels must be in [0, ",
                  args.weight.size(1), "), got ", channel);
   }
+  for (int64_t k = 0; args.examples && k < args.variants(); ++k) {
+    const int64_t example = static_cast<const int64_t*>(args.examples->const_data_ptr())[k * args.examples->stride(0)];
+    MEMLOC_CHECK(example >= 0 && example < args.output.size(0), args.op, ": examples must be in [0, ",
+                 args.output.size(0), "), got ", example);
+  }
 }
 
 template <typename Source>
@@ -88,6 +93,7 @@ void run_ablation(const AblationArgs& args, const std::pair<Axis, Axis>* axes, c
   const int64_t outputs = args.outputs(), bytes = result.numel() * static_cast<int64_t>(sizeof(Source));
   const torch::stable::Tensor output = contiguous(args.output), change = contiguous(args.change);
   const torch::stable::Tensor residual = args.residual ? contiguous(*args.residual) : output;
+  const torch::stable::Tensor examples = args.examples ? contiguous(*args.examples) : output;
   const std::vector<E> scale = per_output<Source, E>(args.scale, 1, outputs, way.lanes);
   const std::vector<E> shift = per_output<Source, E>(args.shift, 0, outputs, way.lanes);
   const std::vector<E> filters = pack_filters<Source, E>(args, axes ? way.tile_rows : way.lanes);
@@ -96,14 +102,15 @@ void run_ablation(const AblationArgs& args, const std::pair<Axis, Axis>* axes, c
   problem.result = static_cast<Source*>(result.mutable_data_ptr());
   problem.output = data_of<Source>(output);
   problem.residual = args.residual ? data_of<Source>(residual) : nullptr;
-  problem.residual_step = args.residual_per_variant() ? output.numel() : 0;
+  problem.residual_step = args.residual_per_variant() ? result.numel() / args.variants() : 0;
+  problem.examples = args.examples ? data_of<int64_t>(examples) : nullptr;
   problem.change = data_of<Source>(change);
   problem.filters = filters.data();
   problem.filter_step = static_cast<int64_t>(filters.size()) / args.variants();
   problem.scale = scale.data();
   problem.shift = shift.data();
   problem.variants = args.variants();
-  problem.batch = axes ? output.size(0) : output.numel() / outputs;
+  problem.batch = axes ? change.size(1) : change.numel() / args.variants();
   problem.outputs = outputs;
   if (axes) problem.y = axes->first, problem.x = axes->second;
   problem.relu = args.relu;

@@ -10,8 +10,8 @@ using torch::stable::Tensor;
 
 Tensor linear_ablation(const Tensor& output, const Tensor& change, const Tensor& weight, const Tensor& channels,
                        std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> residual,
-                       bool relu) {
-  const AblationArgs args{"linear_ablation", output, change, weight, channels, scale, shift, residual, relu};
+                       bool relu, std::optional<Tensor> examples) {
+  const AblationArgs args{"linear_ablation", output, change, weight, channels, scale, shift, residual, relu, examples};
   args.check_linear();
   return ablation(args, nullptr);
 }

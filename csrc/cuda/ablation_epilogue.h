@@ -52,6 +52,21 @@ struct TypedAblation {
         shift(static_cast<const T*>(p.shift)) {}
 };
 
+// The row of output that row b of variant k starts from.
+__device__ __forceinline__ int64_t row_of(const AblationProblem& p, int64_t k, int64_t b) {
+  if (p.examples == nullptr) return b;
+  const int64_t example = p.examples[k];
+  return example >= 0 && example < p.examples_end ? example : 0;
+}
+
+// own, shared: where the row begins in a variant's own residual, and in one that all share.
+template <typename T>
+__device__ __forceinline__ const T* residual_at(const AblationProblem& p, const T* residual, int64_t k, int64_t own,
+                                                int64_t shared) {
+  if (residual == nullptr) return nullptr;
+  return residual + (p.residual_step != 0 ? k * p.residual_step + own : shared);
+}
+
 // How many neighbours, at most kLanes and a power of two, are read and written at once, given that `n` is the distance
 // of what is not neighbours.
 inline int lanes_for(const AblationProblem& p, int64_t n, int most, int width) {

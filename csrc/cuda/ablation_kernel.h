@@ -22,6 +22,8 @@ struct AblationProblem {
   const void* change;     // [variants][batch], each an image, or one value of a linear layer
   const void* weight;     // [outputs][inputs][kernel rows][kernel columns], with these strides:
   int64_t weight_output, weight_input, weight_row, weight_column;
+  const int64_t* examples;    // [variants], the row of output and of a shared residual; null for the batch's own
+  int64_t examples_end;       // rows of output; what is not in [0, examples_end) is taken for 0
   const int64_t* channels;    // [variants]; one that is not in [0, inputs) has no weights
   const void *scale, *shift;  // [outputs], null for 1 and 0
   int64_t variants, batch, outputs, inputs;

@@ -25,6 +25,7 @@ inline torch::stable::Tensor ablation(const AblationArgs& args, const std::pair<
   const Tensor output = dense(args.output), change = dense(args.change), channels = dense(args.channels);
   const Tensor scale = args.scale ? dense(*args.scale) : output, shift = args.shift ? dense(*args.shift) : output;
   const Tensor residual = args.residual ? dense(*args.residual) : output;
+  const Tensor examples = args.examples ? dense(*args.examples) : channels;
   const Tensor& weight = args.weight;
 
   AblationProblem problem{};
@@ -32,7 +33,9 @@ inline torch::stable::Tensor ablation(const AblationArgs& args, const std::pair<
   problem.result = result.mutable_data_ptr();
   problem.output = output.const_data_ptr();
   problem.residual = args.residual ? residual.const_data_ptr() : nullptr;
-  problem.residual_step = args.residual_per_variant() ? output.numel() : 0;
+  problem.residual_step = args.residual_per_variant() ? result.numel() / args.variants() : 0;
+  problem.examples = args.examples ? static_cast<const int64_t*>(examples.const_data_ptr()) : nullptr;
+  problem.examples_end = output.size(0);
   problem.change = change.const_data_ptr();
   problem.weight = weight.const_data_ptr();
   problem.weight_output = weight.stride(0);
@@ -45,7 +48,7 @@ inline torch::stable::Tensor ablation(const AblationArgs& args, const std::pair<
   problem.variants = args.variants();
   problem.outputs = args.outputs();
   problem.inputs = weight.size(1);
-  problem.batch = axes ? output.size(0) : output.numel() / args.outputs();
+  problem.batch = axes ? change.size(1) : change.numel() / args.variants();
   if (axes) problem.y = axes->first, problem.x = axes->second;
   problem.relu = args.relu;
   const cudaStream_t stream = current_stream(output.get_device_index());

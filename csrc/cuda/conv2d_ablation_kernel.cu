@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem 
     __syncthreads();
 
     const int64_t base = (k * p.batch + b) * example;
-    const T* const residual = t.residual == nullptr ? nullptr : t.residual + k * p.residual_step + b * example;
+    const int64_t from_example = row_of(p, k, b) * example;
+    const T* const residual = residual_at(p, t.residual, k, b * example, from_example);
     const int pieces = static_cast<int>(min(cut.rows * cut.columns, cut.positions - first_row * cut.columns)) / kLanes;
     const int columns = static_cast<int>(cut.columns);
     for (int i = threadIdx.x; i < cut.groups * pieces; i += blockDim.x) {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem 
           shift[l] = value_or(t.shift, output + o, C{0});
         }
         const int64_t at = (output + o) * cut.positions + first_row * cut.columns + position;
-        finish<T, kLanes>(t.result + base, t.output + b * example, residual, at, p.relu, sum[o], scale, shift);
+        finish<T, kLanes>(t.result + base, t.output + from_example, residual, at, p.relu, sum[o], scale, shift);
       }
     }
     __syncthreads();  // before the next image
@@ -136,8 +137,10 @@ __global__ void __launch_bounds__(kThreads) elements_kernel(const AblationProble
       sum[0] += weight_at(p, t.weight, o, channel, tap) * compute(change[y * p.x.size + x]);
     }
     const C scale[1] = {value_or(t.scale, o, C{1})}, shift[1] = {value_or(t.shift, o, C{0})};
-    const T* const residual = t.residual == nullptr ? nullptr : t.residual + k * p.residual_step;
-    finish<T, 1>(t.result + k * all, t.output, residual, at, p.relu, sum, scale, shift);
+    const int64_t from_example = row_of(p, k, b) * example;
+    const T* const residual = residual_at(p, t.residual, k, b * example, from_example);
+    T* const result = t.result + k * all + b * example;
+    finish<T, 1>(result, t.output + from_example, residual, at % example, p.relu, sum, scale, shift);
   }
 }
 

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const AblationProblem 
     const int64_t channel = p.channels[k];
     const bool exists = channel >= 0 && channel < p.inputs;
     T* const y = t.result + k * all;
-    const T* const residual = t.residual == nullptr ? nullptr : t.residual + k * p.residual_step;
+    const int64_t from = row_of(p, k, 0) * all;
+    const T* const residual = residual_at(p, t.residual, k, 0, from);
     for (int64_t piece = threadIdx.x; piece < pieces; piece += blockDim.x) {
       C weight[kLanes], scale[kLanes], shift[kLanes];
 #pragma unroll
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const AblationProblem 
         C delta[kLanes];
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) delta[i] = exists ? change * weight[i] : C{0};
-        finish<T, kLanes>(y, t.output, residual, row * p.outputs + piece * kLanes, p.relu, delta, scale, shift);
+        finish<T, kLanes>(y, t.output + from, residual, row * p.outputs + piece * kLanes, p.relu, delta, scale, shift);
       }
     }
   }

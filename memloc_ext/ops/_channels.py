@@ -18,10 +18,10 @@ def readable(tensor: object) -> bool:
     return not (isinstance(tensor, FakeTensor) or is_batchedtensor(tensor) or torch.cuda.is_current_stream_capturing())
 
 
-def check_channels(name: str, channels: object, count: int) -> None:
-    """Raise ValueError if a channel on a CUDA device is not in ``[0, count)``; on the CPU the operator checks."""
+def check_channels(name: str, channels: object, count: int, argument: str = "channels") -> None:
+    """Raise ValueError if an index on a CUDA device is not in ``[0, count)``; on the CPU the operator checks."""
     if not isinstance(channels, Tensor) or not readable(channels) or channels.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.stack(torch.aminmax(channels)).tolist())
     if low < 0 or high >= count:
-        raise ValueError(f"{name}: channels must be in [0, {count}), got {low if low < 0 else high}")
+        raise ValueError(f"{name}: {argument} must be in [0, {count}), got {low if low < 0 else high}")

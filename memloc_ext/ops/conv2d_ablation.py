@@ -26,6 +26,7 @@ def conv2d_ablation(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    examples: Tensor | None = None,
 ) -> Tensor:
     r"""Return a convolution's result for many variants of its input, each of which has one channel changed.
 
@@ -35,7 +36,8 @@ def conv2d_ablation(
     applied before the result is written, once. What is not finite in ``output`` stays so.
 
     The result is detached: there is no derivative. On CUDA the channels are read back once to check them, which waits
-    for the device; ``torch.ops.memloc_ext`` does not, and takes a channel that does not exist for one without weights.
+    for the device; ``torch.ops.memloc_ext`` does not, and takes a channel that does not exist for one without weights
+    and an example that does not for the first.
 
     Args:
         output: What the convolution (one group) returned for the unchanged input, bias included, ``[batch, out, rows,
@@ -50,9 +52,11 @@ def conv2d_ablation(
         shift: A term per output, ``[out]``, or None for 0.
         residual: A term per result, shaped like ``output`` where variants share it, else like the result; or None.
         relu: Whether a ReLU follows.
+        examples: Gives each variant one row only, that starts from this row of ``output`` (and of a shared
+            ``residual``): ``[variants]``, int64, in ``[0, batch)``; ``change`` and the result then have a batch of 1.
 
-    All tensors but ``channels`` have the dtype of ``output``, and all its device; any strides, copied where they are
-    not dense. 16-bit values are computed in float32.
+    All tensors but ``channels`` and ``examples`` have the dtype of ``output``, and all its device; any strides,
+    copied where they are not dense. 16-bit values are computed in float32.
 
     Returns:
         ``[variants, batch, out, rows, columns]``, contiguous.
@@ -66,7 +70,9 @@ def conv2d_ablation(
     """
     if isinstance(weight, Tensor) and weight.dim() == 4:
         check_channels("conv2d_ablation", channels, weight.shape[1])
-    return call(output, change, weight, channels, stride, padding, dilation, scale, shift, residual, relu)
+    if isinstance(output, Tensor) and output.dim() == 4:
+        check_channels("conv2d_ablation", examples, output.shape[0], "examples")
+    return call(output, change, weight, channels, stride, padding, dilation, scale, shift, residual, relu, examples)
 
 
 def call(
@@ -90,7 +96,7 @@ def _(output: Tensor, change: Tensor, weight: Tensor, channels: Tensor, *_: obje
     for tensor in (change, weight, channels):
         if tensor.device != output.device:
             raise ValueError(f"conv2d_ablation: tensors must be on {output.device} like output, got {tensor.device}")
-    return output.new_empty(channels.shape[0], *output.shape)
+    return output.new_empty(channels.shape[0], change.shape[1], *output.shape[1:])
 
 
 def _no_derivative(*_: object) -> None:

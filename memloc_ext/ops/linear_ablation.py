@@ -21,6 +21,7 @@ def linear_ablation(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    examples: Tensor | None = None,
 ) -> Tensor:
     r"""Return a linear layer's result for many variants of its input, each of which has one feature changed.
 
@@ -36,6 +37,7 @@ def linear_ablation(
         shift: A term per output, ``[out]``, or None for 0.
         residual: A term per result, shaped like ``output`` where variants share it, else like the result; or None.
         relu: Whether a ReLU follows.
+        examples: As of `memloc_ext.ops.conv2d_ablation`.
 
     Returns:
         ``[variants, batch, *, out]``, contiguous.
@@ -49,7 +51,9 @@ def linear_ablation(
     """
     if isinstance(weight, Tensor) and weight.dim() == 2:
         check_channels("linear_ablation", channels, weight.shape[1])
-    return call(output, change, weight, channels, scale, shift, residual, relu)
+    if isinstance(output, Tensor) and output.dim() >= 2:
+        check_channels("linear_ablation", examples, output.shape[0], "examples")
+    return call(output, change, weight, channels, scale, shift, residual, relu, examples)
 
 
 def call(*arguments: Tensor | bool | None) -> Tensor:
@@ -62,7 +66,7 @@ def _(output: Tensor, change: Tensor, weight: Tensor, channels: Tensor, *_: obje
     for tensor in (change, weight, channels):
         if tensor.device != output.device:
             raise ValueError(f"linear_ablation: tensors must be on {output.device} like output, got {tensor.device}")
-    return output.new_empty(channels.shape[0], *output.shape)
+    return output.new_empty(*change.shape, output.shape[-1])
 
 
 def _no_derivative(*_: object) -> None:

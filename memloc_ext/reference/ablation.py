@@ -21,14 +21,17 @@ def conv2d_ablation(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    examples: Tensor | None = None,
 ) -> Tensor:
     """Return every variant's result from a convolution of its own; as `memloc_ext.ops.conv2d_ablation`."""
-    results = output.new_empty(len(channels), *output.shape)
+    results = output.new_empty(len(channels), change.shape[1], *output.shape[1:])
     for k, channel in enumerate(channels.tolist()):
         one = weight[:, channel : channel + 1]
         delta = functional.conv2d(change[k, :, None], one, None, tuple(stride), tuple(padding), tuple(dilation))
         per_output = (-1, 1, 1)
-        results[k] = _finish(output + delta, _shaped(scale, per_output), _shaped(shift, per_output), relu, residual, k)
+        row = _rows(k, examples)
+        rest = residual[row] if residual is not None and residual.dim() == output.dim() else residual
+        results[k] = _finish(output[row] + delta, _shaped(scale, per_output), _shaped(shift, per_output), relu, rest, k)
     return results
 
 
@@ -41,11 +44,14 @@ def linear_ablation(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    examples: Tensor | None = None,
 ) -> Tensor:
     """Return every variant's result from an outer product; as `memloc_ext.ops.linear_ablation`."""
-    results = output.new_empty(len(channels), *output.shape)
+    results = output.new_empty(*change.shape, output.shape[-1])
     for k, channel in enumerate(channels.tolist()):
-        results[k] = _finish(output + change[k, ..., None] * weight[:, channel], scale, shift, relu, residual, k)
+        row = _rows(k, examples)
+        rest = residual[row] if residual is not None and residual.dim() == output.dim() else residual
+        results[k] = _finish(output[row] + change[k, ..., None] * weight[:, channel], scale, shift, relu, rest, k)
     return results
 
 
@@ -64,6 +70,11 @@ def ablate_channels(
 
 def _shaped(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return tensor if tensor is None else tensor.reshape(shape)
+
+
+def _rows(variant: int, examples: Tensor | None) -> slice:
+    """Return the rows of the unchanged output that a variant starts from."""
+    return slice(None) if examples is None else slice(int(examples[variant]), int(examples[variant]) + 1)
 
 
 def _finish(

@@ -76,6 +76,30 @@ def test_sizes(size: tuple[int, int], residual: str, dtype: torch.dtype, device:
         check(case(3, 2, 5, outputs, size, (3, 3), SAME, residual, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_of_examples(dtype: torch.dtype, residual: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    for size, geometry in (((8, 8), SAME), ((32, 32), SAME), ((9, 7), ((2, 2), (1, 1), (1, 1)))):
+        arguments = case(7, 1, 5, 13, size, (3, 3), geometry, residual, dtype=dtype, device=device)
+        assert arguments is not None
+        arguments[0] = torch.randn(4, *arguments[0].shape[1:]).to(arguments[0])
+        if residual == "shared":
+            arguments[9] = torch.randn(arguments[0].shape).to(arguments[0])
+        check([*arguments, torch.tensor([3, 0, 1, 1, 2, 3, 0], device=device)])
+
+
+def test_examples_that_do_not_exist() -> None:
+    arguments = case(3, 1, 5, 4, (6, 6), (3, 3))
+    assert arguments is not None
+    with pytest.raises(ValueError, match=r"examples must be in \[0, 1\), got 2"):
+        conv2d_ablation(*arguments, torch.tensor([0, 2, 0]))
+    with pytest.raises(ValueError, match=r"examples must have shape \[3\] like channels, got \[2\]"):
+        conv2d_ablation(*arguments, torch.tensor([0, 0]))
+    with pytest.raises((TypeError, ValueError), match="examples must have dtype int64"):
+        conv2d_ablation(*arguments, torch.tensor([0, 0, 0], dtype=torch.int32))
+
+
 def test_geometries(device: torch.device) -> None:
     torch.manual_seed(0)
     kernels = [

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref
 from memloc_ext.nn.ablation.rows import BATCH_NORMS, normalises_by_batch
+from memloc_ext.ops.conv2d_ablation import call as conv2d_ablation
+from memloc_ext.ops.linear_ablation import call as linear_ablation
 
 aten = torch.ops.aten
 
@@ -148,16 +150,8 @@ def run_layer_on_channel(
         rows: Example of each row.
         residual: ``[rows, *shape]``.
     """
+    rest = (layer.scale, layer.shift, None if residual is None else residual[:, None], layer.relu, rows)
     if layer.is_convolution:
-        n, _, _, h, w = change.shape
-        kernel, (stride, padding, dilation) = list(layer.weight.shape[2:]), layer.geometry()
-        patches = torch.ops.aten.im2col(change.reshape(n, 1, h, w), kernel, dilation, padding, stride)
-        filters = layer.weight[:, channels].flatten(2).transpose(0, 1)
-        out = unchanged[rows] + (filters @ patches).reshape(n, *unchanged.shape[1:])
-    else:
-        out = unchanged[rows] + change * layer.weight.t()[channels][:, None]
-    if layer.scale is not None and layer.shift is not None:
-        out = out * layer.scale.reshape(-1, 1, 1) + layer.shift.reshape(-1, 1, 1)
-    if residual is not None:
-        out += residual
-    return out.relu_() if layer.relu else out
+        operands = (unchanged[:, 0], change[:, 0], layer.weight, channels, *layer.geometry())
+        return conv2d_ablation(*operands, *rest)
+    return linear_ablation(unchanged, change[..., 0][:, None], layer.weight, channels, *rest)[:, 0]

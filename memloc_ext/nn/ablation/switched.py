@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memloc_ext import ops
 from memloc_ext.nn.ablation.evaluation import Edit
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.sites import Site
+from memloc_ext.ops import ablate_channels, channel_saliency
 
 
 class Switched:
@@ -47,10 +47,9 @@ class Switched:
 
 def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
     def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-        shape = [1] * t.dim()
-        shape[0], shape[dim + 1] = len(rows), len(baseline)
-        off = mask[rows].reshape(shape)
-        return torch.where(off, baseline.to(t.dtype).reshape(1, *shape[1:]), t)
+        row, unit = mask[rows].nonzero(as_tuple=True)
+        offsets = torch.searchsorted(row, torch.arange(len(rows) + 1, device=row.device))
+        return ablate_channels(t, offsets, unit, baseline.to(t.dtype), dim + 1)
 
     return edit
 
@@ -100,7 +99,7 @@ def first_order(
             grad = next(given)
             if grad is None:
                 continue
-            own = ops.channel_saliency(seen[value].detach(), grad, place.dim + 1)
+            own = channel_saliency(seen[value].detach(), grad, place.dim + 1)
             if bool(baseline.any()):
                 own = own - baseline * grad.movedim(place.dim + 1, 1).flatten(2).sum(2)
             change = change - own
