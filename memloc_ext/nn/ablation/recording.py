@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -67,7 +68,6 @@ class Recording:
         inputs: Values that are given: the model's input, then the example's id if one is known.
         output: The logits.
         returned: Module name to the value of each of its calls, None for what is not a single tensor.
-        called: Module name to the number of calls that came before each of its calls ended.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -108,12 +108,13 @@ def record(model: nn.Module, x: Tensor) -> Recording:
             stack.callback(hook.remove)
         for t in given:
             recorder.recording.inputs.append(recorder.put(t))
-        with recorder:
+        with _Readers(recorder), recorder:
             logits = model(given[0])
     output = recorder.value(logits)
     if output is None:
         raise UnsupportedError("the model must return one tensor that depends on its input")
     recorder.recording.output = output
+    _merge(recorder.recording, recorder.returned)
     return recorder.recording
 
 
@@ -122,10 +123,12 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.recording = Recording()
         self.modules: list[str] = [""]
+        self.returned: list[Call] = []  # those of `give_back`
         self._values: dict[int, int] = {}  # id of a tensor to its value
         self._kept: list[Tensor] = []  # so that no id is used twice
         self._storages: dict[int, list[int]] = {}  # address to the tensors that share it, by id
         self._stale: set[int] = set()
+        self._dependent: set[int] = set()  # addresses of the values
 
     def put(self, t: Tensor) -> int:
         """Return a new value for a tensor."""
@@ -133,6 +136,7 @@ class _Recorder(TorchDispatchMode):
         self.recording.shapes.append(t.shape)
         self._keep(t)
         self._values[id(t)] = index
+        self._dependent.add(_storage(t))
         self._stale.discard(id(t))
         return index
 
@@ -144,12 +148,21 @@ class _Recorder(TorchDispatchMode):
         self._kept.append(t)
         self._storages.setdefault(_storage(t), []).append(id(t))
 
+    def give_back(self, t: Tensor) -> Tensor:
+        """Return a tensor as another value: a hook would replace what a module returns, but not what it keeps."""
+        other = aten.alias.default(t)
+        self.returned.append(self.recording.calls[-1])
+        return other
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         name = func._schema.name.split("::")[1]
         if any(id(t) in self._stale for t in leaves):
             raise UnsupportedError(f"{func} reads what was written through a view of it")
+        for t in leaves:
+            if id(t) not in self._values and t.numel() and _storage(t) in self._dependent and name not in _SHAPED_LIKE:
+                raise UnsupportedError(f"{func} reads an activation that no operator returned")
         if name in _SHAPED_LIKE or not any(id(t) in self._values for t in leaves):
             result = func(*args, **kwargs)
             for t in tree_flatten(result)[0]:
@@ -173,19 +186,21 @@ class _Recorder(TorchDispatchMode):
         functional = getattr(packet, func._overloadname, None)
         if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
             raise UnsupportedError(f"{func} writes into its arguments")
-        refs = (
-            tree_map_only(Tensor, self._ref, ((target.clone(), *args[1:]), kwargs))
-            if (self.value(target) is None)
-            else tree_map_only(Tensor, self._ref, (args, kwargs))
-        )
+        old = target.clone() if self.value(target) is None else target
+        refs = tree_map_only(Tensor, self._ref, ((old, *args[1:]), kwargs))
+        promoted = functional(*args, **kwargs)
         result = func(*args, **kwargs)
         self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
+        if promoted.dtype != target.dtype:  # what is written keeps its type
+            self._call(functional, refs, promoted)
+            functional, refs = aten._to_copy.default, ((self._ref(promoted),), {"dtype": target.dtype})
         self._call(functional, refs, target)
         return result
 
     def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
         outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in _list(result)]
-        self.recording.calls.append(Call(function, tuple(refs[0]), dict(refs[1]), outputs, self.modules[-1]))
+        kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
+        self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
 
     def _ref(self, t: Tensor) -> Ref | Tensor:
         index = self._values.get(id(t))
@@ -206,16 +221,50 @@ _ASKING = frozenset(
 )
 
 
+class _Readers(TorchFunctionMode):
+    """Refuses what reads an activation without calling an operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READING and self._recorder.value(args[0]) is not None:
+            raise UnsupportedError(f"{func.__name__} reads an activation into Python")
+        return func(*args, **(kwargs or {}))
+
+
+_READING = frozenset((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr))
+
+
+def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
+    """Make one value again of those that nobody else reads and their aliases."""
+    readers, same = recording.readers(), dict[int, int]()
+    for call in aliases:
+        (source,) = call.refs()
+        if len(readers[source]) == 1 and source != recording.output:
+            same[call.outputs[0]] = same.get(source, source)
+    recording.calls = [call for call in recording.calls if call.outputs[0] not in same]
+    for call in recording.calls:
+        refs = (call.args, call.kwargs)
+        call.args, call.kwargs = tree_map_only(Ref, lambda ref: Ref(same.get(ref.index, ref.index)), refs)
+    recording.output = same.get(recording.output, recording.output)
+    for name, values in recording.returned.items():
+        recording.returned[name] = [None if value is None else same.get(value, value) for value in values]
+
+
 def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
-    """Have the recorder told which module runs and what it returns."""
+    """Have the recorder told which module runs and what it returns, each time as a value of its own."""
     for name, module in model.named_modules():
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
             recorder.modules.append(name)
 
-        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
             recorder.modules.pop()
+            output = output if recorder.value(output) is None else recorder.give_back(output)
             recorder.recording.returned.setdefault(name, []).append(recorder.value(output))
+            return output
 
         yield module.register_forward_pre_hook(before)
         yield module.register_forward_hook(after)
