@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref, UnsupportedError
 
+aten = torch.ops.aten
+
 # their first dimension is the batch, whatever its size: rows become more of it
 _BATCHED = frozenset(
     (
@@ -18,14 +20,18 @@ _BATCHED = frozenset(
         "avg_pool2d",
         "max_pool2d_with_indices",
         "_adaptive_avg_pool2d",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
         "upsample_nearest2d",
         "upsample_bilinear2d",
     )
 )
 BATCH_NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"))
+_ATTENTION = frozenset(
+    (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+    )
+)
 
 
 def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
@@ -45,27 +51,35 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]
     given = [read(leaves[i].index) for i in places]
 
+    function = aten.reshape.default if call.function is aten.view.default else call.function  # rows have other strides
+
     def run(*tensors: Tensor) -> Any:
         for i, t in zip(places, tensors, strict=True):
             leaves[i] = t
         args, kwargs = tree_unflatten(leaves, spec)
-        return call.function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     if call.name in BATCH_NORMS and normalises_by_batch(call):
         raise UnsupportedError(f"{call.name} in {call.module or 'the model'} normalises by the statistics of the batch")
-    if call.name in BATCH_NORMS or (call.name in _BATCHED and (call.name != "convolution" or len(places) == 1)):
-        rows = len(given[0])
-        results = run(*(t.flatten(0, 1) for t in given))
-        results = results if isinstance(results, tuple | list) else [results]
-        return [
-            t.unflatten(0, (rows, -1)) if index >= 0 and t.dim() and t.numel() else None
-            for t, index in zip(results, call.outputs, strict=True)
-        ]
+    batched = places == [0] and (call.name in BATCH_NORMS or call.name in _BATCHED)
+    if call.name in _ATTENTION and all(t.dim() == 5 and t.shape[1] == given[0].shape[1] for t in given):
+        batched = True
+        for i, t in enumerate(leaves):
+            if isinstance(t, Tensor) and t.dim() == 4 and len(t) == given[0].shape[1]:
+                leaves[i] = t.expand(len(given[0]), *t.shape).flatten(0, 1)
     try:
-        results = torch.vmap(run)(*given)
+        results = run(*(t.flatten(0, 1) for t in given)) if batched else torch.vmap(run)(*given)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(f"{call.name} in {call.module or 'the model'}: {error}") from error
-    return [t if isinstance(t, Tensor) else None for t in (results if isinstance(results, tuple | list) else [results])]
+    results = results if isinstance(results, tuple | list) else [results]
+    if not batched:
+        return [t if isinstance(t, Tensor) else None for t in results]
+    return [
+        t.unflatten(0, (len(given[0]), -1)) if index >= 0 and t.dim() and t.numel() else None
+        for t, index in zip(results, call.outputs, strict=True)
+    ]
 
 
 def normalises_by_batch(call: Call) -> bool:
