@@ -125,7 +125,7 @@ def run_slab(
     ref = call.args[0]
     if not isinstance(ref, Ref) and name != "cat":
         return None
-    if name in BATCH_NORMS and first.dim == 1:
+    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
         _, weight, bias, mean, var, *_, eps = call.args
         weight = torch.ones_like(mean) if weight is None else weight
         scale = (var + eps).rsqrt() * weight
@@ -136,7 +136,7 @@ def run_slab(
             t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
         )
         return [Slab((first.values - mean) * scale + shift, first.start, 1)]
-    if name in _POOLS and first.dim == 1:
+    if name in _POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
         pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
         pooled = pooled if isinstance(pooled, tuple) else (pooled,)
         return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]
@@ -148,7 +148,7 @@ def run_slab(
         keep = len(shapes[call.outputs[0]]) == rank
         dim = first.dim if keep else first.dim - sum(d < first.dim for d in dims)
         return [Slab(torch.vmap(lambda t: function(t, *call.args[1:], **call.kwargs))(first.values), first.start, dim)]
-    if name in _RESHAPES:
+    if name in _RESHAPES and getattr(function, "_overloadname", "") != "dtype":
         return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
     if name in ("transpose", "permute", "t"):
         rank = len(shapes[ref.index])
