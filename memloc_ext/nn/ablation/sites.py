@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from memloc_ext.nn.ablation.rows import BATCH_NORMS
 HEADS = ".heads"  # ends the name of a site whose units are the attention heads of a module
 _ATTENTION = "_scaled_dot_product"
 _LOCAL = frozenset(("clone", "_to_copy", "alias", "detach"))
+_POOLING = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "squeeze", "unsqueeze")  # channels stay
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,23 @@ def _site(model: nn.Module, recording: Recording, name: str) -> Site:
     return Site(name, values, dim, shape[dim])
 
 
+def _is_of_last(call: Call) -> bool:
+    """Return whether a layer norm is of the last dimension alone."""
+    shape: Any = call.args[1]
+    return len(shape) == 1
+
+
 def _channel_dim(recording: Recording, value: int) -> int:
     """Return the dimension of the channels: where the layer that computes a value puts them, else 1 of images."""
-    writer, rank = recording.writer(), len(recording.shapes[value])
+    writer, rank, pooled = recording.writer(), len(recording.shapes[value]), False
     while value in writer:
         call = recording.calls[writer[value]]
-        if call.name == "convolution" or call.name in BATCH_NORMS:
+        if call.name in ("convolution", "native_group_norm") or call.name in BATCH_NORMS:
             return 1
-        if call.name in ("addmm", "mm", "native_layer_norm"):
+        if not pooled and (call.name in ("addmm", "mm") or (call.name == "native_layer_norm" and _is_of_last(call))):
             return rank - 1
-        if not (_is_local(call) or call.name in ("view", "_unsafe_view")):
+        pooled = pooled or call.name.startswith(_POOLING)
+        if not (_is_local(call) or call.name in ("view", "_unsafe_view") or call.name.startswith(_POOLING)):
             break
         value = call.refs()[0]
     return 1 if rank in (4, 5) else rank - 1
