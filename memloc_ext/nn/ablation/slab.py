@@ -152,7 +152,7 @@ def run_slab(
         return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
     if name in ("transpose", "permute", "t"):
         rank = len(shapes[ref.index])
-        order = list(range(rank))
+        order, arguments = list(range(rank)), list[Any](call.args)
         if name == "permute":
             order = [d % rank for d in arguments[1]]
         else:
