@@ -274,6 +274,7 @@ def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
     modes = {module: module.training for module in model.modules()}
+    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     model.eval()
@@ -283,6 +284,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for names, name, buffer in held:  # another tensor may have been put in its place
+            names[name] = buffer
         with torch.no_grad():
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):
