@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.recording import evaluating
+from memloc_ext.nn.ablation.sites import HEADS
 from memloc_ext.nn.ablation.switch import apply_ablation, channel_dim
 
 
@@ -48,10 +49,13 @@ def one_by_one(
 def _mean(model: nn.Module, site: str, reference: Tensor) -> Tensor:
     """Return the mean of each channel of a site, ``[units]``."""
     modules, means = dict(model.named_modules()), []
-    if site not in modules:
-        raise ValueError(f"sites must be names of the model's modules, got {site!r}")
+    if site not in modules or not site:
+        others = ", and attention heads need a model that can be recorded" if site.endswith(HEADS) else ""
+        raise ValueError(f"sites must be names of the model's modules, got {site!r}{others}")
 
-    def after(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"sites: {site} must return a tensor, got {type(output).__name__}")
         means.append(output.movedim(channel_dim(module, output), 0).flatten(1).mean(1))
 
     handle = modules[site].register_forward_hook(after)
