@@ -60,10 +60,14 @@ class Graph:
             for index, t in zip(call.outputs, run_rows(call, values.__getitem__), strict=True):
                 if index >= 0 and t is not None and (self.readers[index] or index in keep):
                     values[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
-            for ref in call.refs():
+            for ref in call.refs:
                 if last[ref] == i and ref not in keep:
                     values.pop(ref, None)
         return {value: t for value, t in values.items() if value in keep}
+
+
+class MissingValueError(LookupError):
+    """A value of the unchanged network is needed that was not kept."""
 
 
 class Suffix:
@@ -77,6 +81,8 @@ class Suffix:
     Attributes:
         needed: Values of the unchanged network that `run` read so far.
         bytes_per_row: The largest memory that values took so far, per row.
+        head: The linear layer that gives the logits, if only multiplications by numbers follow it.
+        factor: Their product.
     """
 
     def __init__(self, graph: Graph, site: Sequence[int], whole: Sequence[int] = ()) -> None:
@@ -86,7 +92,7 @@ class Suffix:
         self.bytes_per_row = 0
         depends, steps, done = {site[0]}, [], set()
         for i, call in enumerate(recording.calls):
-            if not depends.intersection(call.refs()):
+            if not depends.intersection(call.refs):
                 continue
             depends.update(index for index in call.outputs if index >= 0)
             if i in done:
@@ -101,6 +107,9 @@ class Suffix:
             Step(run, tuple(v for v in refs if last[v] == i and v != recording.output))
             for i, (refs, run) in enumerate(reads)
         ]
+        self._head_at, self.factor = _find_head(self.steps)
+        head = None if self._head_at is None else self.steps[self._head_at].run
+        self.head = head if isinstance(head, Layer) else None
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
@@ -112,11 +121,27 @@ class Suffix:
             rows: Example of each row.
             slab: What replaces the site's units in each row.
             edits: Those that ``unchanged`` was computed with.
+
+        Raises:
+            MissingValueError: If ``unchanged`` lacks a value, which is `needed` from then on.
         """
-        edits = edits or {}
+        states = self._run(self.steps, unchanged, rows, slab, edits or {})
+        return _Values(states, unchanged, rows, self.needed).dense(self.graph.recording.output)
+
+    def feature(self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab) -> Slab | None:
+        """Return what the `head` is given in each row, if it differs in one feature only; see `run`."""
+        if self.head is None:
+            return None
+        state = self._run(self.steps[: self._head_at], unchanged, rows, slab, {}).get(self.head.input)
+        if isinstance(state, Slab) and state.dim == 1 and state.values.shape[1:] == (1, 1):
+            return state
+        return None
+
+    def _run(
+        self, steps: Sequence[Step], unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit]
+    ) -> dict[int, State]:
         states: dict[int, State] = {self.site[0]: slab}
-        output = self.graph.recording.output
-        for step in self.steps:
+        for step in steps:
             values = _Values(states, unchanged, rows, self.needed)
             self._step(step.run, states, values)
             for value in _writes(step.run):
@@ -127,14 +152,7 @@ class Suffix:
             self.bytes_per_row = max(self.bytes_per_row, sum(map(_bytes, states.values())) // max(1, len(rows)))
             for value in step.dead:
                 states.pop(value, None)
-        logits = states.get(output)
-        if logits is None:  # no unit of the site reaches the output
-            self.needed.add(output)
-            return _pick(unchanged[output], rows)
-        if isinstance(logits, Slab):
-            self.needed.add(output)
-            return logits.dense(unchanged[output], rows)
-        return logits
+        return states
 
     def _step(self, run: Call | Layer, states: dict[int, State], values: _Values) -> None:
         rows = values.rows
@@ -148,7 +166,7 @@ class Suffix:
             else:
                 states[run.output] = run_layer(run, values.dense(run.input), residual)
             return
-        slabs = {ref: s for ref in run.refs() if isinstance(s := states.get(ref), Slab)}
+        slabs = {ref: s for ref in run.refs if isinstance(s := states.get(ref), Slab)}
         results: Sequence[State | None] | None = None
         if slabs:
             shapes = self.graph.recording.shapes
@@ -178,6 +196,8 @@ class _Values:
     def unchanged(self, value: int) -> Tensor:
         """Return a value of the unchanged network, ``[examples, *shape]``."""
         self.needed.add(value)
+        if value not in self.others:
+            raise MissingValueError(value)
         return self.others[value]
 
     def is_dense(self, value: int) -> bool:
@@ -192,9 +212,23 @@ class _Values:
         return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
 
 
+def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:
+    """Return the position of a last linear layer that only multiplications by numbers follow, and their product."""
+    factor = 1.0
+    for i, step in reversed(list(enumerate(steps))):
+        run = step.run
+        if isinstance(run, Layer):
+            return (None if run.is_convolution or run.relu else i), factor
+        numbers = [a for a in run.args if isinstance(a, int | float)]
+        if run.name != "mul" or len(numbers) != 1 or len(run.refs) != 1:
+            break
+        factor *= numbers[0]
+    return None, 1.0
+
+
 def _reads(run: Call | Layer) -> list[int]:
     if isinstance(run, Call):
-        return list(dict.fromkeys(run.refs()))
+        return list(dict.fromkeys(run.refs))
     return [run.input] if run.residual is None else [run.input, run.residual]
 
 

@@ -107,7 +107,7 @@ def find_layer(
 
 
 def _plain(recording: Recording, call: Call, position: int) -> Layer | None:
-    refs = call.refs()
+    refs = call.refs
     weight: Any
     if len(refs) != 1:
         return None

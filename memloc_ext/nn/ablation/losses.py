@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from memloc_ext.nn.ablation.network import HOWS, Network, given
 from memloc_ext.nn.ablation.one_by_one import one_by_one
 from memloc_ext.nn.ablation.recording import UnsupportedError
+from memloc_ext.ops import linear_ablation_loss
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, referenc
         logits = check_logits(unchanged[network.output][:, 0], classes)
         network.check_agreement(model, some, logits)
         base.append(judge(logits, classes))
-        parts.append([_scan(network, i, unchanged, classes, b) for i, b in enumerate(baselines)])
+        scans = [_scan_features if features else _scan for features in network.ends_in_feature]
+        parts.append([scans[i](network, i, unchanged, classes, b) for i, b in enumerate(baselines)])
     sites = {}
     for i, site in enumerate(network.sites):
         losses, predicted = zip(*(part[i] for part in parts), strict=True)
@@ -133,16 +135,40 @@ def _scan(
     network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return losses and predictions of all units of a site, ``[units, examples]``."""
-    units, n = network.sites[index].units, len(y)
-    suffix, losses, predictions = network.suffixes[index], [], []
-    for begin in range(0, units * n, network.rows_at_once[index]):
-        flat = torch.arange(begin, min(units * n, begin + network.rows_at_once[index]), device=y.device)
-        rows = flat % n
-        logits = suffix.run(unchanged, rows, network.slab(index, flat // n, baseline))[:, 0]
-        loss, predicted = judge(logits, y[rows])
+    units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
+    losses, predictions = [], []
+    for rows, chosen in _grid(units, n, network.rows_at_once[index], y.device):
+        slab = network.slab(index, chosen, baseline)
+        loss, predicted = judge(suffix.run(unchanged, rows, slab)[:, 0], y[rows])
         losses.append(loss)
         predictions.append(predicted)
     return torch.cat(losses).reshape(units, n), torch.cat(predictions).reshape(units, n)
+
+
+def _scan_features(
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the same where each unit changes one feature of the last linear layer."""
+    units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
+    head = suffix.head
+    assert head is not None
+    features = unchanged[head.input][:, 0]
+    changed, feature = features.clone(), torch.empty(units, dtype=torch.int64, device=y.device)
+    for rows, chosen in _grid(units, n, network.rows_at_once[index], y.device):
+        state = suffix.feature(unchanged, rows, network.slab(index, chosen, baseline))
+        assert state is not None
+        changed[rows, state.start] = state.values.flatten().to(changed.dtype)
+        feature[chosen] = state.start
+    bias = None if head.bias is None else head.bias * suffix.factor
+    loss, predicted = linear_ablation_loss(features, head.weight * suffix.factor, bias, y, changed)
+    return loss[feature], predicted[feature]
+
+
+def _grid(units: int, examples: int, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield example and unit of every pair of them, so many pairs at a time, unit by unit."""
+    for begin in range(0, units * examples, step):
+        flat = torch.arange(begin, min(units * examples, begin + step), device=device)
+        yield flat % examples, flat // examples
 
 
 def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

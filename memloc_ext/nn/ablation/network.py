@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.evaluation import Graph, Suffix
 from memloc_ext.nn.ablation.recording import UnsupportedError, evaluating, record
+from memloc_ext.nn.ablation.rows import keeps_rows_apart
 from memloc_ext.nn.ablation.sites import Site, find_sites, producer
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
@@ -51,7 +52,7 @@ class Network:
         self.places = [_place(self.graph, site, how) for site in self.sites]
         every = [value for place in self.places for value in place.values] if edited else []
         self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
-        self._probe([t[:1] for t in given(x)], memory_budget)
+        self._probe(memory_budget)
 
     @property
     def output(self) -> int:
@@ -98,14 +99,20 @@ class Network:
                     total += moved.double().mean(1) * (len(part[v]) / len(vs))
         return [(total / len(x)).to(_float(x)) for total in sums]
 
-    def _probe(self, one: list[Tensor], budget: int) -> None:
+    def _probe(self, budget: int) -> None:
         """Run every suffix on one row, to see what it needs."""
-        everything = set(range(len(self.graph.recording.shapes)))
-        unchanged = self.graph.examples(one, everything)
-        row = torch.zeros(1, dtype=torch.int64, device=one[0].device)
+        unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
+        self.graph.recording.sample.clear()
+        device = unchanged[0].device
+        row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ends_in_feature: list[bool] = []  # of each suffix, whether its head is given one changed feature
         for i, suffix in enumerate(self.suffixes):
-            baseline = torch.zeros(self.places[i].units, device=one[0].device)
-            suffix.run(unchanged, row, self.slab(i, row, baseline.to(unchanged[self.places[i].values[0]].dtype)))
+            baseline = torch.zeros(self.places[i].units, device=device)
+            slab = self.slab(i, row, baseline.to(unchanged[self.places[i].values[0]].dtype))
+            self.ends_in_feature.append(suffix.feature(unchanged, row, slab) is not None)
+            if self.ends_in_feature[i] and suffix.head is not None:
+                suffix.needed.add(suffix.head.input)
+            suffix.run(unchanged, row, slab)
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
         sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
@@ -117,11 +124,14 @@ class Network:
             )
         self.examples_at_once = budget // _SHARE // max(1, example)
         self.gradients_at_once = max(1, budget // _SHARE // max(1, 2 * sum(sizes.values())))
-        share = budget // _SHARE if one[0].is_cuda else min(budget // _SHARE, max(row_bytes, _CACHED))
+        share = budget // _SHARE if device.type == "cuda" else min(budget // _SHARE, max(row_bytes, _CACHED))
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
     def check_agreement(self, model: nn.Module, inputs: Sequence[Tensor], logits: Tensor) -> None:
         """Raise UnsupportedError if the model itself gives other logits for a batch: examples meet in it."""
+        recording = self.graph.recording
+        if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
+            return
         with evaluating(model), torch.no_grad(), contextlib.ExitStack() as stack:
             if len(inputs) > 1:
                 stack.enter_context(example_ids(inputs[1]))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
@@ -30,7 +31,7 @@ class Ref:
     index: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
     """One call of an operator.
 
@@ -48,14 +49,20 @@ class Call:
     outputs: list[int]
     module: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name of the operator without namespace and overload."""
         return getattr(self.function, "_opname", getattr(self.function, "__name__", ""))
 
+    @cached_property
+    def tree(self) -> tuple[list[Any], TreeSpec]:
+        """What `tree_flatten` makes of arguments and keyword arguments."""
+        return tree_flatten((self.args, self.kwargs))
+
+    @cached_property
     def refs(self) -> list[int]:
-        """Return the values it reads."""
-        return [leaf.index for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Ref)]
+        """The values it reads."""
+        return [leaf.index for leaf in self.tree[0] if isinstance(leaf, Ref)]
 
 
 @dataclass
@@ -65,6 +72,7 @@ class Recording:
     Attributes:
         calls: In their order.
         shapes: Of each value.
+        sample: The values themselves, as they were when the example had run; what a call wrote into has changed.
         inputs: Values that are given: the model's input, then the example's id if one is known.
         output: The logits.
         returned: Module name to the value of each of its calls, None for what is not a single tensor.
@@ -72,6 +80,7 @@ class Recording:
 
     calls: list[Call] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
+    sample: list[Tensor] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     output: int = -1
     returned: dict[str, list[int | None]] = field(default_factory=dict)
@@ -80,7 +89,7 @@ class Recording:
         """Return which calls read each value."""
         readers: list[list[int]] = [[] for _ in self.shapes]
         for i, call in enumerate(self.calls):
-            for ref in set(call.refs()):
+            for ref in set(call.refs):
                 readers[ref].append(i)
         return readers
 
@@ -134,6 +143,7 @@ class _Recorder(TorchDispatchMode):
         """Return a new value for a tensor."""
         index = len(self.recording.shapes)
         self.recording.shapes.append(t.shape)
+        self.recording.sample.append(t)
         self._keep(t)
         self._values[id(t)] = index
         self._dependent.add(_storage(t))
@@ -241,13 +251,14 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
     """Make one value again of those that nobody else reads and their aliases."""
     readers, same = recording.readers(), dict[int, int]()
     for call in aliases:
-        (source,) = call.refs()
+        (source,) = call.refs
         if len(readers[source]) == 1 and source != recording.output:
             same[call.outputs[0]] = same.get(source, source)
-    recording.calls = [call for call in recording.calls if call.outputs[0] not in same]
-    for call in recording.calls:
-        refs = (call.args, call.kwargs)
-        call.args, call.kwargs = tree_map_only(Ref, lambda ref: Ref(same.get(ref.index, ref.index)), refs)
+    calls = [call for call in recording.calls if call.outputs[0] not in same]
+    recording.calls = []
+    for call in calls:
+        args, kwargs = tree_map_only(Ref, lambda ref: Ref(same.get(ref.index, ref.index)), (call.args, call.kwargs))
+        recording.calls.append(replace(call, args=args, kwargs=kwargs))
     recording.output = same.get(recording.output, recording.output)
     for name, values in recording.returned.items():
         recording.returned[name] = [None if value is None else same.get(value, value) for value in values]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref, UnsupportedError
 
@@ -47,7 +47,7 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     Raises:
         UnsupportedError: If PyTorch has no way to run it so.
     """
-    leaves, spec = tree_flatten((call.args, call.kwargs))
+    leaves, spec = list(call.tree[0]), call.tree[1]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]
     given = [read(leaves[i].index) for i in places]
 
@@ -80,6 +80,25 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
         t.unflatten(0, (len(given[0]), -1)) if index >= 0 and t.dim() and t.numel() else None
         for t, index in zip(results, call.outputs, strict=True)
     ]
+
+
+def keeps_rows_apart(call: Call, shapes: Sequence[torch.Size]) -> bool:
+    """Return whether it is plain that the first dimension of what a call reads and returns is the batch, kept apart."""
+    read, written = [shapes[ref] for ref in call.refs], shapes[call.outputs[0]]
+    if any(not shape or shape[0] != 1 for shape in (*read, written)):
+        return False
+    if torch.Tag.pointwise in getattr(call.function, "tags", ()) or call.name in BATCH_NORMS or call.name in _BATCHED:
+        return len({len(shape) for shape in (*read, written)}) == 1
+    rank = len(written)
+    if call.name in ("mean", "amax", "sum"):
+        dims: Any = next(iter(call.args[1:]), None)
+        return bool(dims) and all(d % len(read[0]) for d in dims)
+    if call.name in ("addmm", "mm"):
+        return isinstance(call.args[-2], Ref) and len(call.refs) == 1
+    if call.name == "cat":
+        parts: list[Any] = [*call.args, 0]
+        return parts[1] % rank != 0
+    return call.name in ("view", "alias", "clone", "native_layer_norm", "native_group_norm")
 
 
 def normalises_by_batch(call: Call) -> bool:

@@ -99,7 +99,7 @@ def producer(recording: Recording, site: Site) -> Call:
             return call
         if not (_is_local(call) or call.name in ("view", "_unsafe_view")):
             break
-        value = call.refs()[0]
+        value = call.refs[0]
     raise ValueError(
         f"how='filter' needs sites that one convolution or linear layer computes; {site.name} is computed by several"
     )
@@ -108,7 +108,7 @@ def producer(recording: Recording, site: Site) -> Call:
 def _is_local(call: Call) -> bool:
     """Return whether a call keeps channels apart and reads nothing else that depends on the example."""
     pointwise = torch.Tag.pointwise in getattr(call.function, "tags", ())
-    return len(call.refs()) == 1 and (pointwise or call.name in BATCH_NORMS or call.name in _LOCAL)
+    return len(call.refs) == 1 and (pointwise or call.name in BATCH_NORMS or call.name in _LOCAL)
 
 
 def _site(model: nn.Module, recording: Recording, name: str) -> Site:
@@ -156,5 +156,5 @@ def _channel_dim(recording: Recording, value: int) -> int:
         pooled = pooled or call.name.startswith(_POOLING)
         if not (_is_local(call) or call.name in ("view", "_unsafe_view") or call.name.startswith(_POOLING)):
             break
-        value = call.refs()[0]
+        value = call.refs[0]
     return 1 if rank in (4, 5) else rank - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref
 from memloc_ext.nn.ablation.rows import BATCH_NORMS
@@ -94,14 +94,14 @@ def run_slab(
     Returns:
         A slab per output, or None if they are none.
     """
-    refs = call.refs()
+    refs = call.refs
     own = [slabs[ref] for ref in refs if ref in slabs]
     if any(dense(ref) for ref in refs) or any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
         return None
     first = own[0]
     if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
         return None
-    name, leaves, spec = call.name, *tree_flatten((call.args, call.kwargs))
+    name, leaves, spec = call.name, *call.tree
     arguments: list[Any] = list(call.args)
     function: Any = call.function
     if torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME:
