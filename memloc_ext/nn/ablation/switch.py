@@ -30,20 +30,22 @@ class AppliedAblation:
 
     def __init__(self, model: nn.Module, hooks: Mapping[nn.Module, list[Any]]) -> None:
         self.model, self._hooks = model, hooks
-        self._handles: list[RemovableHandle] = []
+        self._entered: list[list[RemovableHandle]] = []
 
     def __enter__(self) -> nn.Module:
         """Switch the units off and return the model."""
+        handles: list[RemovableHandle] = []
+        self._entered.append(handles)
         for module, hooks in self._hooks.items():
             for hook in hooks:
-                self._handles.append(module.register_forward_pre_hook(hook.before))
-                self._handles.append(module.register_forward_hook(hook, always_call=True))
+                handles.append(module.register_forward_pre_hook(hook.before))
+                handles.append(module.register_forward_hook(hook, always_call=True))
         return self.model
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Switch them on again."""
-        while self._handles:
-            self._handles.pop().remove()
+        for handle in self._entered.pop():
+            handle.remove()
 
     def copy(self) -> nn.Module:
         """Return a copy of the model in which the units are switched off for good."""
@@ -79,7 +81,7 @@ def apply_ablation(
 
     Raises:
         ValueError: If there is no module of a site's name, or a unit is negative; when the model runs, if a unit is
-            not below the number of channels.
+            not below the number of channels, or a baseline has not one value for each.
     """
     by_site: dict[str, list[int]] = {}
     for site, unit in units:
@@ -122,6 +124,9 @@ class _Channels:
         index = torch.tensor(self.units, device=t.device)
         if self.baseline is None:
             return t.index_fill(dim, index, 0)
+        if self.baseline.shape != (t.shape[dim],):
+            got = list(self.baseline.shape)
+            raise ValueError(f"apply_ablation: the baseline of {self.site} must have shape [{t.shape[dim]}], got {got}")
         values = self.baseline.to(t)[index].reshape(-1, *[1] * (t.dim() - dim - 1))
         shape = [*t.shape[:dim], len(index), *t.shape[dim + 1 :]]
         return t.index_copy(dim, index, values.expand(shape))
