@@ -88,9 +88,9 @@ class Suffix:
     def __init__(self, graph: Graph, site: Sequence[int], whole: Sequence[int] = ()) -> None:
         recording = graph.recording
         self.graph, self.site = graph, tuple(site)
-        self.needed: set[int] = {site[0]}
+        self.needed: set[int] = set(site)
         self.bytes_per_row = 0
-        depends, steps, done = {site[0]}, [], set()
+        depends, steps, done = set(site), [], set()
         for i, call in enumerate(recording.calls):
             if not depends.intersection(call.refs):
                 continue
@@ -101,6 +101,8 @@ class Suffix:
             done.update(layer.calls if layer else ())
             steps.append((i if layer is None else layer.calls[-1], layer or call))
         steps.sort(key=lambda step: step[0])  # a layer runs where its last call does: its residual is there
+        written = {value for _, run in steps for value in _writes(run)}
+        self._entries = [value for value in site if value not in written]
         reads = [(_reads(run), run) for _, run in steps]
         last = {value: i for i, (refs, _) in enumerate(reads) for value in refs}
         self.steps = [
@@ -140,7 +142,7 @@ class Suffix:
     def _run(
         self, steps: Sequence[Step], unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit]
     ) -> dict[int, State]:
-        states: dict[int, State] = {self.site[0]: slab}
+        states: dict[int, State] = dict.fromkeys(self._entries, slab)
         for step in steps:
             values = _Values(states, unchanged, rows, self.needed)
             self._step(step.run, states, values)

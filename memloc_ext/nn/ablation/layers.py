@@ -150,7 +150,7 @@ def run_layer_on_channel(
         rows: Example of each row.
         residual: ``[rows, *shape]``.
     """
-    rest = (layer.scale, layer.shift, None if residual is None else residual[:, None], layer.relu, rows)
+    rest = (layer.scale, layer.shift, residual, layer.relu, rows)
     if layer.is_convolution:
         operands = (unchanged[:, 0], change[:, 0], layer.weight, channels, *layer.geometry())
         return conv2d_ablation(*operands, *rest)

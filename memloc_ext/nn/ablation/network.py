@@ -70,7 +70,8 @@ class Network:
         out = []
         for site, place in zip(self.sites, self.places, strict=True):
             bias = _bias(self.graph, site) if self.how == "filter" else None
-            out.append(x.new_zeros(place.units, dtype=_float(x)) if bias is None else bias)
+            dtype = self.dtypes[place.values[0]]
+            out.append(torch.zeros(place.units, dtype=dtype, device=x.device) if bias is None else bias.to(dtype))
         return out
 
     def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
@@ -97,18 +98,20 @@ class Network:
                 for v in vs:
                     moved = part[v].movedim(place.dim + 1, 0).flatten(1)
                     total += moved.double().mean(1) * (len(part[v]) / len(vs))
-        return [(total / len(x)).to(_float(x)) for total in sums]
+        places = zip(sums, self.places, strict=True)
+        return [(total / len(x)).to(self.dtypes[place.values[0]]) for total, place in places]
 
     def _probe(self, budget: int) -> None:
         """Run every suffix on one row, to see what it needs."""
         unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
         self.graph.recording.sample.clear()
         device = unchanged[0].device
+        self.dtypes = {value: t.dtype for value, t in unchanged.items()}
         row = torch.zeros(1, dtype=torch.int64, device=device)
         self.ends_in_feature: list[bool] = []  # of each suffix, whether its head is given one changed feature
         for i, suffix in enumerate(self.suffixes):
-            baseline = torch.zeros(self.places[i].units, device=device)
-            slab = self.slab(i, row, baseline.to(unchanged[self.places[i].values[0]].dtype))
+            dtype = self.dtypes[self.places[i].values[0]]
+            slab = self.slab(i, row, torch.zeros(self.places[i].units, dtype=dtype, device=device))
             self.ends_in_feature.append(suffix.feature(unchanged, row, slab) is not None)
             if self.ends_in_feature[i] and suffix.head is not None:
                 suffix.needed.add(suffix.head.input)
@@ -136,8 +139,9 @@ class Network:
             if len(inputs) > 1:
                 stack.enter_context(example_ids(inputs[1]))
             own = model(inputs[0])
+        eps = max(torch.finfo(dtype).eps for dtype in self.dtypes.values() if dtype.is_floating_point)
         size = own.abs().max() if own.numel() else own.new_zeros(())
-        if own.shape != logits.shape or bool(((own - logits).abs() > 1e-3 * size + 1e-5).any()):
+        if own.shape != logits.shape or bool(((own - logits).abs() > max(1e-3, 32 * eps) * size + 1e-5).any()):
             raise UnsupportedError("the model's examples meet in evaluation mode")
 
 
@@ -165,7 +169,3 @@ def _bias(graph: Graph, site: Site) -> Tensor | None:
     call = producer(graph.recording, site)
     bias = call.args[2] if call.name == "convolution" else call.args[0] if call.name == "addmm" else None
     return bias if isinstance(bias, Tensor) else None
-
-
-def _float(x: Tensor) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else torch.float32

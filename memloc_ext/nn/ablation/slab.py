@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref
-from memloc_ext.nn.ablation.rows import BATCH_NORMS
+from memloc_ext.nn.ablation.rows import BATCH_NORMS, normalises_by_batch
 
 _POOLS = frozenset(("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"))
 _REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
@@ -125,7 +125,7 @@ def run_slab(
     ref = call.args[0]
     if not isinstance(ref, Ref) and name != "cat":
         return None
-    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
+    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1 and not normalises_by_batch(call):
         _, weight, bias, mean, var, *_, eps = call.args
         weight = torch.ones_like(mean) if weight is None else weight
         scale = (var + eps).rsqrt() * weight

@@ -48,7 +48,6 @@ def test_float64_of_tokens() -> None:
     check(model, torch.randint(0, 9, (B, 5)), ["embed", "hidden"])
 
 
-@pytest.mark.xfail(strict=True, reason="the model's own rounding is taken for examples that meet")
 @pytest.mark.filterwarnings("error:ablation_losses")
 def test_bfloat16() -> None:
     layers = nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()
@@ -67,7 +66,6 @@ class Cast(nn.Module):
             return self.inner(x)
 
 
-@pytest.mark.xfail(strict=True, reason="baselines have the type of the images, not of the activations")
 @pytest.mark.filterwarnings("error:ablation_losses")
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast(inside: bool) -> None:
@@ -206,7 +204,7 @@ class Noisy(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("fail_after", [1 << 30, 0, 1])
+@pytest.mark.parametrize("fail_after", [1 << 30, 0])
 @pytest.mark.parametrize("how", ["zero", "mean"])
 def test_the_model_is_left_as_it_was(fail_after: int, how: str) -> None:
     model, x, y = Noisy().train(), images(), labels(B)
