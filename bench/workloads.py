@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,53 @@ class Workload:
             "norms only": 1 + (sum(norms) - sum(weights)) / step,
             "norms + two groups": 1 + direct / step,
         }
+
+
+@dataclass(frozen=True)
+class ScanFloor:
+    """Multiply-adds per example of switching every unit of some sites off, one at a time.
+
+    Attributes:
+        naive: A forward pass per unit.
+        prefix: What lies before the site is computed once.
+        delta: And the layer behind it is computed anew for the one channel only.
+    """
+
+    naive: int
+    prefix: int
+    delta: int
+
+
+def scan_floor(model: nn.Module, x: Tensor, sites: Sequence[str]) -> ScanFloor:
+    """Count the multiply-adds of a scan of a network in which each layer depends on the one before it.
+
+    Args:
+        model: Whose convolutions and linear layers count.
+        x: ``[1, *]``.
+        sites: Modules with one of these layers in each.
+    """
+    layers: list[tuple[nn.Module, int]] = []
+
+    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
+        weight = layer.get_parameter("weight")
+        layers.append((layer, output.numel() // weight.shape[0] * weight.numel()))
+
+    kinds = (nn.Conv2d, nn.Linear)
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    costs, naive, prefix, delta = [cost for _, cost in layers], 0, 0, 0
+    for site in sites:
+        inside = set(model.get_submodule(site).modules())
+        position = next(i for i, (layer, _) in enumerate(layers) if layer in inside)
+        units = len(layers[position][0].get_parameter("weight"))
+        following, rest = costs[position + 1], sum(costs[position + 2 :])
+        naive += units * sum(costs)
+        prefix += units * (following + rest)
+        delta += following + units * rest  # one input channel of so many, for each of them
+    return ScanFloor(naive, prefix + sum(costs), delta + sum(costs))
 
 
 class VisionTransformer(nn.Module):
