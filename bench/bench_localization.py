@@ -100,6 +100,7 @@ def captum_losses(model: nn.Module, x: Tensor, y: Tensor, sites: Sequence[str]) 
                 layer_mask=torch.arange(units).reshape(1, units, 1, 1),
                 perturbations_per_eval=TOGETHER,
             )
+            assert isinstance(effect, Tensor)
             found[site] = base - effect[:, :, 0, 0].t()  # captum's is what the unit adds, at each position the same
     return found
 
