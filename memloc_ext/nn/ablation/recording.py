@@ -267,6 +267,8 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
 def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
     """Have the recorder told which module runs and what it returns, each time as a value of its own."""
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it computes is recorded all the same
+            continue
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
             recorder.modules.append(name)
