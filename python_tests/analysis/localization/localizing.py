@@ -76,7 +76,7 @@ def confirm(
         assert len(set(one.units)) == len(one.units)
         for n in range(len(one.units) + 1):
             loss, label = judge(model, x[i : i + 1], y[i : i + 1], one.units[:n], values)
-            torch.testing.assert_close(torch.tensor(one.losses[n]), loss[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.losses[n], loss[0].item(), rtol=1e-4, atol=1e-5)
             assert one.predicted[n] == label.item()
             right = one.predicted[n] == y[i]
             assert right or n == len(one.units), "the search went on"

@@ -89,6 +89,14 @@ def test_tokens() -> None:
     localize(model, tokens, y, sites=["2"], population=None, noise=0.0)
 
 
+@pytest.mark.xfail(strict=True, raises=StopIteration, reason="edits are kept by value, and these sites share theirs")
+@pytest.mark.parametrize("how", ["zero", "filter"])
+def test_sites_that_are_the_same_units(how: str) -> None:
+    model = nn.Sequential(trained()[0][:3], trained()[0][3:])
+    with pytest.raises(ValueError, match="same"):
+        localize(**arguments(model=model, sites=["0", "0.2"], how=how))
+
+
 class Asking(nn.Module):
     def __init__(self) -> None:
         super().__init__()

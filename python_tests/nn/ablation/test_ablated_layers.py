@@ -140,7 +140,20 @@ def transposed(m: nn.Module, x: Tensor) -> Tensor:
     return m.head(y.contiguous(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("function", [residual, concatenated, gated, transposed])
+def rearranged(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.b(m.a(x))
+    y = torch.roll(x, 1, 1) + F.pad(x, (0, 0, 0, 0, 1, 0))[:, :4] + x[:, [3, 2, 1, 0]] + x.flip(1) + x.cumsum(1)
+    y = y + torch.stack([*x.chunk(2, 1)]).sum(0).repeat(1, 2, 1, 1) + x.sort(1)[0] * x.unbind(1)[0][:, None]
+    return m.head(m.c(y + torch.cat(x.split([1, 3], 1)[::-1], 1)))
+
+
+def normalised(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.b(m.a(x))
+    y = (x - x.mean(1, True)) / x.std(1, keepdim=True) + F.normalize(x) - x.mean((1, 2, 3), keepdim=True)
+    return m.head(m.c(y + x.amax((2, 3), keepdim=True) * x.flatten(2).softmax(2).unflatten(2, (6, 6))))
+
+
+@pytest.mark.parametrize("function", [residual, concatenated, gated, transposed, rearranged, normalised])
 def test_what_branches_do(function: Callable[..., Tensor]) -> None:
     model = Model(function, a=conv(2, 4), b=conv(4, 4), c=conv(4, 4), head=head(4))
     check(model, images(), ["a", "c"] if function is gated else ["a", "b", "c"])

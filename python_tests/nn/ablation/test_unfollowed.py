@@ -65,6 +65,15 @@ def test_reading_the_shape_is_none() -> None:
     check(Model(forward, conv=nn.Conv2d(2, 4, 3), head=head()), images(), ["conv"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_take_no_hooks() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), scripted, head())
+    check(model, images(), ["0"])
+    with pytest.raises(ValueError, match="sites: 1 is not called"):
+        ablation_losses(model, images(), labels(B), ["1"])
+
+
 def test_writing_through_a_view() -> None:
     def forward(m: Model, x: Tensor) -> Tensor:
         x = m.conv(x)
