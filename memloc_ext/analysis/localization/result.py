@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from memloc_ext.nn.ablation.switch import AppliedAblation, apply_ablation
+from memloc_ext.nn.ablation.weight_changes import AppliedChanges, WeightChange
 
 FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG = "flipped", "capped", "exhausted", "already_wrong"
 
@@ -24,6 +27,7 @@ class Found:
         population_losses: Mean cross-entropy of the reference examples, likewise: exact for ``population="exact"``,
             the first-order estimate for ``"first_order"``, empty for None.
         predicted: Class with the largest logit, likewise.
+        changes: What was done to the weights, per unit, for ``unit="weight"`` and ``action="step"``; else empty.
     """
 
     units: list[tuple[str, int]]
@@ -31,6 +35,7 @@ class Found:
     losses: list[float]
     population_losses: list[float]
     predicted: list[int]
+    changes: list[WeightChange] = field(default_factory=list)
 
 
 class Localization(Sequence[Found]):
@@ -39,7 +44,9 @@ class Localization(Sequence[Found]):
     Attributes:
         sites: Site name to its number of units, in the order in which the network computes them.
         channel_dims: Site name to the dimension of its units, for `apply_ablation`.
-        baselines: Site name to what its units are replaced by, ``[units]``; empty for ``how="filter"``.
+        baselines: Site name to what its units are replaced by, ``[channels]``.
+        modules: Site name to the module whose output they are replaced in: that of the site, or for ``how="filter"``
+            the convolution or linear layer that computes it.
         recall: With ``verify="all"``: the share of steps in which the best unit of all was among so many of the
             first-order screen's best; ``{1: ..., 8: ..., 32: ..., 128: ...}``. Else empty.
     """
@@ -50,10 +57,33 @@ class Localization(Sequence[Found]):
         sites: dict[str, int],
         channel_dims: dict[str, int],
         baselines: dict[str, Tensor],
+        modules: dict[str, str],
         recall: dict[int, float],
     ) -> None:
         self._found = list(found)
-        self.sites, self.channel_dims, self.baselines, self.recall = sites, channel_dims, baselines, recall
+        self.sites, self.channel_dims, self.baselines = sites, channel_dims, baselines
+        self.modules, self.recall = modules, recall
+
+    def edited(self, model: nn.Module, example: int) -> AppliedAblation | AppliedChanges:
+        """Do to a model what was found for an example, for as long as a ``with`` lasts or in a copy for good.
+
+        ::
+
+            with found.edited(model, i):
+                ...
+            edited = found.edited(model, i).copy()
+
+        Args:
+            model: That was searched.
+            example: Index of the example.
+        """
+        found = self[example]
+        if found.changes:
+            return AppliedChanges(model, found.changes)
+        units = [(self.modules[site], unit) for site, unit in found.units]
+        baselines = {self.modules[site]: baseline for site, baseline in self.baselines.items()}
+        same = {site: dim for site, dim in self.channel_dims.items() if self.modules[site] == site}
+        return apply_ablation(model, units, baselines=baselines, channel_dims=same)
 
     @overload
     def __getitem__(self, index: int) -> Found: ...

@@ -5,38 +5,25 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.analysis.localization.ranking import METHODS, rank
+from memloc_ext.analysis.localization.ranking import rank
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED, Found, Localization
-from memloc_ext.nn.ablation.losses import check_examples, check_logits, judge, wide
-from memloc_ext.nn.ablation.network import HOWS, Network, given
-from memloc_ext.nn.ablation.switched import Switched, first_order
+from memloc_ext.analysis.localization.settings import Settings
+from memloc_ext.nn.ablation.candidates import Candidates, finite
+from memloc_ext.nn.ablation.filters import find_filters
+from memloc_ext.nn.ablation.losses import check_logits, judge, wide
+from memloc_ext.nn.ablation.network import Network, given
+from memloc_ext.nn.ablation.sites import producer
+from memloc_ext.nn.ablation.switched import Switched
+from memloc_ext.nn.ablation.weight_changes import WeightChange
+from memloc_ext.nn.ablation.weights import ChangedWeights
 
-POPULATIONS = ("first_order", "exact", None)
-OBJECTIVES = ("exact", "first_order", "authors")
 _RECALL_AT = (1, 8, 32, 128)
 _BLOCK = 256  # examples that are searched at a time
-_HUGE = 1e30  # in the place of infinite scores, above those of units that are off
-
-
-@dataclass
-class _Settings:
-    """Of `localize`."""
-
-    max_units: int
-    verify: int | None  # None: all
-    eot: int
-    noise: float
-    seed: int
-    objective: str
-    population: str | None
-    refresh: int
-    method: str
 
 
 @dataclass
@@ -50,8 +37,8 @@ class _Search:
     units: list[tuple[str, int]] = field(default_factory=list)
     status: str = ""
 
-    def done(self) -> Found:
-        return Found(self.units, self.status, self.losses, self.population, self.predicted)
+    def done(self, changes: list[WeightChange]) -> Found:
+        return Found(self.units, self.status, self.losses, self.population, self.predicted, changes)
 
 
 def localize(
@@ -62,6 +49,9 @@ def localize(
     reference: tuple[Tensor, Tensor] | None = None,
     sites: Sequence[str] | None = None,
     how: str = "zero",
+    unit: str = "channel",
+    action: str = "zero",
+    step_size: float = 0.1,
     max_units: int = 50,
     verify: int | str = 32,
     objective: str = "exact",
@@ -94,6 +84,14 @@ def localize(
             them: ``population=None`` and ``how`` other than ``mean``.
         sites: See `ablation_losses`.
         how: See `ablation_losses`; the mean is that over ``reference``.
+        unit: ``channel``, or ``weight``: the single weights of the convolution or linear layer that alone computes a
+            site, numbered as in its flattened weight.
+        action: What is done to a unit. ``zero``: it is switched off. ``step``: its weights, the whole filter of a
+            channel or the one weight, take one gradient step that raises the example's loss and lowers the
+            population's, with the example's gradient at that moment and the population's from the reference; first
+            units are then those with the largest squared norm of that gradient. A unit takes one step at most.
+        step_size: Of that step: the weights change by so much times the gradient of the example's loss less that of
+            the population's mean loss.
         max_units: Largest number of units per example.
         verify: How many of the first-order screen's best units are switched off exactly in each step, or ``"all"``:
             the exhaustive scan, of which `Localization.recall` then tells how often the screen would have done.
@@ -126,11 +124,10 @@ def localize(
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
     """
-    settings = _Settings(
-        max_units, None if verify == "all" else _count(verify), eot, noise, seed, objective, population, refresh, method
-    )
-    how = _check(settings, x, y, reference, how)
-    network = Network(model, x, sites, how, memory_budget, edited=True)
+    choices = (how, unit, action, step_size, max_units, verify, objective, population, refresh, method)
+    settings = Settings(*choices, eot, noise, seed)
+    settings.check(x, y, reference)
+    network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
     return _Searches(model, network, settings, x, y, reference, progress or (lambda _: None)).run()
 
 
@@ -139,7 +136,7 @@ class _Searches:
         self,
         model: nn.Module,
         network: Network,
-        settings: _Settings,
+        settings: Settings,
         x: Tensor,
         y: Tensor,
         reference: tuple[Tensor, Tensor] | None,
@@ -148,25 +145,38 @@ class _Searches:
         self.model, self.network, self.settings, self.progress = model, network, settings, progress
         self.inputs, self.y, self.reference = given(x), y, reference
         self.baselines = network.baselines(x if reference is None else reference[0])
-        self.starts = [0]
-        for site in network.sites:
-            self.starts.append(self.starts[-1] + site.units)
+        self.filters = []
+        if settings.changes_weights:
+            self.filters = find_filters(model, network.graph, network.sites, settings.unit == "weight")
         self.ranks: list[int] = []
         self.population, self.population_loss = None, 0.0
         if reference is not None and settings.population is not None:
-            empty = Switched.none(network, self.baselines, 1)
-            self.population, self.population_loss = self._population(empty, reference[0].new_ones(len(reference[1])))
+            everyone = torch.ones(len(reference[1]), device=y.device)
+            self.population, self.population_loss = self._population(self._none(1), everyone)
 
     def run(self) -> Localization:
         """Search in blocks of examples that fit into the memory budget."""
         network, found = self.network, []
-        block = min(network.examples_at_once, _BLOCK)
+        units = self._none(1).starts[-1]
+        held = self._none(1).bytes_per_example(min(units, self.settings.max_units) + self.settings.count(units))
+        block = max(1, min(network.examples_at_once, _BLOCK, network.share // max(1, held)))
         for begin in range(0, len(self.y), block):
             found += self._block(begin, min(len(self.y), begin + block))
-        sites = {site.name: site.units for site in network.sites}
+        names, starts = [site.name for site in network.sites], self._none(1).starts
+        sites = {name: starts[i + 1] - starts[i] for i, name in enumerate(names)}
         dims = {site.name: site.dim for site in network.sites}
-        baselines = dict(zip(sites, self.baselines, strict=True)) if network.how != "filter" else {}
-        return Localization(found, sites, dims, baselines, self._recall())
+        baselines = dict(zip(names, self.baselines, strict=True))
+        modules = {site.name: site.name for site in network.sites}
+        if network.how == "filter":
+            modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
+        return Localization(found, sites, dims, baselines, modules, self._recall())
+
+    def _none(self, examples: int) -> Switched | ChangedWeights:
+        """Return the sets of so many examples of which nothing is switched off or changed."""
+        if not self.filters:
+            return Switched.none(self.network, self.baselines, examples)
+        step_size = self.settings.step_size if self.settings.action == "step" else None
+        return ChangedWeights.none(self.network, self.filters, step_size, examples)
 
     def _block(self, begin: int, end: int) -> list[Found]:
         inputs, y = [t[begin:end] for t in self.inputs], self.y[begin:end]
@@ -185,13 +195,13 @@ class _Searches:
             search.status = "" if search.predicted[0] == search.label else ALREADY_WRONG
         copies = torch.cat([self._noisy(inputs[0][i], begin + i) for i in range(end - begin)])
         order = self._order(inputs, y, begin) if self.settings.method != "search" else None
-        switched = Switched.none(self.network, self.baselines, end - begin)
+        switched = self._none(end - begin)
         self.progress(sum(bool(search.status) for search in searches))
         while active := [i for i, search in enumerate(searches) if not search.status]:
             index = torch.tensor(active, device=y.device)
             self._step([searches[i] for i in active], index, inputs, copies, switched, order)
             self.progress(sum(bool(searches[i].status) for i in active))
-        return [search.done() for search in searches]
+        return [search.done(switched.changed(i)) for i, search in enumerate(searches)]
 
     def _step(
         self,
@@ -199,7 +209,7 @@ class _Searches:
         index: Tensor,
         inputs: list[Tensor],
         copies: Tensor,
-        switched: Switched,
+        switched: Switched | ChangedWeights,
         order: Tensor | None,
     ) -> None:
         """Switch one more unit off for each of some examples of a block.
@@ -215,48 +225,35 @@ class _Searches:
         settings, own = self.settings, switched.of(index)
         y = torch.tensor([search.label for search in searches], device=index.device)
         some = [t[index] for t in inputs]
-        population = None if self.population is None else self.population.expand(len(index), -1)
-        if self._is_refreshed(searches[0]):
-            population = torch.stack([self._refreshed(own, i, some[0][i], y[i]) for i in range(len(index))])
-        if order is None:
-            scores = self._own_change(copies, index, y, own, some)
-            scores = scores if population is None else scores - population
-        else:
-            scores = order[index]
-        scores = scores.nan_to_num(nan=-_HUGE, posinf=_HUGE, neginf=-_HUGE)
-        scores = scores.masked_fill(torch.cat(own.masks, 1), -torch.inf)
-        units = scores.shape[1]
-        left = units - len(searches[0].units)  # the searches of a block have come equally far
-        count = left if settings.verify is None else min(left, settings.verify)
-        if order is not None or settings.objective != "exact":
-            count = min(left, 1)
+        units = own.starts[-1]
+        count = settings.count(units - len(searches[0].units))  # the searches of a block have come equally far
         if count == 0:
             for search in searches:
                 search.status = EXHAUSTED
             return
-        candidates = scores.topk(count, 1).indices
+        if order is None:
+            candidates = self._screen(copies, index, y, own, some, count, self._is_refreshed(searches[0]))
+        else:
+            assert isinstance(own, Switched)
+            candidates = own.best(order[index], None, count)
         losses, predicted = self._switch_off(candidates, own, some, y)
         before = torch.tensor([search.losses[-1] for search in searches], device=y.device, dtype=losses.dtype)
-        gain = losses - before[:, None]
-        effect = None if population is None else population.gather(1, candidates)
+        effects = candidates.effects
         if settings.population == "exact":
-            effect = self._population_effect(candidates, own, searches)
-        if effect is not None:
-            gain = gain - effect
-        gain = gain.nan_to_num(nan=-_HUGE, posinf=_HUGE, neginf=-_HUGE)
+            effects = self._population_effect(candidates, own, searches)
+        gain = finite(losses - before[:, None] - effects)
         best = torch.where((predicted != y[:, None]).any(1, keepdim=True) & (predicted == y[:, None]), -torch.inf, gain)
         best = best.argmax(1, keepdim=True)
-        chosen = candidates.gather(1, best)
-        if settings.verify is None:
-            self.ranks += (scores > scores.gather(1, chosen)).sum(1).tolist()
-        columns = [chosen, losses.gather(1, best), predicted.gather(1, best)]
-        columns.append(torch.zeros_like(columns[1]) if effect is None else effect.gather(1, best))
-        for search, i, (unit, loss, label, change) in zip(
-            searches, index.tolist(), zip(*(c[:, 0].tolist() for c in columns), strict=True), strict=True
+        chosen = candidates.pick(best)
+        switched.add(index, chosen)
+        if settings.verify == "all" and count > 1:
+            self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
+        columns = (chosen.units, *(t.gather(1, best) for t in (losses, predicted, effects)))
+        for search, (unit, loss, label, change) in zip(
+            searches, zip(*(c[:, 0].tolist() for c in columns), strict=True), strict=True
         ):
-            site = bisect.bisect_right(self.starts, unit) - 1
-            switched.masks[site][i, unit - self.starts[site]] = True
-            search.units.append((self.network.sites[site].name, unit - self.starts[site]))
+            site = bisect.bisect_right(own.starts, unit) - 1
+            search.units.append((self.network.sites[site].name, unit - own.starts[site]))
             search.losses.append(loss)
             search.predicted.append(label)
             if search.population:
@@ -268,48 +265,58 @@ class _Searches:
             elif len(search.units) >= settings.max_units:
                 search.status = CAPPED
 
-    def _own_change(self, copies: Tensor, index: Tensor, y: Tensor, switched: Switched, inputs: list[Tensor]) -> Tensor:
-        """Return the first-order change of each example's loss, ``[examples, units]``."""
-        eot, changes = self.settings.eot, []
+    def _screen(
+        self,
+        copies: Tensor,
+        index: Tensor,
+        y: Tensor,
+        switched: Switched | ChangedWeights,
+        inputs: list[Tensor],
+        count: int,
+        refreshed: bool,
+    ) -> Candidates:
+        """Return the best units of each example, to first order."""
+        eot, found = self.settings.eot, []
         copies = copies.unflatten(0, (-1, eot))[index]
-        step = max(1, self.network.gradients_at_once // eot)
+        step = 1 if refreshed else max(1, self.network.gradients_at_once // eot)
         for begin in range(0, len(index), step):
             part = slice(begin, begin + step)
             rows = torch.arange(len(index), device=index.device)[part].repeat_interleave(eot)
-            labels = y[part]
+            labels, population = y[part], self.population
+            if refreshed:
+                population = self._refreshed(switched, begin, inputs[0][begin], y[begin])
 
             def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
                 mean = wide(logits).unflatten(0, (-1, eot)).mean(1)
                 return F.cross_entropy(mean, labels, reduction="sum")
 
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
-            change = torch.cat(first_order(given, switched.of(rows), loss), 1)
-            changes.append(change.unflatten(0, (-1, eot)).sum(1))
-        return torch.cat(changes)
+            found.append(switched.of(rows).screen(given, loss, eot, population, count))
+        return Candidates.cat(found)
 
     def _switch_off(
-        self, candidates: Tensor, switched: Switched, inputs: list[Tensor], y: Tensor
+        self, candidates: Candidates, switched: Switched | ChangedWeights, inputs: list[Tensor], y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return loss and prediction with each candidate off too, ``[examples, candidates]``."""
         network, edits = self.network, switched.edits()
-        losses = torch.empty(candidates.shape, dtype=torch.float64, device=y.device)
-        predicted = torch.empty_like(candidates)
+        losses = torch.empty(candidates.units.shape, dtype=torch.float64, device=y.device)
+        predicted = torch.empty_like(candidates.units)
         with torch.no_grad():
             unchanged = network.graph.examples(inputs, network.needed, edits)
             for s, suffix in enumerate(network.suffixes):
-                here = (candidates >= self.starts[s]) & (candidates < self.starts[s + 1])
+                here = (candidates.units >= switched.starts[s]) & (candidates.units < switched.starts[s + 1])
                 rows, columns = here.nonzero(as_tuple=True)
                 for begin in range(0, len(rows), network.rows_at_once[s]):
                     part = slice(begin, begin + network.rows_at_once[s])
                     row, column = rows[part], columns[part]
-                    slab = network.slab(s, candidates[row, column] - self.starts[s], self.baselines[s])
+                    slab = switched.slab(s, candidates, row, column, unchanged)
                     logits = suffix.run(unchanged, row, slab, edits)[:, 0]
                     loss, label = judge(logits, y[row])
                     losses[row, column], predicted[row, column] = loss.double(), label
         return losses, predicted
 
-    def _population(self, switched: Switched, weights: Tensor) -> tuple[Tensor, float]:
-        """Return the first-order change of the population's loss per unit, ``[units]``, and that loss.
+    def _population(self, switched: Switched | ChangedWeights, weights: Tensor) -> tuple[Tensor, float]:
+        """Return the first-order effect of units on the population's loss, see `Switched.total`, and that loss.
 
         Args:
             switched: Units of one example, that are switched off in all of the reference examples.
@@ -327,7 +334,7 @@ class _Searches:
                 value += float(result.detach())
                 return result
 
-            total = total + torch.cat(first_order([x[part]], switched.of(rows), loss), 1).sum(0)
+            total = total + switched.of(rows).total([x[part]], loss)
         assert isinstance(total, Tensor)
         return total, value
 
@@ -338,7 +345,7 @@ class _Searches:
         done = len(search.units)
         return settings.refresh > 0 and done > 0 and done % settings.refresh == 0 and self.population is not None
 
-    def _refreshed(self, switched: Switched, i: int, x: Tensor, y: Tensor) -> Tensor:
+    def _refreshed(self, switched: Switched | ChangedWeights, i: int, x: Tensor, y: Tensor) -> Tensor:
         assert self.reference is not None
         others, weights = self.reference[0], torch.ones(len(self.reference[1]), device=y.device)
         if self.settings.objective == "authors":  # the example itself is no part of its population
@@ -346,17 +353,19 @@ class _Searches:
             weights = weights.masked_fill(same, 0)
         return self._population(switched.of(torch.tensor([i], device=y.device)), weights)[0]
 
-    def _population_effect(self, candidates: Tensor, switched: Switched, searches: list[_Search]) -> Tensor:
+    def _population_effect(
+        self, candidates: Candidates, switched: Switched | ChangedWeights, searches: list[_Search]
+    ) -> Tensor:
         """Return the exact change of the population's mean loss, ``[examples, candidates]``."""
         assert self.reference is not None
         x, y = self.reference
         effects, step = [], self.network.examples_at_once
         for i, search in enumerate(searches):
-            total = torch.zeros(candidates.shape[1], dtype=torch.float64, device=y.device)
+            total = torch.zeros(candidates.units.shape[1], dtype=torch.float64, device=y.device)
             for begin in range(0, len(y), step):
                 some, labels = [x[begin : begin + step]], y[begin : begin + step]
                 own = switched.of(torch.full((len(labels),), i, device=y.device))
-                losses, _ = self._switch_off(candidates[i].expand(len(labels), -1), own, some, labels)
+                losses, _ = self._switch_off(candidates.repeated(i, len(labels)), own, some, labels)
                 total += losses.sum(0)
             effects.append(total / len(y) - search.population[-1])
         return torch.stack(effects)
@@ -381,33 +390,3 @@ class _Searches:
         if not self.ranks:
             return {}
         return {k: sum(r < k for r in self.ranks) / len(self.ranks) for k in _RECALL_AT}
-
-
-def _count(verify: Any) -> int:
-    if not isinstance(verify, int) or isinstance(verify, bool) or verify < 1:
-        raise ValueError(f"localize: verify must be a positive number or 'all', got {verify!r}")
-    return verify
-
-
-def _check(settings: _Settings, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None, how: str) -> str:
-    """Raise unless the arguments are right, and return how units are switched off."""
-    for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
-        value = getattr(settings, name)
-        if not value >= rule:
-            raise ValueError(f"localize: {name} must be at least {rule}, got {value}")
-    for name, known in (("objective", OBJECTIVES), ("population", POPULATIONS), ("method", METHODS), ("how", HOWS)):
-        value = how if name == "how" else getattr(settings, name)
-        if value not in known:
-            raise ValueError(f"localize: {name} must be one of {', '.join(map(str, known))}, got {value!r}")
-    check_examples("localize", x, y)
-    if settings.objective == "authors":
-        if how == "mean":
-            raise ValueError("localize: objective='authors' switches filters off, got how='mean'")
-        how, settings.population = "filter", "first_order"
-    if settings.method != "search":
-        settings.population = None
-    if reference is None and (settings.population is not None or how == "mean"):
-        raise ValueError("localize: reference must be given for a population or how='mean', got None")
-    if reference is not None:
-        check_examples("localize: reference", *reference)
-    return how

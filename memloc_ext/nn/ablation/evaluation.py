@@ -48,7 +48,7 @@ class Graph:
             edits: Value to what is done to it, once it is computed.
 
         Returns:
-            Value to ``[examples, *shape]``.
+            Value to ``[examples, *shape]``; for one of ``keep`` that is edited also ``~value`` to what it was before.
         """
         keep, edits = {*keep, self.recording.output}, edits or {}
         values: dict[int, Tensor] = {}
@@ -59,11 +59,13 @@ class Graph:
         for i, call in enumerate(self.recording.calls):
             for index, t in zip(call.outputs, run_rows(call, values.__getitem__), strict=True):
                 if index >= 0 and t is not None and (self.readers[index] or index in keep):
+                    if index in edits and index in keep:
+                        values[~index] = t
                     values[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
             for ref in call.refs:
                 if last[ref] == i and ref not in keep:
                     values.pop(ref, None)
-        return {value: t for value, t in values.items() if value in keep}
+        return {value: t for value, t in values.items() if value in keep or ~value in keep}
 
 
 class MissingValueError(LookupError):
@@ -163,7 +165,7 @@ class Suffix:
             residual = None if run.residual is None else values.dense(run.residual)
             if isinstance(x, Slab) and x.dim == 1 and x.width == 1:
                 change = x.values - x.of(values.unchanged(run.input), rows)
-                own = values.unchanged(run.call.outputs[0])
+                own = values.unedited(run.call.outputs[0])
                 states[run.output] = run_layer_on_channel(run, change, x.start, own, rows, residual)
             else:
                 states[run.output] = run_layer(run, values.dense(run.input), residual)
@@ -201,6 +203,11 @@ class _Values:
         if value not in self.others:
             raise MissingValueError(value)
         return self.others[value]
+
+    def unedited(self, value: int) -> Tensor:
+        """Return a value of the unchanged network as it was before it was edited."""
+        whole = self.unchanged(value)
+        return self.others.get(~value, whole)
 
     def is_dense(self, value: int) -> bool:
         """Return whether a value differs from the unchanged network's all over."""

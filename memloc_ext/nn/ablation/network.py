@@ -31,6 +31,7 @@ class Network:
         how: See `ablation_losses`.
         memory_budget: Bytes.
         edited: Whether units of all sites may be switched off in what is compared with.
+        weights: Whether what the sites' layers read is needed too: ``how`` is ``filter``.
 
     Raises:
         UnsupportedError: If the model cannot be recorded.
@@ -45,6 +46,7 @@ class Network:
         how: str,
         memory_budget: int,
         edited: bool = False,
+        weights: bool = False,
     ) -> None:
         recording = record(model, x)
         self.graph, self.how = Graph(recording), how
@@ -52,7 +54,7 @@ class Network:
         self.places = [_place(self.graph, site, how) for site in self.sites]
         every = [value for place in self.places for value in place.values] if edited else []
         self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
-        self._probe(memory_budget)
+        self._probe(memory_budget, edited, weights)
 
     @property
     def output(self) -> int:
@@ -101,7 +103,7 @@ class Network:
         places = zip(sums, self.places, strict=True)
         return [(total / len(x)).to(self.dtypes[place.values[0]]) for total, place in places]
 
-    def _probe(self, budget: int) -> None:
+    def _probe(self, budget: int, edited: bool, weights: bool) -> None:
         """Run every suffix on one row, to see what it needs."""
         unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
         self.graph.recording.sample.clear()
@@ -117,17 +119,21 @@ class Network:
                 suffix.needed.add(suffix.head.input)
             suffix.run(unchanged, row, slab)
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
+        if weights:
+            self.needed.update(producer(self.graph.recording, site).refs[0] for site in self.sites)
         sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
+        example += sum(sizes[v] for place in self.places for v in place.values) if edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
         least = _SHARE * max(example, row_bytes, 1)
         if budget < least:
             raise ValueError(
                 f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
             )
-        self.examples_at_once = budget // _SHARE // max(1, example)
-        self.gradients_at_once = max(1, budget // _SHARE // max(1, 2 * sum(sizes.values())))
-        share = budget // _SHARE if device.type == "cuda" else min(budget // _SHARE, max(row_bytes, _CACHED))
+        self.share = budget // _SHARE
+        self.examples_at_once = self.share // max(1, example)
+        self.gradients_at_once = max(1, self.share // max(1, 2 * sum(sizes.values())))
+        share = self.share if device.type == "cuda" else min(self.share, max(row_bytes, _CACHED))
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
     def check_agreement(self, model: nn.Module, inputs: Sequence[Tensor], logits: Tensor) -> None:

@@ -101,7 +101,8 @@ def producer(recording: Recording, site: Site) -> Call:
             break
         value = call.refs[0]
     raise ValueError(
-        f"how='filter' needs sites that one convolution or linear layer computes; {site.name} is computed by several"
+        f"how='filter' and changes of weights need sites that one convolution or linear layer computes; "
+        f"{site.name} is computed by several"
     )
 
 

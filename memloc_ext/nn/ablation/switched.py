@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from memloc_ext.nn.ablation.candidates import Candidates, finite
 from memloc_ext.nn.ablation.evaluation import Edit
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.sites import Site
+from memloc_ext.nn.ablation.slab import Slab
+from memloc_ext.nn.ablation.weight_changes import WeightChange
 from memloc_ext.ops import ablate_channels, channel_saliency
 
 
@@ -20,10 +24,14 @@ class Switched:
         network: Whose units they are.
         baselines: See `Network.baselines`.
         masks: Per site ``[examples, units]``, bool.
+
+    Attributes:
+        starts: Number of each site's first unit when they are numbered through all sites, then how many there are.
     """
 
     def __init__(self, network: Network, baselines: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         self.network, self.baselines, self.masks = network, baselines, list(masks)
+        self.starts = list(accumulate((len(b) for b in baselines), initial=0))
 
     @classmethod
     def none(cls, network: Network, baselines: Sequence[Tensor], examples: int) -> Switched:
@@ -43,6 +51,66 @@ class Switched:
                 for value in place.values:
                     edits[value] = _edit(mask, baseline, place.dim)
         return edits
+
+    def add(self, examples: Tensor, chosen: Candidates) -> None:
+        """Add one unit to the sets of some examples."""
+        units = chosen.units[:, 0]
+        for mask, start, end in zip(self.masks, self.starts, self.starts[1:], strict=False):
+            here = (units >= start) & (units < end)
+            mask[examples[here], units[here] - start] = True
+
+    def bytes_per_example(self, units: int) -> int:
+        """Return how much memory so many units of an example take besides the masks."""
+        return 0
+
+    def changed(self, example: int) -> list[WeightChange]:
+        """Return what is done to an example's weights: nothing."""
+        return []
+
+    def slab(
+        self, site: int, candidates: Candidates, rows: Tensor, columns: Tensor, unchanged: dict[int, Tensor]
+    ) -> Slab:
+        """Return some candidates of a site switched off, one per row.
+
+        Args:
+            site: Index of the site.
+            candidates: Of the examples.
+            rows: Example of each row, in rising order.
+            columns: Candidate of each row.
+            unchanged: Values with what is switched off already, ``[examples, *shape]``.
+        """
+        units = candidates.units[rows, columns] - self.starts[site]
+        return self.network.slab(site, units, self.baselines[site])
+
+    def screen(
+        self,
+        inputs: Sequence[Tensor],
+        loss: Callable[[Tensor], Tensor],
+        copies: int,
+        population: Tensor | None,
+        count: int,
+    ) -> Candidates:
+        """Return the units that raise an example's loss most over the population's, to first order.
+
+        Args:
+            inputs: As of `Graph.examples`; each example ``copies`` times.
+            loss: Logits ``[examples * copies, classes]`` to a number, the sum of the examples' losses.
+            copies: Rows of each example.
+            population: See `total`.
+            count: How many, at most those that are not switched off yet.
+        """
+        own = torch.cat(first_order(inputs, self, loss), 1).unflatten(0, (-1, copies)).sum(1)
+        sets = self.of(torch.arange(0, len(inputs[0]), copies, device=own.device))
+        return sets.best(own if population is None else own - population, population, count)
+
+    def best(self, scores: Tensor, population: Tensor | None, count: int) -> Candidates:
+        """Return the units with the largest scores, ``[examples, units]``, of those that are not switched off."""
+        scores, units = finite(scores).masked_fill(torch.cat(self.masks, 1), -torch.inf).topk(count, 1)
+        return Candidates(units, scores, torch.zeros_like(scores) if population is None else population[units])
+
+    def total(self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the first-order change of a loss when a unit is switched off, ``[units]``; see `first_order`."""
+        return torch.cat(first_order(inputs, self, loss), 1).sum(0)
 
 
 def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:

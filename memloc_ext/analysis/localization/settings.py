@@ -1,0 +1,92 @@
+"""What `localize` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from memloc_ext.analysis.localization.ranking import METHODS
+from memloc_ext.nn.ablation.losses import check_examples
+from memloc_ext.nn.ablation.network import HOWS
+
+UNITS, ACTIONS = ("channel", "weight"), ("zero", "step")
+OBJECTIVES = ("exact", "first_order", "authors")
+POPULATIONS = ("first_order", "exact", None)
+_CHOICES = {
+    "how": HOWS,
+    "unit": UNITS,
+    "action": ACTIONS,
+    "objective": OBJECTIVES,
+    "population": POPULATIONS,
+    "method": METHODS,
+}
+
+
+@dataclass
+class Settings:
+    """The arguments of `localize` of the same names."""
+
+    how: str
+    unit: str
+    action: str
+    step_size: float
+    max_units: int
+    verify: int | str
+    objective: str
+    population: str | None
+    refresh: int
+    method: str
+    eot: int
+    noise: float
+    seed: int
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights are changed, and not channels replaced."""
+        return self.unit == "weight" or self.action == "step"
+
+    def count(self, left: int) -> int:
+        """Return how many of so many units are verified."""
+        if self.method != "search" or self.objective != "exact":
+            return min(left, 1)
+        return left if isinstance(self.verify, str) else min(left, self.verify)
+
+    def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None) -> None:
+        """Raise unless the arguments are right; settle what some of them say of others."""
+        for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
+            value = getattr(self, name)
+            if not value >= rule:
+                raise ValueError(f"localize: {name} must be at least {rule}, got {value}")
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"localize: step_size must be positive and finite, got {self.step_size}")
+        if self.verify != "all" and (
+            not isinstance(self.verify, int) or isinstance(self.verify, bool) or self.verify < 1
+        ):
+            raise ValueError(f"localize: verify must be a positive number or 'all', got {self.verify!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"localize: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
+                )
+        check_examples("localize", x, y)
+        if self.changes_weights:
+            for name, only in (("method", "search"), ("how", "zero")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"localize: {name} must be {only!r} for unit='weight' and action='step', "
+                        f"got {getattr(self, name)!r}"
+                    )
+            if self.objective == "authors":
+                raise ValueError("localize: objective='authors' zeroes whole filters, not weights, and takes no steps")
+            self.how = "filter"
+        if self.objective == "authors":
+            if self.how == "mean":
+                raise ValueError("localize: objective='authors' switches filters off, got how='mean'")
+            self.how, self.population = "filter", "first_order"
+        if self.method != "search":
+            self.population = None
+        if reference is None and (self.population is not None or self.how == "mean"):
+            raise ValueError("localize: reference must be given for a population or how='mean', got None")
+        if reference is not None:
+            check_examples("localize: reference", *reference)
