@@ -35,6 +35,21 @@ def rank(
             2017); ``random``: a permutation per seed, the control.
         seeds: Of each example.
     """
+    parts, step = [], network.gradients_at_once
+    for begin in range(0, len(y), step):
+        part = slice(begin, begin + step)
+        parts.append(_rank(network, baselines, [t[part] for t in inputs], y[part], method, seeds[part]))
+    return torch.cat(parts)
+
+
+def _rank(
+    network: Network,
+    baselines: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    y: Tensor,
+    method: str,
+    seeds: Sequence[int],
+) -> Tensor:
     if method == "random":
         units = sum(len(b) for b in baselines)
         draws = [torch.rand(units, generator=torch.Generator().manual_seed(seed % (1 << 63))) for seed in seeds]

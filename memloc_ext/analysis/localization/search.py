@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memloc_ext.analysis.localization.effects import Population, Sets, verify
+from memloc_ext.analysis.localization.noise import noisy_copies
 from memloc_ext.analysis.localization.ranking import rank
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED, Found, Localization
 from memloc_ext.analysis.localization.settings import Settings
@@ -143,16 +145,15 @@ class _Searches:
         progress: Callable[[int], object],
     ) -> None:
         self.model, self.network, self.settings, self.progress = model, network, settings, progress
-        self.inputs, self.y, self.reference = given(x), y, reference
+        self.inputs, self.y = given(x), y
         self.baselines = network.baselines(x if reference is None else reference[0])
         self.filters = []
         if settings.changes_weights:
             self.filters = find_filters(model, network.graph, network.sites, settings.unit == "weight")
         self.ranks: list[int] = []
-        self.population, self.population_loss = None, 0.0
+        self.population = None
         if reference is not None and settings.population is not None:
-            everyone = torch.ones(len(reference[1]), device=y.device)
-            self.population, self.population_loss = self._population(self._none(1), everyone)
+            self.population = Population(network, *reference, self._none(1))
 
     def run(self) -> Localization:
         """Search in blocks of examples that fit into the memory budget."""
@@ -171,7 +172,7 @@ class _Searches:
             modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
         return Localization(found, sites, dims, baselines, modules, self._recall())
 
-    def _none(self, examples: int) -> Switched | ChangedWeights:
+    def _none(self, examples: int) -> Sets:
         """Return the sets of so many examples of which nothing is switched off or changed."""
         if not self.filters:
             return Switched.none(self.network, self.baselines, examples)
@@ -184,7 +185,7 @@ class _Searches:
             logits = check_logits(self.network.graph.examples(inputs, ())[self.network.output][:, 0], y)
             self.network.check_agreement(self.model, inputs, logits)
         losses, predicted = judge(logits, y)
-        start = [] if self.settings.population is None else [self.population_loss]
+        start = [] if self.population is None else [self.population.loss]
         searches = [
             _Search(*values, list(start))
             for values in zip(
@@ -193,8 +194,11 @@ class _Searches:
         ]
         for search in searches:
             search.status = "" if search.predicted[0] == search.label else ALREADY_WRONG
-        copies = torch.cat([self._noisy(inputs[0][i], begin + i) for i in range(end - begin)])
-        order = self._order(inputs, y, begin) if self.settings.method != "search" else None
+        settings, seeds = self.settings, [self.settings.seed * 1_000_003 + i for i in range(begin, end)]
+        copies = noisy_copies(inputs[0], settings.eot, settings.noise, seeds)
+        order = None
+        if settings.method != "search":
+            order = rank(self.network, self.baselines, inputs, y, settings.method, seeds)
         switched = self._none(end - begin)
         self.progress(sum(bool(search.status) for search in searches))
         while active := [i for i, search in enumerate(searches) if not search.status]:
@@ -209,7 +213,7 @@ class _Searches:
         index: Tensor,
         inputs: list[Tensor],
         copies: Tensor,
-        switched: Switched | ChangedWeights,
+        switched: Sets,
         order: Tensor | None,
     ) -> None:
         """Switch one more unit off for each of some examples of a block.
@@ -232,21 +236,22 @@ class _Searches:
                 search.status = EXHAUSTED
             return
         if order is None:
-            candidates = self._screen(copies, index, y, own, some, count, self._is_refreshed(searches[0]))
+            candidates = self._screen(copies, index, y, own, some, count, settings.is_refreshed(len(searches[0].units)))
         else:
             assert isinstance(own, Switched)
             candidates = own.best(order[index], None, count)
-        losses, predicted = self._switch_off(candidates, own, some, y)
+        losses, predicted = verify(self.network, candidates, own, some, y)
         before = torch.tensor([search.losses[-1] for search in searches], device=y.device, dtype=losses.dtype)
         effects = candidates.effects
-        if settings.population == "exact":
-            effects = self._population_effect(candidates, own, searches)
+        if settings.population == "exact" and self.population is not None:
+            so_far = torch.tensor([search.population[-1] for search in searches], device=y.device, dtype=losses.dtype)
+            effects = self.population.exact(candidates, own) - so_far[:, None]
         gain = finite(losses - before[:, None] - effects)
         best = torch.where((predicted != y[:, None]).any(1, keepdim=True) & (predicted == y[:, None]), -torch.inf, gain)
         best = best.argmax(1, keepdim=True)
         chosen = candidates.pick(best)
         switched.add(index, chosen)
-        if settings.verify == "all" and count > 1:
+        if settings.verify == "all":
             self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
         columns = (chosen.units, *(t.gather(1, best) for t in (losses, predicted, effects)))
         for search, (unit, loss, label, change) in zip(
@@ -270,7 +275,7 @@ class _Searches:
         copies: Tensor,
         index: Tensor,
         y: Tensor,
-        switched: Switched | ChangedWeights,
+        switched: Sets,
         inputs: list[Tensor],
         count: int,
         refreshed: bool,
@@ -282,109 +287,19 @@ class _Searches:
         for begin in range(0, len(index), step):
             part = slice(begin, begin + step)
             rows = torch.arange(len(index), device=index.device)[part].repeat_interleave(eot)
-            labels, population = y[part], self.population
-            if refreshed:
-                population = self._refreshed(switched, begin, inputs[0][begin], y[begin])
+            labels, effect = y[part], None if self.population is None else self.population.effect
+            if self.population is not None and refreshed:
+                leave_out = self.settings.objective == "authors"  # the example itself is no part of its population
+                without = (inputs[0][begin], y[begin]) if leave_out else None
+                effect = self.population.refreshed(switched.of(index.new_tensor([begin])), without)
 
             def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
                 mean = wide(logits).unflatten(0, (-1, eot)).mean(1)
                 return F.cross_entropy(mean, labels, reduction="sum")
 
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
-            found.append(switched.of(rows).screen(given, loss, eot, population, count))
+            found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
-
-    def _switch_off(
-        self, candidates: Candidates, switched: Switched | ChangedWeights, inputs: list[Tensor], y: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return loss and prediction with each candidate off too, ``[examples, candidates]``."""
-        network, edits = self.network, switched.edits()
-        losses = torch.empty(candidates.units.shape, dtype=torch.float64, device=y.device)
-        predicted = torch.empty_like(candidates.units)
-        with torch.no_grad():
-            unchanged = network.graph.examples(inputs, network.needed, edits)
-            for s, suffix in enumerate(network.suffixes):
-                here = (candidates.units >= switched.starts[s]) & (candidates.units < switched.starts[s + 1])
-                rows, columns = here.nonzero(as_tuple=True)
-                for begin in range(0, len(rows), network.rows_at_once[s]):
-                    part = slice(begin, begin + network.rows_at_once[s])
-                    row, column = rows[part], columns[part]
-                    slab = switched.slab(s, candidates, row, column, unchanged)
-                    logits = suffix.run(unchanged, row, slab, edits)[:, 0]
-                    loss, label = judge(logits, y[row])
-                    losses[row, column], predicted[row, column] = loss.double(), label
-        return losses, predicted
-
-    def _population(self, switched: Switched | ChangedWeights, weights: Tensor) -> tuple[Tensor, float]:
-        """Return the first-order effect of units on the population's loss, see `Switched.total`, and that loss.
-
-        Args:
-            switched: Units of one example, that are switched off in all of the reference examples.
-            weights: Of the reference examples in the sum over them, that is divided by their number.
-        """
-        assert self.reference is not None
-        (x, y), total, value = self.reference, 0.0, 0.0
-        for begin in range(0, len(y), self.network.gradients_at_once):
-            part = slice(begin, begin + self.network.gradients_at_once)
-            rows, labels, weight = torch.zeros_like(y[part]), y[part], weights[part] / len(y)
-
-            def loss(logits: Tensor, labels: Tensor = labels, weight: Tensor = weight) -> Tensor:
-                nonlocal value
-                result = (F.cross_entropy(wide(logits), labels, reduction="none") * weight).sum()
-                value += float(result.detach())
-                return result
-
-            total = total + switched.of(rows).total([x[part]], loss)
-        assert isinstance(total, Tensor)
-        return total, value
-
-    def _is_refreshed(self, search: _Search) -> bool:
-        settings = self.settings
-        if settings.objective == "authors":
-            return True
-        done = len(search.units)
-        return settings.refresh > 0 and done > 0 and done % settings.refresh == 0 and self.population is not None
-
-    def _refreshed(self, switched: Switched | ChangedWeights, i: int, x: Tensor, y: Tensor) -> Tensor:
-        assert self.reference is not None
-        others, weights = self.reference[0], torch.ones(len(self.reference[1]), device=y.device)
-        if self.settings.objective == "authors":  # the example itself is no part of its population
-            same = (others == x).flatten(1).all(1) & (self.reference[1] == y)
-            weights = weights.masked_fill(same, 0)
-        return self._population(switched.of(torch.tensor([i], device=y.device)), weights)[0]
-
-    def _population_effect(
-        self, candidates: Candidates, switched: Switched | ChangedWeights, searches: list[_Search]
-    ) -> Tensor:
-        """Return the exact change of the population's mean loss, ``[examples, candidates]``."""
-        assert self.reference is not None
-        x, y = self.reference
-        effects, step = [], self.network.examples_at_once
-        for i, search in enumerate(searches):
-            total = torch.zeros(candidates.units.shape[1], dtype=torch.float64, device=y.device)
-            for begin in range(0, len(y), step):
-                some, labels = [x[begin : begin + step]], y[begin : begin + step]
-                own = switched.of(torch.full((len(labels),), i, device=y.device))
-                losses, _ = self._switch_off(candidates.repeated(i, len(labels)), own, some, labels)
-                total += losses.sum(0)
-            effects.append(total / len(y) - search.population[-1])
-        return torch.stack(effects)
-
-    def _noisy(self, x: Tensor, index: int) -> Tensor:
-        """Return noisy copies of an example, ``[eot, *]``: the same for each position in the batch and seed."""
-        eot, noise = self.settings.eot, self.settings.noise
-        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + index) % (1 << 63))
-        draws = torch.randn(eot, *x.shape, generator=generator).to(x)
-        norms = draws.flatten(1).norm(dim=1).clamp_min(torch.finfo(draws.dtype).tiny)
-        return x + draws * (noise * x.norm() / norms).reshape(-1, *[1] * x.dim())
-
-    def _order(self, inputs: list[Tensor], y: Tensor, begin: int) -> Tensor:
-        step, parts = self.network.gradients_at_once, []
-        for first in range(0, len(y), step):
-            some = [t[first : first + step] for t in inputs]
-            seeds = [self.settings.seed * 1_000_003 + begin + first + i for i in range(len(some[0]))]
-            parts.append(rank(self.network, self.baselines, some, y[first : first + step], self.settings.method, seeds))
-        return torch.cat(parts)
 
     def _recall(self) -> dict[int, float]:
         if not self.ranks:

@@ -52,6 +52,10 @@ class Settings:
             return min(left, 1)
         return left if isinstance(self.verify, str) else min(left, self.verify)
 
+    def is_refreshed(self, done: int) -> bool:
+        """Return whether the population's first-order effect is measured anew after so many units."""
+        return self.objective == "authors" or (self.refresh > 0 and done > 0 and done % self.refresh == 0)
+
     def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None) -> None:
         """Raise unless the arguments are right; settle what some of them say of others."""
         for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):

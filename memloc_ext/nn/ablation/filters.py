@@ -56,15 +56,17 @@ class Filters:
             changes: What is added to their weights, ``[units, weights]``.
         """
         x = x.movedim(CHANNELS, 1)
+        positions = self._windows(x[:1]).shape[2:-2]
         if self.single:
-            within, kernel = units % self.layer.weight[0].numel(), self.layer.weight[0, 0].numel()
-            windows = self._windows(x[rows, within.div(kernel, rounding_mode="floor")]).flatten(-2)
-            taps = windows.movedim(-1, 1)[torch.arange(len(units), device=x.device), within % kernel]
-            return taps * changes.reshape(-1, *[1] * (taps.dim() - 1))
+            _, channels, *tap = torch.unravel_index(units, self.layer.weight.shape)
+            windows = self._windows(x[rows, channels])
+            if tap:
+                windows = windows.movedim((-2, -1), (1, 2))[(torch.arange(len(units), device=x.device), *tap)]
+            return windows.reshape(len(units), *positions) * changes.reshape(-1, *[1] * len(positions))
         some, place, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
         within = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[place]
         most = int(counts.max()) if len(counts) else 0
-        parts, positions = [], self._windows(x[:1]).shape[2:-2]
+        parts = []
         step = max(1, _CACHED // max(1, x.element_size() * changes.shape[1] * (positions.numel() + most)))
         for begin in range(0, len(some), step):
             here = (place >= begin) & (place < begin + step)
