@@ -100,11 +100,11 @@ class Population:
         totals, value, step = [], 0.0, self.network.gradients_at_once
         for begin in range(0, len(self.y), step):
             part = slice(begin, begin + step)
-            labels, weight = self.y[part], weights[part] / len(self.y)
+            labels, weight = self.y[part], weights[part]
 
             def loss(logits: Tensor, labels: Tensor = labels, weight: Tensor = weight) -> Tensor:
                 nonlocal value
-                result = (F.cross_entropy(wide(logits), labels, reduction="none") * weight).sum()
+                result = (F.cross_entropy(wide(logits), labels, reduction="none") * weight).sum() / len(self.y)
                 value += float(result.detach())
                 return result
 
