@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memloc_ext.nn.ablation.switch import AppliedAblation, apply_ablation
 from memloc_ext.nn.ablation.weight_changes import AppliedChanges, WeightChange
 
+_RECALL_AT = (1, 8, 32, 128)
 FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG = "flipped", "capped", "exhausted", "already_wrong"
 
 
@@ -19,7 +20,8 @@ class Found:
     """What the search found for one example.
 
     Attributes:
-        units: ``(site, unit)`` in the order in which they were switched off; each stays off.
+        units: ``(site, unit)`` in the order in which they were switched off or changed; each stays so. A unit is a
+            channel or head, or for ``unit="weight"`` an index into the flattened weight of the site's layer.
         status: ``flipped``: the last unit changed the prediction away from the label; ``capped``: ``max_units`` are
             off and the prediction still is the label; ``exhausted``: no unit is left; ``already_wrong``: the
             unchanged network does not predict the label, nothing was searched.
@@ -98,3 +100,12 @@ class Localization(Sequence[Found]):
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self._found)
+
+
+def recall(ranks: Sequence[int]) -> dict[int, float]:
+    """Return `Localization.recall`.
+
+    Args:
+        ranks: Of the chosen units in the screen, from 0; none where not all units were verified.
+    """
+    return {k: sum(r < k for r in ranks) / len(ranks) for k in _RECALL_AT} if ranks else {}

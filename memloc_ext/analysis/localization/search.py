@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +12,18 @@ from torch.nn import functional as F
 from memloc_ext.analysis.localization.effects import Population, Sets, verify
 from memloc_ext.analysis.localization.noise import noisy_copies
 from memloc_ext.analysis.localization.ranking import rank
-from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED, Found, Localization
+from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
 from memloc_ext.analysis.localization.settings import Settings
+from memloc_ext.analysis.localization.state import Search
 from memloc_ext.nn.ablation.candidates import Candidates, finite
 from memloc_ext.nn.ablation.filters import find_filters
 from memloc_ext.nn.ablation.losses import check_logits, judge, wide
 from memloc_ext.nn.ablation.network import Network, given
 from memloc_ext.nn.ablation.sites import producer
 from memloc_ext.nn.ablation.switched import Switched
-from memloc_ext.nn.ablation.weight_changes import WeightChange
 from memloc_ext.nn.ablation.weights import ChangedWeights
 
-_RECALL_AT = (1, 8, 32, 128)
 _BLOCK = 256  # examples that are searched at a time
-
-
-@dataclass
-class _Search:
-    """Where the search of one example is."""
-
-    label: int
-    losses: list[float]
-    predicted: list[int]
-    population: list[float]
-    units: list[tuple[str, int]] = field(default_factory=list)
-    status: str = ""
-
-    def done(self, changes: list[WeightChange]) -> Found:
-        return Found(self.units, self.status, self.losses, self.population, self.predicted, changes)
 
 
 def localize(
@@ -66,7 +49,7 @@ def localize(
     memory_budget: int = 1 << 30,
     progress: Callable[[int], object] | None = None,
 ) -> Localization:
-    r"""Find the few units that must be switched off until each example is no longer predicted as its label.
+    r"""Find the few units that must be switched off, or changed, until each example is not predicted as its label.
 
     Per step and example: one forward and backward pass over ``eot`` noisy copies gives, to first order, what switching
     off each unit does to the example's loss; less what it does to the population's, this ranks all units. The
@@ -170,7 +153,7 @@ class _Searches:
         modules = {site.name: site.name for site in network.sites}
         if network.how == "filter":
             modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
-        return Localization(found, sites, dims, baselines, modules, self._recall())
+        return Localization(found, sites, dims, baselines, modules, recall(self.ranks))
 
     def _none(self, examples: int) -> Sets:
         """Return the sets of so many examples of which nothing is switched off or changed."""
@@ -187,7 +170,7 @@ class _Searches:
         losses, predicted = judge(logits, y)
         start = [] if self.population is None else [self.population.loss]
         searches = [
-            _Search(*values, list(start))
+            Search(*values, list(start))
             for values in zip(
                 y.tolist(), ([v] for v in losses.tolist()), ([v] for v in predicted.tolist()), strict=True
             )
@@ -209,7 +192,7 @@ class _Searches:
 
     def _step(
         self,
-        searches: list[_Search],
+        searches: list[Search],
         index: Tensor,
         inputs: list[Tensor],
         copies: Tensor,
@@ -258,16 +241,10 @@ class _Searches:
             searches, zip(*(c[:, 0].tolist() for c in columns), strict=True), strict=True
         ):
             site = bisect.bisect_right(own.starts, unit) - 1
-            search.units.append((self.network.sites[site].name, unit - own.starts[site]))
-            search.losses.append(loss)
-            search.predicted.append(label)
-            if search.population:
-                search.population.append(search.population[-1] + change)
-            if label != search.label:
-                search.status = FLIPPED
-            elif len(search.units) == units:
+            search.take((self.network.sites[site].name, unit - own.starts[site]), loss, label, change)
+            if not search.status and len(search.units) == units:
                 search.status = EXHAUSTED
-            elif len(search.units) >= settings.max_units:
+            elif not search.status and len(search.units) >= settings.max_units:
                 search.status = CAPPED
 
     def _screen(
@@ -300,8 +277,3 @@ class _Searches:
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
-
-    def _recall(self) -> dict[int, float]:
-        if not self.ranks:
-            return {}
-        return {k: sum(r < k for r in self.ranks) / len(self.ranks) for k in _RECALL_AT}

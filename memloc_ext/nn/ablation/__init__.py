@@ -2,5 +2,14 @@
 
 from memloc_ext.nn.ablation.losses import AblationLosses, SiteLosses, ablation_losses
 from memloc_ext.nn.ablation.switch import AppliedAblation, apply_ablation
+from memloc_ext.nn.ablation.weight_changes import AppliedChanges, WeightChange
 
-__all__ = ["AblationLosses", "AppliedAblation", "SiteLosses", "ablation_losses", "apply_ablation"]
+__all__ = [
+    "AblationLosses",
+    "AppliedAblation",
+    "AppliedChanges",
+    "SiteLosses",
+    "WeightChange",
+    "ablation_losses",
+    "apply_ablation",
+]
