@@ -51,8 +51,7 @@ class Population:
 
     Args:
         network: To run.
-        x: Reference examples.
-        y: Their labels.
+        reference: See `localize`.
         nothing: The set of one example of which nothing is off.
 
     Attributes:
@@ -60,9 +59,9 @@ class Population:
         effect: Of units on it, see `Switched.total`.
     """
 
-    def __init__(self, network: Network, x: Tensor, y: Tensor, nothing: Sets) -> None:
-        self.network, self.x, self.y = network, x, y
-        self.effect, self.loss = self._total(nothing, torch.ones(len(y), device=y.device))
+    def __init__(self, network: Network, reference: Sequence[Tensor], nothing: Sets) -> None:
+        self.network, self.inputs, self.y = network, reference_inputs(network, reference), reference[1]
+        self.effect, self.loss = self._total(nothing, torch.ones(len(self.y), device=self.y.device))
 
     def refreshed(self, own: Sets, without: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the effect of units where some are off already.
@@ -74,7 +73,7 @@ class Population:
         weights = torch.ones(len(self.y), device=self.y.device)
         if without is not None:
             x, y = without
-            weights = weights.masked_fill((self.x == x).flatten(1).all(1) & (self.y == y), 0)
+            weights = weights.masked_fill((self.inputs[0] == x).flatten(1).all(1) & (self.y == y), 0)
         return self._total(own, weights)[0]
 
     def exact(self, candidates: Candidates, sets: Sets) -> Tensor:
@@ -83,7 +82,8 @@ class Population:
         for i in range(len(candidates.units)):
             total = torch.zeros(candidates.units.shape[1], dtype=torch.float64, device=self.y.device)
             for begin in range(0, len(self.y), step):
-                x, y = [self.x[begin : begin + step]], self.y[begin : begin + step]
+                part = slice(begin, begin + step)
+                x, y = [t[part] for t in self.inputs], self.y[part]
                 own = sets.of(torch.full_like(y, i))
                 losses, _ = verify(self.network, candidates.repeated(i, len(y)), own, x, y)
                 total += losses.sum(0)
@@ -108,5 +108,15 @@ class Population:
                 value += float(result.detach())
                 return result
 
-            totals = [sum(totals) + own.of(torch.zeros_like(labels)).total([self.x[part]], loss)]
+            totals = [sum(totals) + own.of(torch.zeros_like(labels)).total([t[part] for t in self.inputs], loss)]
         return totals[0], value
+
+
+def reference_inputs(network: Network, reference: Sequence[Tensor]) -> list[Tensor]:
+    """Return the recording's inputs for the reference examples: with their ids if the model was recorded with some."""
+    count = len(network.graph.recording.inputs)
+    inputs = [reference[0], *reference[2:]]
+    if len(inputs) != count:
+        rule = "examples, labels and ids inside example_ids" if count == 2 else "examples and labels"
+        raise ValueError(f"localize: reference must be {rule}, got {len(reference)} tensors")
+    return inputs

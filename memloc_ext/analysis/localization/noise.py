@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +18,18 @@ def noisy_copies(x: Tensor, copies: int, noise: float, seeds: Sequence[int]) -> 
         noise: Norm of the noise over that of the example.
         seeds: Of each example; the same draws wherever in a batch it is.
     """
+    if noise == 0:
+        return x.repeat_interleave(copies, 0)
     found = []
     for example, seed in zip(x, seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        generator = torch.Generator().manual_seed(seed)
         draws = torch.randn(copies, *example.shape, generator=generator).to(x)
         norms = draws.flatten(1).norm(dim=1).clamp_min(torch.finfo(draws.dtype).tiny)
         found.append(example + draws * (noise * example.norm() / norms).reshape(-1, *[1] * example.dim()))
     return torch.cat(found)
+
+
+def seeds_of(x: Tensor, seed: int) -> list[int]:
+    """Return a seed for each example, that depends on nothing but the example and ``seed``."""
+    contents = (example.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() for example in x)
+    return [(seed * 1_000_003 + zlib.crc32(content)) % (1 << 63) for content in contents]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.analysis.localization.effects import Population, Sets, verify
-from memloc_ext.analysis.localization.noise import noisy_copies
+from memloc_ext.analysis.localization.effects import Population, Sets, reference_inputs, verify
+from memloc_ext.analysis.localization.noise import noisy_copies, seeds_of
 from memloc_ext.analysis.localization.ranking import rank
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
 from memloc_ext.analysis.localization.settings import Settings
 from memloc_ext.analysis.localization.state import Search
 from memloc_ext.nn.ablation.candidates import Candidates, finite
 from memloc_ext.nn.ablation.filters import find_filters
-from memloc_ext.nn.ablation.losses import check_logits, judge, wide
+from memloc_ext.nn.ablation.losses import check_classes, check_logits, judge, wide
 from memloc_ext.nn.ablation.network import Network, given
 from memloc_ext.nn.ablation.sites import producer
 from memloc_ext.nn.ablation.switched import Switched
@@ -31,7 +31,7 @@ def localize(
     x: Tensor,
     y: Tensor,
     *,
-    reference: tuple[Tensor, Tensor] | None = None,
+    reference: tuple[Tensor, ...] | None = None,
     sites: Sequence[str] | None = None,
     how: str = "zero",
     unit: str = "channel",
@@ -65,8 +65,8 @@ def localize(
             read into Python.
         x: ``[batch, *]``, on the model's device.
         y: The labels that are to be lost, ``[batch]``, int64: those that the model was trained on.
-        reference: Examples and labels that stand for the population, ``([*, *], [*])``. None only where nothing needs
-            them: ``population=None`` and ``how`` other than ``mean``.
+        reference: Examples and labels that stand for the population, ``([*, *], [*])``; inside of `example_ids` also
+            their ids, ``[*]``. None only where nothing needs them: ``population=None`` and ``how`` other than ``mean``.
         sites: See `ablation_losses`.
         how: See `ablation_losses`; the mean is that over ``reference``.
         unit: ``channel``, or ``weight``: the single weights of the convolution or linear layer that alone computes a
@@ -95,7 +95,7 @@ def localize(
             ``activation``, ``gradient_activation``, ``integrated_gradients`` (see `rank`) or ``random``.
         eot: Noisy copies of an example, whose logits are averaged; at least 1.
         noise: Norm of the Gaussian noise over that of the example; with 0 one copy is enough.
-        seed: Of the noise and of ``random``; the global generators are not touched.
+        seed: Of the noise and of ``random``, together with the example itself; the global generators are not touched.
         memory_budget: See `ablation_losses`.
         progress: Called with the number of examples whose search has ended.
 
@@ -124,19 +124,17 @@ class _Searches:
         settings: Settings,
         x: Tensor,
         y: Tensor,
-        reference: tuple[Tensor, Tensor] | None,
+        reference: tuple[Tensor, ...] | None,
         progress: Callable[[int], object],
     ) -> None:
         self.model, self.network, self.settings, self.progress = model, network, settings, progress
         self.inputs, self.y = given(x), y
-        self.baselines = network.baselines(x if reference is None else reference[0])
+        self.baselines = network.baselines(self.inputs if reference is None else reference_inputs(network, reference))
         self.filters = []
         if settings.changes_weights:
             self.filters = find_filters(model, network.graph, network.sites, settings.unit == "weight")
         self.ranks: list[int] = []
-        self.population = None
-        if reference is not None and settings.population is not None:
-            self.population = Population(network, *reference, self._none(1))
+        self.reference, self.population = reference, None
 
     def run(self) -> Localization:
         """Search in blocks of examples that fit into the memory budget."""
@@ -167,6 +165,10 @@ class _Searches:
         with torch.no_grad():
             logits = check_logits(self.network.graph.examples(inputs, ())[self.network.output][:, 0], y)
             self.network.check_agreement(self.model, inputs, logits)
+            if self.reference is not None:
+                check_classes("localize: reference", self.reference[1], logits)
+        if self.population is None and self.reference is not None and self.settings.population is not None:
+            self.population = Population(self.network, self.reference, self._none(1))
         losses, predicted = judge(logits, y)
         start = [] if self.population is None else [self.population.loss]
         searches = [
@@ -177,7 +179,7 @@ class _Searches:
         ]
         for search in searches:
             search.status = "" if search.predicted[0] == search.label else ALREADY_WRONG
-        settings, seeds = self.settings, [self.settings.seed * 1_000_003 + i for i in range(begin, end)]
+        settings, seeds = self.settings, seeds_of(inputs[0], self.settings.seed)
         copies = noisy_copies(inputs[0], settings.eot, settings.noise, seeds)
         order = None
         if settings.method != "search":

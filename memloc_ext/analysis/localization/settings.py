@@ -56,7 +56,7 @@ class Settings:
         """Return whether the population's first-order effect is measured anew after so many units."""
         return self.objective == "authors" or (self.refresh > 0 and done > 0 and done % self.refresh == 0)
 
-    def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None) -> None:
+    def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, ...] | None) -> None:
         """Raise unless the arguments are right; settle what some of them say of others."""
         for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
             value = getattr(self, name)
@@ -93,4 +93,4 @@ class Settings:
         if reference is None and (self.population is not None or self.how == "mean"):
             raise ValueError("localize: reference must be given for a population or how='mean', got None")
         if reference is not None:
-            check_examples("localize: reference", *reference)
+            check_examples("localize: reference", *reference[:2])

@@ -94,6 +94,8 @@ def find_layer(
             return layer
         if call.name in BATCH_NORMS and layer.scale is None and not normalises_by_batch(call):
             _, weight, bias, mean, var, *_, eps = call.args
+            if mean.dtype != layer.weight.dtype:  # under autocast
+                return layer
             scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
             shift = -mean * scale if bias is None else bias - mean * scale
             layer = replace(layer, scale=scale, shift=shift, calls=calls, output=output)

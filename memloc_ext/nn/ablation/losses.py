@@ -113,7 +113,8 @@ def ablation_losses(
 
 
 def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, reference: Tensor | None) -> AblationLosses:
-    baselines, inputs = network.baselines(x if reference is None else reference), given(x)
+    inputs = given(x)
+    baselines = network.baselines(inputs if reference is None else given(reference))
     step, parts, base = network.examples_at_once, [], []
     for begin in range(0, len(x), step):
         some, classes = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
@@ -198,6 +199,11 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"the model must return logits [batch, classes], got {list(logits.shape)}")
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's logits must be finite, got NaN or infinity in the unchanged network")
-    if bool(((y < 0) | (y >= logits.shape[1])).any()):
-        raise ValueError(f"y must be in [0, {logits.shape[1]}), got values from {int(y.min())} to {int(y.max())}")
+    check_classes("y", y, logits)
     return logits
+
+
+def check_classes(name: str, y: Tensor, logits: Tensor) -> None:
+    """Raise unless labels are of the classes of ``[batch, classes]``."""
+    if bool(((y < 0) | (y >= logits.shape[1])).any()):
+        raise ValueError(f"{name} must be in [0, {logits.shape[1]}), got values from {int(y.min())} to {int(y.max())}")

@@ -53,6 +53,10 @@ class Network:
         self.sites = find_sites(model, recording, sites)
         self.places = [_place(self.graph, site, how) for site in self.sites]
         every = [value for place in self.places for value in place.values] if edited else []
+        for i, value in enumerate(every):
+            if value in every[:i]:
+                same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
+                raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
         self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
         self._probe(memory_budget, edited, weights)
 
@@ -61,19 +65,20 @@ class Network:
         """The logits' value."""
         return self.graph.recording.output
 
-    def baselines(self, x: Tensor) -> list[Tensor]:
+    def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what each site's units are replaced by, ``[units]``.
 
         Args:
-            x: Examples, of whose activations ``how="mean"`` takes the mean.
+            inputs: Of the examples of whose activations ``how="mean"`` takes the mean.
         """
         if self.how == "mean":
-            return self._means(x)
+            with torch.no_grad():
+                return self._means(inputs)
         out = []
         for site, place in zip(self.sites, self.places, strict=True):
             bias = _bias(self.graph, site) if self.how == "filter" else None
-            dtype = self.dtypes[place.values[0]]
-            out.append(torch.zeros(place.units, dtype=dtype, device=x.device) if bias is None else bias.to(dtype))
+            dtype, device = self.dtypes[place.values[0]], inputs[0].device
+            out.append(torch.zeros(place.units, dtype=dtype, device=device) if bias is None else bias.to(dtype))
         return out
 
     def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
@@ -90,8 +95,8 @@ class Network:
         values = baseline[units].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
         return Slab(values, units, place.dim)
 
-    def _means(self, x: Tensor) -> list[Tensor]:
-        values, inputs = [place.values for place in self.places], given(x)
+    def _means(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        values, x = [place.values for place in self.places], inputs[0]
         sums = [torch.zeros(place.units, dtype=torch.float64, device=x.device) for place in self.places]
         for begin in range(0, len(x), self.examples_at_once):
             some = [t[begin : begin + self.examples_at_once] for t in inputs]

@@ -135,7 +135,7 @@ def run_slab(
         scale, mean, shift = (
             t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
         )
-        return [Slab((first.values - mean) * scale + shift, first.start, 1)]
+        return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
     if name in _POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
         pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
         pooled = pooled if isinstance(pooled, tuple) else (pooled,)

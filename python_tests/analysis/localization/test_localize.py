@@ -55,7 +55,6 @@ def test_other_ways_to_switch_off(how: str) -> None:
             torch.testing.assert_close(found.baselines[site], mean)
         confirm(model, x[:8], y[:8], found, found.baselines)
         return
-    assert found.baselines == {}
     for i, one in enumerate(found):
         edited = copy.deepcopy(model)
         for site, unit in one.units:
@@ -111,7 +110,6 @@ def test_examples_do_not_depend_on_each_other(method: str) -> None:
         assert same(together, alone)
 
 
-@pytest.mark.xfail(strict=True, reason="the noise belongs to the position of an example in the batch")
 def test_nor_does_their_noise() -> None:
     model, x, y = trained()
     settings: dict[str, Any] = {"reference": (x[12:], y[12:]), "noise": 3.0, "eot": 1, "objective": "first_order"}
@@ -162,7 +160,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.xfail(strict=True, reason="the means keep the graph of the images")
 def test_images_with_gradients() -> None:
     model, x, y = trained()
     found = localize(

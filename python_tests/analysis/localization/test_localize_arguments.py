@@ -66,13 +66,11 @@ def test_weights_that_are_not_numbers() -> None:
                 localize(**arguments(model=model, **change))
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the labels of the reference are not checked")
 def test_labels_of_the_reference() -> None:
     with pytest.raises(ValueError, match="reference"):
         localize(**arguments(reference=(X[12:], Y[12:] + 1)))
 
 
-@pytest.mark.xfail(strict=True, reason="the reference is run without example ids")
 def test_a_reference_where_the_model_needs_example_ids() -> None:
     dropout = memloc_ext.nn.ExampleTiedDropout(0.3, 0.4)
     dropout.mode = "train"
@@ -81,7 +79,6 @@ def test_a_reference_where_the_model_needs_example_ids() -> None:
         localize(**arguments(model=tied))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the norm of whole numbers is taken, even for no noise")
 def test_tokens() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3))
     tokens = torch.randint(0, 9, (4, 5))
@@ -89,7 +86,6 @@ def test_tokens() -> None:
     localize(model, tokens, y, sites=["2"], population=None, noise=0.0)
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="edits are kept by value, and these sites share theirs")
 @pytest.mark.parametrize("how", ["zero", "filter"])
 def test_sites_that_are_the_same_units(how: str) -> None:
     model = nn.Sequential(trained()[0][:3], trained()[0][3:])
