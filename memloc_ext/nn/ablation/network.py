@@ -18,7 +18,7 @@ from memloc_ext.nn.example_ids import current_example_ids, example_ids
 
 HOWS = ("zero", "mean", "filter")
 _SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'
-_CACHED = 1 << 26  # bytes of a chunk of variants on the CPU; more gains nothing there
+_CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing there
 
 
 class Network:
