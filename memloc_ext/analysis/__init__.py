@@ -8,20 +8,30 @@ from memloc_ext.analysis.gradient_accounting import (
     ParameterAccount,
     gradient_accounting,
 )
-from memloc_ext.analysis.localization import Found, Localization, localize
+from memloc_ext.analysis.localization import (
+    DatasetLocalization,
+    Found,
+    Localization,
+    LocalizationConfig,
+    localize,
+    localize_dataset,
+)
 from memloc_ext.analysis.roc import roc_auc
 
 __all__ = [
     "Accuracy",
+    "DatasetLocalization",
     "EpochAccount",
     "Found",
     "GradientAccounting",
     "GroupAccount",
     "Localization",
+    "LocalizationConfig",
     "ParameterAccount",
     "accuracy",
     "accuracy_by_mode",
     "gradient_accounting",
     "localize",
+    "localize_dataset",
     "roc_auc",
 ]

@@ -89,6 +89,12 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
     return model
 
 
+def example_tied_sites(model: nn.Module) -> dict[str, ExampleTiedDropout]:
+    """Return the modules whose output an `ExampleTiedDropout` ends, by name: those it was put behind, else itself."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ExampleTiedDropout)}
+    return {name.removesuffix(f".{_NAME}"): module for name, module in found.items()}
+
+
 def _runs_children_in_order(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 

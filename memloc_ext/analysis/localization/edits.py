@@ -1,0 +1,92 @@
+"""What switching the units of one example off does to all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.analysis.accuracy import Accuracy, accuracy
+from memloc_ext.data import Dataset
+from memloc_ext.nn import apply_ablation
+
+
+@dataclass(frozen=True)
+class EditedAccuracy:
+    """Accuracy with units of one example switched off, mean over examples: shares in ``[0, 1]``, None without examples.
+
+    Attributes:
+        units: Mean number of units that are off.
+        examples: Number of examples in the mean.
+        clean: Clean training examples predicted as their label.
+        noisy: Memorized training examples predicted as the label they were given.
+        test: Test examples predicted as their label; None where they were not evaluated.
+    """
+
+    units: float
+    examples: int
+    clean: float | None
+    noisy: float | None
+    test: float | None
+
+
+def edited_accuracy(
+    model: nn.Module,
+    dataset: Dataset,
+    edits: Sequence[Sequence[tuple[str, int]]],
+    channel_dims: Mapping[str, int],
+    *,
+    test: bool = True,
+) -> tuple[EditedAccuracy, list[EditedAccuracy]]:
+    """Switch the units of each example off one after another, and evaluate the model after each.
+
+    Args:
+        model: In the dropout mode it is in; left as it was.
+        dataset: What it is evaluated on.
+        edits: The units of each example in their order; at least one example.
+        channel_dims: Site to the dimension of its units, see `Localization`.
+        test: Whether to look at the test examples.
+
+    Returns:
+        The accuracy with all units of an example off, mean over the examples; and the curve: the accuracy after the
+        first k units, for k = 0, 1, ..., each the mean over the examples that have at least k units.
+    """
+    plain = accuracy(model, dataset, test=test)
+    results = []
+    for units in edits:
+        result = [plain]
+        for k in range(1, len(units) + 1):
+            with apply_ablation(model, units[:k], channel_dims=channel_dims):
+                result.append(accuracy(model, dataset, test=test))
+        results.append(result)
+    longest = max(len(result) for result in results)
+    curve = [_mean(k, [result[k] for result in results if len(result) > k]) for k in range(longest)]
+    units = sum(len(result) - 1 for result in results) / len(results)
+    return _mean(units, [result[-1] for result in results]), curve
+
+
+def sampled(dataset: Dataset, limit: int, generator: torch.Generator) -> Dataset:
+    """Return a data set with at most so many clean training, memorized training and test examples, drawn at random."""
+    train, test = dataset.train, dataset.test
+    rows = [_drawn(kind.nonzero()[:, 0].cpu(), limit, generator) for kind in (~train.memorized, train.memorized)]
+    test_rows = _drawn(torch.arange(len(test)), limit, generator)
+    return replace(dataset, train=train.subset(torch.cat(rows)), test=test.subset(test_rows))
+
+
+def _drawn(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)[:limit]]
+
+
+def _mean(units: float, results: Sequence[Accuracy]) -> EditedAccuracy:
+    return EditedAccuracy(
+        units,
+        len(results),
+        *(_mean_or_none(getattr(result, name) for result in results) for name in ("clean", "noisy", "test")),
+    )
+
+
+def _mean_or_none(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
