@@ -1,4 +1,4 @@
-"""The command line: ``memloc run``, ``train``, ``account``, ``dropout`` and ``info``."""
+"""The command line: ``memloc run``, ``train``, ``account``, ``localize``, ``dropout`` and ``info``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from memloc_ext.info import info
+from memloc_ext.run_directory import LOCALIZED
 from memloc_ext.study import VARIANTS, StudyConfig, Variant, run_study
 
 
@@ -26,7 +27,13 @@ class _Command:
         """Whether the plain training is accounted."""
         return False
 
+    @property
+    def localizes(self) -> bool:
+        """Whether the plain and the example-tied model are localized."""
+        return False
+
     def run(self) -> None:
+        from memloc_ext.localization_answers import summary
         from memloc_ext.report import cost, text_table, write_report
 
         config = self.study
@@ -37,11 +44,12 @@ class _Command:
             output,
             variants=self.variants,
             accounting=self.accounts,
+            localization=self.localizes,
             tensorboard=self.tensorboard,
             say=_say,
         )
         report = write_report(run)
-        print("", text_table(run.metrics), "", *cost(run), f"report: {report}", sep="\n")
+        print("", text_table(run.metrics), "", *cost(run), *summary(run.localizations), f"report: {report}", sep="\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +59,18 @@ class Run(_Command):
     variants = VARIANTS
     accounting: bool = True
     """Keep an account of the gradients of the plain training; cannot be had with --compile."""
+    localization: bool = True
+    """Search for the units that flip single examples, after plain training and with example-tied dropout."""
 
     @property
     def accounts(self) -> bool:
         """Whether the plain training is accounted."""
         return self.accounting
+
+    @property
+    def localizes(self) -> bool:
+        """Whether the plain and the example-tied model are localized."""
+        return self.localization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +89,18 @@ class Account(_Command):
     @property
     def accounts(self) -> bool:
         """Whether the plain training is accounted."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Localize(_Command):
+    """Train a model without and one with example-tied dropout, and search for the units that flip single examples."""
+
+    variants = LOCALIZED
+
+    @property
+    def localizes(self) -> bool:
+        """Whether the plain and the example-tied model are localized."""
         return True
 
 
@@ -104,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         Annotated[Run, subcommand("run")]
         | Annotated[Train, subcommand("train")]
         | Annotated[Account, subcommand("account")]
+        | Annotated[Localize, subcommand("localize")]
         | Annotated[Dropout, subcommand("dropout")]
         | Annotated[Info, subcommand("info")]
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +63,17 @@ def write_json(path: str | Path, value: Any) -> None:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"write_json: value for {path} must be JSON: {error}") from error
     write_atomically(path, text + b"\n")
+
+
+def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as ``<name>.json`` and as ``<name>.csv``, whose columns are the keys in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path / f"{name}.csv", text.getvalue().encode())
+    write_json(path / f"{name}.json", list(rows))
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from memloc_ext import accounting_figures, figures
+from memloc_ext import accounting_figures, figures, localization_answers, localization_figures
 from memloc_ext._version import __version__
 from memloc_ext.accounting_files import Accounting
 from memloc_ext.figures import percent
@@ -49,7 +49,9 @@ def answers(run: Run) -> list[str]:
             f"and {percent(drop['test'])} % of the test examples are right"
             + (f" ({percent(plain['test'])} % after plain training)." if plain else ".")
         )
-    return sentences + (_accounting_answers(run.accounting) if run.accounting else [])
+    if run.accounting:
+        sentences += _accounting_answers(run.accounting)
+    return sentences + localization_answers.answers(run.localizations)
 
 
 def cost(run: Run) -> list[str]:
@@ -102,6 +104,7 @@ def write_report(run: Run) -> Path:
     figure = {"accuracy": figures.accuracy_bars(run.metrics), "curves": figures.accuracy_curves(run.histories)}
     if run.accounting:
         figure |= accounting_figures.all_figures(run.accounting)
+    figure |= localization_figures.all_figures(run.localizations)
     drawn = {name: figures.png(picture) for name, picture in figure.items()}
     folder = run.path / FIGURES
     folder.mkdir(exist_ok=True)
@@ -116,6 +119,7 @@ def write_report(run: Run) -> Path:
             config=run.config,
             answers=answers(run),
             cost=cost(run),
+            localization=localization_answers.notes(run.localizations),
             columns=figures.COLUMNS,
             rows=[(figures.row_name(row), [percent(row[column]) for column in figures.COLUMNS]) for row in run.metrics],
             settings=flat(run.config),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from memloc_ext.accounting_files import Accounting, load_accounting
-from memloc_ext.files import read_json, write_atomically, write_json
+from memloc_ext.analysis import DatasetLocalization
+from memloc_ext.files import read_json, write_json
+from memloc_ext.localization_files import load_localization
 
 CONFIG = "config.json"
 METRICS = "metrics"
@@ -20,6 +20,8 @@ FIGURES = "figures"
 REPORT = "report.html"
 ACCOUNTED = "plain"
 """The model whose training is accounted, if any is."""
+LOCALIZED = ("plain", "example_tied")
+"""The models whose examples are localized, if any are."""
 AS_TRAINED = "as trained"
 """The mode, in the table, of a model that has only one."""
 _PLACE = ("data.root", "data.download", "device")
@@ -36,6 +38,8 @@ class Run:
         metrics: Rows of its table: ``model``, ``mode`` and the shares of `Accuracy`.
         histories: Model to its records, one per epoch.
         accounting: Gradient accounting of the plain training; None if the run has none.
+        localizations: Model to its localization, of plain training and of example-tied dropout; empty if the run has
+            none.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class Run:
     metrics: list[dict[str, Any]]
     histories: dict[str, list[dict[str, float]]]
     accounting: Accounting | None = None
+    localizations: dict[str, DatasetLocalization] = field(default_factory=dict)
 
 
 def load_run(path: str | Path) -> Run:
@@ -68,7 +73,9 @@ def load_run(path: str | Path) -> Run:
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG}: must be the settings of a run")
     accounting = load_accounting(path / ACCOUNTED) if config.get("accounting") else None
-    return Run(path, config, metrics, histories, accounting)
+    localized = [model for model in LOCALIZED if model in histories] if config.get("localization") else []
+    localizations = {model: load_localization(path / model) for model in localized}
+    return Run(path, config, metrics, histories, accounting, localizations)
 
 
 def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:
@@ -100,17 +107,6 @@ def open_run(path: str | Path, config: Mapping[str, Any]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(config))
     return path
-
-
-def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as ``<name>.json`` and as ``<name>.csv``, whose columns are the keys in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path / f"{name}.csv", text.getvalue().encode())
-    write_json(path / f"{name}.json", list(rows))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,11 +17,12 @@ from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
 from memloc_ext.accounting_files import ACCOUNTS, COST
-from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_by_mode
+from memloc_ext.analysis import Accuracy, LocalizationConfig, accuracy, accuracy_by_mode, localize_dataset
 from memloc_ext.data import Dataset, Split
-from memloc_ext.files import write_json
+from memloc_ext.files import write_json, write_table
+from memloc_ext.localization_files import SUMMARY, save_localization
 from memloc_ext.nn import FixedDropout, dropout_mode, insert_after, insert_example_tied_dropout
-from memloc_ext.run_directory import ACCOUNTED, AS_TRAINED, HISTORY, METRICS, Run, load_run, open_run, write_table
+from memloc_ext.run_directory import ACCOUNTED, AS_TRAINED, HISTORY, LOCALIZED, METRICS, Run, load_run, open_run
 from memloc_ext.training import TrainConfig, train
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
@@ -96,6 +97,7 @@ class StudyConfig:
         model: The model.
         dropout: The dropouts.
         train: The training.
+        localization: The search for the units that flip examples.
         device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
     """
 
@@ -103,6 +105,7 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=20, batch_size=64, learning_rate=0.1))
+    localization: LocalizationConfig = field(default_factory=LocalizationConfig)
     device: str = "auto"
 
     def as_json(self) -> dict[str, Any]:
@@ -175,6 +178,7 @@ def run_study(
     *,
     variants: Sequence[Variant] = VARIANTS,
     accounting: bool = False,
+    localization: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -188,9 +192,10 @@ def run_study(
         output: The run directory; created if missing.
         variants: Which models to train.
         accounting: Keep an account of the gradients of the plain training, and measure what that costs.
+        localization: Search for the units that flip examples, in the plain and the example-tied model.
         progress: Show a bar of the epochs on a terminal.
         tensorboard: Log every epoch under ``<output>/<variant>/tensorboard``.
-        say: Called with a line before each training.
+        say: Called with a line before each training and each localization.
 
     Returns:
         The run as `load_run` reads it.
@@ -204,7 +209,12 @@ def run_study(
         raise ValueError(f"run_study: variants must hold {ACCOUNTED} for its accounting, got {', '.join(variants)}")
     if accounting and config.train.compile:
         raise ValueError("accounting needs the calls of single modules: leave out --compile, or give --no-accounting")
+    localized = [variant for variant in LOCALIZED if localization and variant in variants]
+    if localization and not localized:
+        known = " or ".join(LOCALIZED)
+        raise ValueError(f"run_study: variants must hold {known} for its localization, got {', '.join(variants)}")
     settings = {"variants": list(variants), "accounting": accounting, **config.as_json()}
+    settings["localization"] = settings["localization"] if localization else None
     dataset = load_data(config)
     networks: dict[Variant, nn.Module] = {variant: build_model(config, dataset, variant) for variant in variants}
     path = open_run(output, settings)
@@ -232,6 +242,12 @@ def run_study(
         else:
             modes = {AS_TRAINED: accuracy(model, dataset)}
         rows += [{"model": variant, "mode": mode, **asdict(result)} for mode, result in modes.items()]
+        if variant in localized and not (folder / SUMMARY).exists():
+            say(
+                f"[{number}/{len(networks)}] {variant}: localization of {config.localization.localized} examples a kind"
+            )
+            result = localize_dataset(model, dataset, config.localization, seed=config.train.seed)
+            save_localization(folder, result)
     write_table(path, METRICS, rows)
     return load_run(path)
 

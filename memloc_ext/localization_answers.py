@@ -1,0 +1,150 @@
+"""What a localization says, in sentences with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memloc_ext.analysis.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
+from memloc_ext.analysis.localization.edits import EditedAccuracy
+from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, FLIPPED
+from memloc_ext.figures import NAMES, percent
+
+KIND_NAMES = {"noisy": "memorized", "clean": "clean"}
+
+
+def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
+    """Return the number of units per example in a line per model, for the terminal."""
+    lines = []
+    for model, localization in localizations.items():
+        parts = [
+            f"{KIND_NAMES[kind]} examples flip after {_mean(result)} units (median {_median(result)})"
+            for kind, result in localization.kinds.items()
+        ]
+        lines.append(f"Localization, {NAMES[model]}: {', '.join(parts)}; {_times(localization)}.")
+    return lines
+
+
+def answers(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
+    """Return what the localizations of a run say, in sentences."""
+    sentences = []
+    for model, localization in localizations.items():
+        if model == "plain":
+            sentences += [_counts(localization), _where(localization), *_edits(localization)]
+        else:
+            sentences += _pool(localization)
+    return [sentence for sentence in sentences if sentence]
+
+
+def _counts(localization: DatasetLocalization) -> str:
+    parts = [
+        f"{_mean(result)} on average for {KIND_NAMES[kind]} examples (median {_median(result)}; {statuses(result)})"
+        for kind, result in localization.kinds.items()
+    ]
+    return (
+        "After plain training, few units carry a prediction. Switched off one at a time until it flips, it takes "
+        f"{' and '.join(parts)}. The paper: around 5 for noisy examples, more for clean ones."
+    )
+
+
+def _where(localization: DatasetLocalization) -> str:
+    parts = []
+    sizes = {site.name: site.units for site in localization.sites}
+    for kind, result in localization.kinds.items():
+        if result.units:
+            site, units = max(result.sites.items(), key=lambda item: item[1])
+            size = percent(sizes[site] / sum(sizes.values()))
+            parts.append(
+                f"{percent(units / result.units)} % of the units found for {KIND_NAMES[kind]} examples are in {site}, "
+                f"which has {size} % of all units"
+            )
+    return f"Where they are: {'; '.join(parts)}." if parts else ""
+
+
+def _edits(localization: DatasetLocalization) -> list[str]:
+    sentences = []
+    for kind, result in localization.kinds.items():
+        if result.edited:
+            before, after = result.curve[0], result.edited
+            sentences.append(
+                f"With the units of one {KIND_NAMES[kind]} example off, accuracy goes {_change(before, after)} "
+                f"(mean over {after.examples} such examples)."
+            )
+    return sentences
+
+
+def _change(before: EditedAccuracy, after: EditedAccuracy) -> str:
+    columns = {"clean": "clean", "noisy": "memorized", "test": "test"}
+    parts = [
+        f"from {percent(getattr(before, column))} to {percent(getattr(after, column))} % on {name}"
+        for column, name in columns.items()
+        if getattr(before, column) is not None
+    ]
+    return f"{', '.join(parts)} examples"
+
+
+def _pool(localization: DatasetLocalization) -> list[str]:
+    if not any(result.units for result in localization.kinds.values()):
+        return []
+    parts, shares = [], {}
+    for kind, result in localization.kinds.items():
+        if result.units:
+            shares[kind] = result.memorization / result.units
+            parts.append(
+                f"{percent(shares[kind])} % of the units found for {KIND_NAMES[kind]} examples ({_mean(result)} each)"
+            )
+    first = (
+        "With example-tied dropout, each example searched with its own mask, memorization channels are "
+        f"{' and '.join(parts)}. They are {percent(localization.memorization_share)} % of all units, and "
+        f"{percent(localization.kept_share)} % of those that an example keeps."
+    )
+    share = shares.get("noisy")
+    if share is None:
+        return [first]
+    if share > localization.kept_share:
+        return [f"{first} So the search finds them for memorized examples more often than chance would."]
+    return [
+        f"{first} So the search does not point to them: the shortest way to another prediction leads through "
+        "generalization channels, which others need as well. Whether memorized labels need the memorization channels, "
+        "the accuracy with all of these off says."
+    ]
+
+
+def notes(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
+    """Return what was searched and evaluated, in a sentence per model."""
+    sentences = []
+    for model, localization in localizations.items():
+        kinds = localization.kinds.items()
+        edited = {kind: result.edited.examples for kind, result in kinds if result.edited}
+        sentences.append(
+            f"{NAMES[model]}: ".capitalize()
+            + ", ".join(
+                f"{result.localized} of {result.fitted} {KIND_NAMES[kind]} examples that it fits were searched "
+                f"({statuses(result)}), accuracy measured after the units of {edited.get(kind, 0)}"
+                for kind, result in kinds
+            )
+            + f", on at most {EVALUATED} examples of each kind. The search took {_times(localization)}."
+        )
+    return sentences
+
+
+def statuses(result: KindLocalization) -> str:
+    """Return how the searches of a kind ended, such as ``98 of 100 flipped``."""
+    counts = result.statuses
+    text = f"{counts[FLIPPED]} of {result.localized} flipped"
+    if counts[CAPPED]:
+        text += f", {counts[CAPPED]} not within the limit"
+    if counts[ALREADY_WRONG]:
+        text += f", {counts[ALREADY_WRONG]} wrong already"
+    return text
+
+
+def _times(localization: DatasetLocalization) -> str:
+    return f"{1000 * localization.seconds:.0f} ms per example"
+
+
+def _mean(result: KindLocalization) -> str:
+    return "no number of" if result.mean is None else f"{result.mean:.1f}"
+
+
+def _median(result: KindLocalization) -> str:
+    return "-" if result.median is None else f"{result.median:g}"
