@@ -12,7 +12,7 @@ READY := build/.ready$(if $(VENV),,-current)
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
-	$(PYTHON) -m memloc_ext run
+	$(PYTHON) -m memloc_ext run --edited 5
 
 test: $(READY)  ## all tests; those marked cuda are skipped without a GPU
 	$(PYTHON) -m pytest

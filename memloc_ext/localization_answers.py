@@ -143,7 +143,7 @@ def _times(localization: DatasetLocalization) -> str:
 
 
 def _mean(result: KindLocalization) -> str:
-    return "no number of" if result.mean is None else f"{result.mean:.1f}"
+    return "no number of" if result.mean is None else f"{result.mean:.2f}"
 
 
 def _median(result: KindLocalization) -> str:

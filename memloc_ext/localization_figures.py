@@ -49,7 +49,7 @@ def units_per_example(localizations: Mapping[str, DatasetLocalization]) -> Figur
             shares = 100 * np.array(result.histogram) / result.localized
             label = f"{_KINDS[kind]}: {result.statuses[FLIPPED]} of {result.localized} flip"
             if result.mean is not None:
-                label += f", mean {result.mean:.1f}"
+                label += f", mean {result.mean:.2f}"
             axes.bar(numbers + place * _WIDTH, shares, _WIDTH, color=COLORS[kind], label=label)
         axes.set_xlim(0.4, max([1, *(len(r.histogram) - 1 for r in localization.kinds.values())]) + 0.6)
         axes.locator_params(axis="x", integer=True)
@@ -84,20 +84,22 @@ def units_per_site(localizations: Mapping[str, DatasetLocalization]) -> Figure:
 
 
 def accuracy_after_units(localizations: Mapping[str, DatasetLocalization]) -> Figure:
-    """Draw accuracy after each unit of an example, mean over the examples that have so many units, in percent."""
+    """Draw accuracy after each unit of an example, mean over the examples that have so many units, in percent.
+
+    The area of a point follows their number.
+    """
     figure = new_figure(9, 2.5 * len(localizations) + 0.6)
     rows = figure.subplots(len(localizations), len(_KINDS), squeeze=False, sharey=True)
     for panels, (model, localization) in zip(rows, localizations.items(), strict=True):
         for axes, kind in zip(panels, _KINDS, strict=True):
             curve = localization.kinds[kind].curve if kind in localization.kinds else []
             units = [point.units for point in curve]
-            left = [100 * point.examples / curve[0].examples for point in curve]
-            axes.fill_between(units, left, color="#ddd", linewidth=0, label="examples with so many units")
+            sizes = [4 + 40 * point.examples / curve[0].examples for point in curve]
             for column, label in _COLUMNS.items():
                 shares = [getattr(point, column) for point in curve]
                 values = [np.nan if share is None else 100 * share for share in shares]
-                axes.plot(units, values, color=COLORS[column], label=label, marker=".", markersize=4)
-            axes.set_ylim(0, 103)
+                axes.plot(units, values, color=COLORS[column], linewidth=1)
+                axes.scatter(units, values, sizes, color=COLORS[column], label=label, linewidth=0)
             axes.locator_params(axis="x", integer=True)
             axes.set_xlabel(f"units of one of the {_KINDS[kind]} off")
             _title(axes, model)
