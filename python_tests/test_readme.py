@@ -9,7 +9,7 @@ import memloc_ext
 from memloc_ext.reference.example_tied_dropout import keep_mask
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-OPERATOR, TRAINING, ACCOUNTING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERATOR, TRAINING, ACCOUNTING, LOCALIZATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_operator_and_its_plain_equivalent_agree() -> None:
@@ -54,3 +54,15 @@ def test_the_accounting_example_runs() -> None:
     account, weight = names["account"], model.get_parameter("conv1.0.weight")
     assert account.sqnorm["conv1.0.weight"].shape == (6,)
     torch.testing.assert_close(account.group_grad["conv1.0.weight"].sum(0), weight.grad)
+
+
+def test_the_localization_example_runs() -> None:
+    torch.manual_seed(0)
+    model = memloc_ext.models.build("resnet9", num_classes=3, in_channels=1, image_size=8, width=0.1).eval()
+    x, x_ref, x_test = torch.randn(3, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.randn(5, 1, 8, 8)
+    y, y_ref = model(x).argmax(1), model(x_ref).argmax(1)
+    names = {"memloc_ext": memloc_ext, "model": model, "x_test": x_test}
+    exec(LOCALIZATION, names | {"x": x, "y": y, "x_ref": x_ref, "y_ref": y_ref}, names)
+    assert names["logits"].shape == (5, 3)
+    assert len(names["found"]) == 3
+    assert not torch.equal(names["logits"], model(x_test))

@@ -145,8 +145,8 @@ def localize_dataset(
     follow, which end as ``already_wrong``. The population is a random set of other clean examples.
 
     A model with example-tied dropout is searched as it was trained: each example with its own mask, at the sites that
-    have a dropout, after it. There the population is not followed, and test examples, which have no mask, are not
-    evaluated.
+    have a dropout, after it; the population's examples with theirs. Test examples, which have no mask, are not evaluated
+    there.
 
     Args:
         model: As for `localize`, on the device of ``dataset``; left as it was.
@@ -169,7 +169,7 @@ def localize_dataset(
         reference = reference[torch.randperm(len(reference), generator=generator)[:REFERENCE]]
         start = time.perf_counter()
         found = {
-            kind: _search(model, train, members, None if tied else reference, list(tied) or None, config, seed)
+            kind: _search(model, train, members, reference, list(tied) or None, config, seed)
             for kind, members in chosen.items()
         }
         seconds = (time.perf_counter() - start) / sum(map(len, found.values()))
@@ -204,15 +204,13 @@ def _search(
     model: nn.Module,
     split: Split,
     rows: Tensor,
-    reference: Tensor | None,
+    reference: Tensor,
     sites: list[str] | None,
     config: LocalizationConfig,
     seed: int,
 ) -> Localization:
     x, y, ids = split.batch(rows)
-    population = None
-    if reference is not None and len(reference):
-        population = split.batch(reference)[:2]
+    population = split.batch(reference) if len(reference) else None
     with contextlib.ExitStack() as stack:
         if sites is not None:
             stack.enter_context(example_ids(ids))
@@ -220,7 +218,7 @@ def _search(
             model,
             x,
             y,
-            reference=population,
+            reference=population if population is None or sites is not None else population[:2],
             sites=sites,
             max_units=config.max_units,
             population=None if population is None else "first_order",
