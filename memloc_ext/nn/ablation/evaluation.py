@@ -103,9 +103,10 @@ class Suffix:
             done.update(layer.calls if layer else ())
             steps.append((i if layer is None else layer.calls[-1], layer or call))
         steps.sort(key=lambda step: step[0])  # a layer runs where its last call does: its residual is there
-        written = {value for _, run in steps for value in _writes(run)}
+        runs = _leading_to(recording.output, [run for _, run in steps])
+        written = {value for run in runs for value in _writes(run)}
         self._entries = [value for value in site if value not in written]
-        reads = [(_reads(run), run) for _, run in steps]
+        reads = [(_reads(run), run) for run in runs]
         last = {value: i for i, (refs, _) in enumerate(reads) for value in refs}
         self.steps = [
             Step(run, tuple(v for v in refs if last[v] == i and v != recording.output))
@@ -219,6 +220,16 @@ class _Values:
         if state is None:
             return _pick(self.unchanged(value), self.rows)
         return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
+
+
+def _leading_to(output: int, runs: Sequence[Call | Layer]) -> list[Call | Layer]:
+    """Return those that a value is computed from, in their order."""
+    live, found = {output}, list[Call | Layer]()
+    for run in reversed(runs):
+        if live.intersection(_writes(run)):
+            live.update(_reads(run))
+            found.append(run)
+    return found[::-1]
 
 
 def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:

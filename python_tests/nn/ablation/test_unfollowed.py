@@ -141,6 +141,21 @@ def test_what_comes_after_the_site_but_not_from_it() -> None:
     torch.testing.assert_close(found["unused"].loss, found.base_loss.expand(4, B))
 
 
+@pytest.mark.parametrize("factor", [2, None])
+def test_what_is_computed_from_the_site_but_not_returned(factor: float | None) -> None:
+    def function(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.conv(x).mean((2, 3))
+        logits = m.linear(x)
+        m.kept = (m.other(x) if factor is None else logits * factor).sum()
+        return logits
+
+    check(
+        Model(function, conv=nn.Conv2d(2, 4, 3), linear=nn.Linear(4, 3), other=nn.Linear(4, 3)),
+        images(),
+        ["conv"],
+    )
+
+
 def test_a_recording_refuses() -> None:
     model = Model(lambda m, x: (m.conv(x), x), conv=nn.Conv2d(2, 4, 3))
     with pytest.raises(UnsupportedError, match="must return one tensor"):
