@@ -153,7 +153,8 @@ class Suffix:
                 if value in states and (value in edits or value in self.site):
                     whole = values.dense(value)
                     whole = edits[value](whole, rows, values.dense) if value in edits else whole
-                    states[value] = slab.written_into(whole) if value in self.site else whole
+                    # of a copy: others may read the same memory as another value
+                    states[value] = slab.written_into(whole.clone()) if value in self.site else whole
             self.bytes_per_row = max(self.bytes_per_row, sum(map(_bytes, states.values())) // max(1, len(rows)))
             for value in step.dead:
                 states.pop(value, None)

@@ -101,7 +101,7 @@ def find_layer(
             layer = replace(layer, scale=scale, shift=shift, calls=calls, output=output)
         elif call.name == "add" and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
             other = next((a.index for a in call.args if a.index != value), None)
-            if other is None or recording.shapes[other] != recording.shapes[value]:
+            if other is None or any(kinds[other] != kinds[value] for kinds in (recording.shapes, recording.dtypes)):
                 return layer
             layer = replace(layer, residual=other, calls=calls, output=output)
         else:

@@ -77,7 +77,7 @@ class Network:
         out = []
         for site, place in zip(self.sites, self.places, strict=True):
             bias = _bias(self.graph, site) if self.how == "filter" else None
-            dtype, device = self.dtypes[place.values[0]], inputs[0].device
+            dtype, device = self.graph.recording.dtypes[place.values[0]], inputs[0].device
             out.append(torch.zeros(place.units, dtype=dtype, device=device) if bias is None else bias.to(dtype))
         return out
 
@@ -106,18 +106,17 @@ class Network:
                     moved = part[v].movedim(place.dim + 1, 0).flatten(1)
                     total += moved.double().mean(1) * (len(part[v]) / len(vs))
         places = zip(sums, self.places, strict=True)
-        return [(total / len(x)).to(self.dtypes[place.values[0]]) for total, place in places]
+        return [(total / len(x)).to(self.graph.recording.dtypes[place.values[0]]) for total, place in places]
 
     def _probe(self, budget: int, edited: bool, weights: bool) -> None:
         """Run every suffix on one row, to see what it needs."""
         unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
         self.graph.recording.sample.clear()
         device = unchanged[0].device
-        self.dtypes = {value: t.dtype for value, t in unchanged.items()}
         row = torch.zeros(1, dtype=torch.int64, device=device)
         self.ends_in_feature: list[bool] = []  # of each suffix, whether its head is given one changed feature
         for i, suffix in enumerate(self.suffixes):
-            dtype = self.dtypes[self.places[i].values[0]]
+            dtype = self.graph.recording.dtypes[self.places[i].values[0]]
             slab = self.slab(i, row, torch.zeros(self.places[i].units, dtype=dtype, device=device))
             self.ends_in_feature.append(suffix.feature(unchanged, row, slab) is not None)
             if self.ends_in_feature[i] and suffix.head is not None:
@@ -150,7 +149,7 @@ class Network:
             if len(inputs) > 1:
                 stack.enter_context(example_ids(inputs[1]))
             own = model(inputs[0])
-        eps = max(torch.finfo(dtype).eps for dtype in self.dtypes.values() if dtype.is_floating_point)
+        eps = max(torch.finfo(dtype).eps for dtype in self.graph.recording.dtypes if dtype.is_floating_point)
         size = own.abs().max() if own.numel() else own.new_zeros(())
         if own.shape != logits.shape or bool(((own - logits).abs() > max(1e-3, 32 * eps) * size + 1e-5).any()):
             raise UnsupportedError("the model's examples meet in evaluation mode")

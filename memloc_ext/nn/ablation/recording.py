@@ -72,6 +72,7 @@ class Recording:
     Attributes:
         calls: In their order.
         shapes: Of each value.
+        dtypes: Likewise.
         sample: The values themselves, as they were when the example had run; what a call wrote into has changed.
         inputs: Values that are given: the model's input, then the example's id if one is known.
         output: The logits.
@@ -80,6 +81,7 @@ class Recording:
 
     calls: list[Call] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
     sample: list[Tensor] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     output: int = -1
@@ -143,6 +145,7 @@ class _Recorder(TorchDispatchMode):
         """Return a new value for a tensor."""
         index = len(self.recording.shapes)
         self.recording.shapes.append(t.shape)
+        self.recording.dtypes.append(t.dtype)
         self.recording.sample.append(t)
         self._keep(t)
         self._values[id(t)] = index

@@ -104,7 +104,7 @@ def run_slab(
     name, leaves, spec = call.name, *call.tree
     arguments: list[Any] = list(call.args)
     function: Any = call.function
-    if torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME:
+    if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
         shape = shapes[call.outputs[0]]
         if any(shapes[ref].numel() and len(shapes[ref]) != len(shape) for ref in refs):
             return None

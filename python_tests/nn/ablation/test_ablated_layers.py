@@ -110,6 +110,26 @@ def test_a_module_that_is_called_side_by_side() -> None:
     check(Model(lambda m, x: m.head(m.conv(x) + m.second(m.conv(x.flip(2)))), **parts), images(), ["conv"])
 
 
+def test_a_module_that_is_called_twice_and_returns_its_input() -> None:
+    def function(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.second(m.same(m.conv(x)))
+        return m.head(m.same(x).relu() + x.sigmoid())
+
+    check(Model(function, conv=conv(2, 4), second=conv(4, 4), same=nn.Identity(), head=head(4)), images(), ["same"])
+
+
+def test_a_residual_of_another_type() -> None:
+    def function(m: nn.Module, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.second(m.conv(x)) + x.double().repeat(1, 2, 1, 1)).to(x.dtype))
+
+    check(Model(function, conv=conv(2, 4), second=conv(4, 4), head=head(4)), images(), ["conv", "second"])
+
+
+def test_an_operator_that_returns_two_tensors() -> None:
+    model = Model(lambda m, x: m.head(torch.frexp(m.conv(x))[0] * 2), conv=conv(2, 4), head=head(4))
+    check(model, images(), ["conv"])
+
+
 def test_a_shared_weight() -> None:
     parts = {"stem": conv(2, 4), "conv": conv(4, 4), "head": head(4)}
     model = Model(lambda m, x: m.head(F.conv2d(F.relu(m.conv(m.stem(x))), m.conv.weight, padding=1)), **parts)
