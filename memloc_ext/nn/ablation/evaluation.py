@@ -83,6 +83,7 @@ class Suffix:
     Attributes:
         needed: Values of the unchanged network that `run` read so far.
         bytes_per_row: The largest memory that values took so far, per row.
+        slabs: Values of ``whole`` that were slabs so far when they were computed, so that an edit widens them.
         head: The linear layer that gives the logits, if only multiplications by numbers follow it.
         factor: Their product.
     """
@@ -92,6 +93,8 @@ class Suffix:
         self.graph, self.site = graph, tuple(site)
         self.needed: set[int] = set(site)
         self.bytes_per_row = 0
+        self.slabs: set[int] = set()
+        self._whole = frozenset(whole)
         depends, steps, done = set(site), [], set()
         for i, call in enumerate(recording.calls):
             if not depends.intersection(call.refs):
@@ -150,6 +153,8 @@ class Suffix:
             values = _Values(states, unchanged, rows, self.needed)
             self._step(step.run, states, values)
             for value in _writes(step.run):
+                if value in self._whole and isinstance(states.get(value), Slab):
+                    self.slabs.add(value)
                 if value in states and (value in edits or value in self.site):
                     whole = values.dense(value)
                     whole = edits[value](whole, rows, values.dense) if value in edits else whole

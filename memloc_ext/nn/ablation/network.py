@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -122,6 +122,10 @@ class Network:
             if self.ends_in_feature[i] and suffix.head is not None:
                 suffix.needed.add(suffix.head.input)
             suffix.run(unchanged, row, slab)
+            # what is a slab no longer where it is edited is read in another way, with one edit or with all of them
+            slabs = sorted(suffix.slabs)
+            for values in [*([value] for value in slabs), slabs] if slabs else []:
+                suffix.run(unchanged, row, slab, dict.fromkeys(values, _same))
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
         if weights:
             self.needed.update(producer(self.graph.recording, site).refs[0] for site in self.sites)
@@ -163,6 +167,11 @@ def given(x: Tensor) -> list[Tensor]:
     if len(ids) != len(x):
         raise ValueError(f"example_ids must name each example; got {len(ids)} ids for a batch of {len(x)}")
     return [x, ids]
+
+
+def _same(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+    """Return what an edit is given."""
+    return t
 
 
 def _place(graph: Graph, site: Site, how: str) -> Site:

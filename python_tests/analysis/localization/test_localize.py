@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 import torch
 from localizing import SITES, confirm, every_unit, network, same, trained, without
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memloc_ext
 from memloc_ext.analysis.localization import localize
 from memloc_ext.analysis.localization.ranking import METHODS
+from memloc_ext.nn.ablation.network import Network
 
 
 def run(n: int = 8, **settings: Any) -> Any:
@@ -137,6 +138,38 @@ def test_memory_budgets(settings: dict[str, Any]) -> None:
     least = int(str(error.value).split("at least ")[1].split()[0])
     for budget in (least, 3 * least):
         assert same(run(noise=0.0, memory_budget=budget, **settings), plenty)
+
+
+class Nested(nn.Module):
+    """Sites of which one is computed channel by channel from another, next to what depends on neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other, self.second = (nn.Conv2d(i, 6, 3, padding=1) for i in (2, 2, 12))
+        self.relu, self.tanh, self.linear = nn.ReLU(), nn.Tanh(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(x))
+        y = torch.cat([y.exp() + self.tanh(y), self.other(x)], 1)
+        return self.linear(self.second(y).sin().mean((2, 3)))
+
+
+def test_sites_within_what_is_computed_from_others() -> None:
+    torch.manual_seed(0)
+    model, x, y = Nested().eval(), torch.randn(2, 2, 6, 6), torch.zeros(2, dtype=torch.int64)
+    nn.init.constant_(model.linear.bias[:1].detach(), 10)  # so that no unit flips and all are switched off
+    found = localize(model, x, y, sites=["tanh", "conv", "relu"], population=None, verify="all", noise=0.0, eot=1)
+    assert [one.status for one in found] == ["exhausted"] * 2
+    confirm(model, x, y, found)
+
+
+def test_edited_values_count_as_memory() -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        torch.randn(1, 2, 6, 6),
+    )
+    suffix = Network(model, x, ["0", "1"], "zero", 1 << 30, edited=True).suffixes[0]
+    assert suffix.bytes_per_row >= 64 * 4 * 4 * 4  # all channels of the ReLU's output, not the one that changes
 
 
 def test_progress() -> None:
