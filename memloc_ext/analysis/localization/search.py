@@ -236,7 +236,7 @@ class _Searches:
         best = best.argmax(1, keepdim=True)
         chosen = candidates.pick(best)
         switched.add(index, chosen)
-        if settings.verify == "all":
+        if settings.is_exhaustive:
             self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
         columns = (chosen.units, *(t.gather(1, best) for t in (losses, predicted, effects)))
         for search, (unit, loss, label, change) in zip(

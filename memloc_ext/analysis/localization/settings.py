@@ -46,9 +46,18 @@ class Settings:
         """Whether weights are changed, and not channels replaced."""
         return self.unit == "weight" or self.action == "step"
 
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every step verifies all units."""
+        return self._verifies and self.verify == "all"
+
+    @property
+    def _verifies(self) -> bool:
+        return self.method == "search" and self.objective == "exact"
+
     def count(self, left: int) -> int:
         """Return how many of so many units are verified."""
-        if self.method != "search" or self.objective != "exact":
+        if not self._verifies:
             return min(left, 1)
         return left if isinstance(self.verify, str) else min(left, self.verify)
 

@@ -58,7 +58,7 @@ class Graph:
         last = {value: readers[-1] for value, readers in enumerate(self.readers) if readers}
         for i, call in enumerate(self.recording.calls):
             for index, t in zip(call.outputs, run_rows(call, values.__getitem__), strict=True):
-                if index >= 0 and t is not None and (self.readers[index] or index in keep):
+                if index >= 0 and t is not None and (self.readers[index] or index in keep or index in edits):
                     if index in edits and index in keep:
                         values[~index] = t
                     values[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
@@ -66,6 +66,13 @@ class Graph:
                 if last[ref] == i and ref not in keep:
                     values.pop(ref, None)
         return {value: t for value, t in values.items() if value in keep or ~value in keep}
+
+
+def gradients(total: Tensor, values: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return those of a number with respect to some values; None of what it does not depend on."""
+    if not total.requires_grad:
+        return [None] * len(values)
+    return torch.autograd.grad(total, values, allow_unused=True)
 
 
 class MissingValueError(LookupError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.nn.ablation.candidates import Candidates, finite
-from memloc_ext.nn.ablation.evaluation import Edit
+from memloc_ext.nn.ablation.evaluation import Edit, gradients
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.sites import Site
 from memloc_ext.nn.ablation.slab import Slab
@@ -159,7 +159,7 @@ def first_order(
     with torch.enable_grad():
         kept = network.graph.examples([t.detach() for t in inputs], (), edits | watch)
         total = loss(kept[network.output][:, 0])
-        grads = torch.autograd.grad(total, [seen[v] for v in watch], allow_unused=True)
+        grads = gradients(total, [seen[v] for v in watch])
     changes, given = [], iter(grads)
     for place, baseline in asked:
         change = baseline.new_zeros(len(inputs[0]), len(baseline))

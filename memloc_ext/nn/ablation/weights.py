@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.nn.ablation.candidates import Candidates, finite
-from memloc_ext.nn.ablation.evaluation import Edit
+from memloc_ext.nn.ablation.evaluation import Edit, gradients
 from memloc_ext.nn.ablation.filters import CHANNELS, Filters
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.slab import Slab
@@ -206,7 +206,7 @@ class ChangedWeights:
             kept = self.network.graph.examples(
                 [t.detach() for t in inputs], {f.layer.input for f in self.filters}, edits | watch
             )
-            grads = torch.autograd.grad(loss(kept[output][:, 0]), [seen[v] for v in watch], allow_unused=True)
+            grads = gradients(loss(kept[output][:, 0]), [seen[v] for v in watch])
         values = {value: t.detach() for value, t in kept.items()}
         return values, [
             torch.zeros_like(seen[v]) if grad is None else grad for v, grad in zip(watch, grads, strict=True)

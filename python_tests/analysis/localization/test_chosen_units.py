@@ -136,6 +136,8 @@ def test_recall_of_the_screen() -> None:
     assert found.recall == {k: sum(rank < k for rank in ranks) / len(ranks) for k in (1, 8, 32, 128)}
     assert found.recall[32] == 1
     assert run(2, verify=20).recall == {}
+    for unseen in ({"objective": "first_order"}, {"objective": "authors"}, {"method": "random"}):
+        assert run(2, verify="all", **unseen).recall == {}
 
 
 @pytest.mark.parametrize("method", ["activation", "gradient_activation", "integrated_gradients"])

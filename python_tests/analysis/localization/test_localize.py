@@ -163,6 +163,20 @@ def test_sites_within_what_is_computed_from_others() -> None:
     confirm(model, x, y, found)
 
 
+@pytest.mark.parametrize("settings", [{}, {"unit": "weight"}, {"how": "filter"}])
+def test_a_site_that_nothing_is_computed_from(settings: dict[str, Any]) -> None:
+    class Unused(Nested):
+        def forward(self, x: Tensor) -> Tensor:
+            self.second(torch.cat([self.conv(x), x.repeat(1, 3, 1, 1)], 1))
+            return self.linear(self.other(x).mean((2, 3)))
+
+    model, x = Unused().eval(), torch.randn(4, 2, 6, 6)
+    y = model(x).argmax(1)
+    found = localize(model, x, y, sites=["second"], reference=(x, y), max_units=3, **settings)
+    assert all(one.status == "capped" and len(set(one.losses)) == 1 for one in found)
+    assert all(len(set(one.population_losses)) == 1 for one in found)
+
+
 def test_edited_values_count_as_memory() -> None:
     model, x = (
         nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
