@@ -114,8 +114,8 @@ def find_filters(model: nn.Module, graph: Graph, sites: Sequence[Site], single: 
     """Return the weights of the convolution or linear layer that computes each site.
 
     Raises:
-        ValueError: If there is none, its weight is no parameter of the model or serves elsewhere too, or the
-            convolution is grouped, transposed or not of images.
+        ValueError: If there is none, its weight is no parameter of the model, or the convolution is grouped,
+            transposed or not of images.
     """
     found, recording = [], graph.recording
     for site in sites:
@@ -131,12 +131,5 @@ def find_filters(model: nn.Module, graph: Graph, sites: Sequence[Site], single: 
         ]
         if not names:
             raise ValueError(f"weights: those that compute {site.name} are no parameter of the model")
-        uses = sum(any(_same(t, weight) for t in (*other.args, *other.kwargs.values())) for other in recording.calls)
-        if uses > 1 or any(other.layer.call is call for other in found):
-            raise ValueError(f"weights: those that compute {site.name} must serve that site alone")
         found.append(Filters(layer, names[0], single))
     return found
-
-
-def _same(t: object, weight: Tensor) -> bool:
-    return isinstance(t, Tensor) and t.data_ptr() == weight.data_ptr()

@@ -79,7 +79,8 @@ def ablation_losses(
             of an image, else the last dimension. By default the output of every convolution with its normalisation and
             activation, of every linear layer that feeds another, and all attention heads.
         how: What a unit is replaced by: ``zero``; ``mean``, its mean over the reference examples and all positions; or
-            ``filter``: the weights of its convolution or linear layer are zero, before any normalisation.
+            ``filter``: the weights of its convolution or linear layer, which serve no other call, are zero, before any
+            normalisation.
         reference: Examples for ``mean``, ``[*, *]``; by default ``x``.
         memory_budget: Bytes of activations that may be held at a time, the results not counted.
 

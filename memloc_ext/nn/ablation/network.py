@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memloc_ext.nn.ablation.evaluation import Graph, Suffix
 from memloc_ext.nn.ablation.recording import UnsupportedError, evaluating, record
 from memloc_ext.nn.ablation.rows import keeps_rows_apart
-from memloc_ext.nn.ablation.sites import Site, find_sites, producer
+from memloc_ext.nn.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 
@@ -178,7 +178,10 @@ def _place(graph: Graph, site: Site, how: str) -> Site:
     """Return where the units are replaced: at the site, or in the output of the layer whose filters are zeroed."""
     if how != "filter":
         return site
-    value = producer(graph.recording, site).outputs[0]
+    call = producer(graph.recording, site)
+    if not is_alone(graph.recording, call):
+        raise ValueError(f"how='filter' needs weights that serve one call alone; those that compute {site.name} do not")
+    value = call.outputs[0]
     if graph.recording.shapes[value][1] != site.units:
         raise ValueError(f"how='filter' needs one filter per unit; {site.name} has {site.units} units")
     return replace(site, values=(value,), dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.recording import Call, Recording
 from memloc_ext.nn.ablation.rows import BATCH_NORMS
@@ -104,6 +104,17 @@ def producer(recording: Recording, site: Site) -> Call:
         f"how='filter' and changes of weights need sites that one convolution or linear layer computes; "
         f"{site.name} is computed by several"
     )
+
+
+def is_alone(recording: Recording, call: Call) -> bool:
+    """Return whether no other call than this convolution or matrix product uses its weight."""
+    places = {"convolution": 1, "addmm": 2, "mm": 1}
+    weight = call.args[places[call.name]]
+    return sum(any(_same(t, weight) for t in other.tree[0]) for other in recording.calls) == 1
+
+
+def _same(t: object, weight: object) -> bool:
+    return isinstance(t, Tensor) and isinstance(weight, Tensor) and t.data_ptr() == weight.data_ptr()
 
 
 def _is_local(call: Call) -> bool:

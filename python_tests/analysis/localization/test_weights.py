@@ -319,7 +319,7 @@ class _Grouped(nn.Module):
 @pytest.mark.parametrize(
     ("model", "sites", "message"),
     [
-        (_Shared, ["a"], "serve that site alone"),
+        (_Shared, ["a"], "serve one call alone"),
         (_Computed, ["a"], "no parameter of the model"),
         (lambda: _Grouped(nn.Conv2d, groups=2), None, "without groups"),
         (lambda: _Grouped(nn.ConvTranspose2d), None, "plain 2-D"),

@@ -134,6 +134,9 @@ def test_a_shared_weight() -> None:
     parts = {"stem": conv(2, 4), "conv": conv(4, 4), "head": head(4)}
     model = Model(lambda m, x: m.head(F.conv2d(F.relu(m.conv(m.stem(x))), m.conv.weight, padding=1)), **parts)
     check(model, images(), ["stem", "conv"])
+    check(model, images(), ["stem"], "filter")
+    with pytest.raises(ValueError, match="weights that serve one call alone; those that compute conv do not"):
+        check(model, images(), ["conv"], "filter")
 
 
 def residual(m: nn.Module, x: Tensor) -> Tensor:
