@@ -145,8 +145,8 @@ def localize_dataset(
     follow, which end as ``already_wrong``. The population is a random set of other clean examples.
 
     A model with example-tied dropout is searched as it was trained: each example with its own mask, at the sites that
-    have a dropout, after it; the population's examples with theirs. Test examples, which have no mask, are not evaluated
-    there.
+    have a dropout, after it; the examples of the population likewise. Test examples, which have no mask, are not
+    evaluated there.
 
     Args:
         model: As for `localize`, on the device of ``dataset``; left as it was.
