@@ -94,7 +94,8 @@ def localize(
         method: ``search``, as above, or a ranking of the units that is made once and then followed, to compare with:
             ``activation``, ``gradient_activation``, ``integrated_gradients`` (see `rank`) or ``random``.
         eot: Noisy copies of an example, whose logits are averaged; at least 1.
-        noise: Norm of the Gaussian noise over that of the example; with 0 one copy is enough.
+        noise: Norm of the Gaussian noise over that of the example; with 0 one copy is enough. It is 0 for an ``x``
+            that is not floating.
         seed: Of the noise and of ``random``, together with the example itself; the global generators are not touched.
         memory_budget: See `ablation_losses`.
         progress: Called with the number of examples whose search has ended.
@@ -103,7 +104,7 @@ def localize(
         A `Found` per example.
 
     Raises:
-        TypeError: If a label is not int64.
+        TypeError: If a label is not int64, or a count or the seed no integer.
         ValueError: If an argument breaks the above, or the unchanged network's logits are not finite.
         UnsupportedError: If the model reads an activation into Python or its examples meet.
 
@@ -232,8 +233,8 @@ class _Searches:
             so_far = torch.tensor([search.population[-1] for search in searches], device=y.device, dtype=losses.dtype)
             effects = self.population.exact(candidates, own) - so_far[:, None]
         gain = finite(losses - before[:, None] - effects)
-        best = torch.where((predicted != y[:, None]).any(1, keepdim=True) & (predicted == y[:, None]), -torch.inf, gain)
-        best = best.argmax(1, keepdim=True)
+        flips = (predicted != y[:, None]) & losses.isfinite()  # logits that are no numbers predict nothing
+        best = torch.where(flips.any(1, keepdim=True) & ~flips, -torch.inf, gain).argmax(1, keepdim=True)
         chosen = candidates.pick(best)
         switched.add(index, chosen)
         if settings.is_exhaustive:

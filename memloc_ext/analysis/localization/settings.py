@@ -67,6 +67,9 @@ class Settings:
 
     def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, ...] | None) -> None:
         """Raise unless the arguments are right; settle what some of them say of others."""
+        for name in ("max_units", "eot", "refresh", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"localize: {name} must be an integer, got {getattr(self, name)!r}")
         for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
             value = getattr(self, name)
             if not value >= rule:
@@ -83,6 +86,10 @@ class Settings:
                     f"localize: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
                 )
         check_examples("localize", x, y)
+        if self.noise == float("inf") or (self.noise > 0 and not x.is_floating_point()):
+            raise ValueError(
+                f"localize: noise must be finite, and 0 unless x is floating, got {self.noise} for {x.dtype}"
+            )
         if self.changes_weights:
             for name, only in (("method", "search"), ("how", "zero")):
                 if getattr(self, name) != only:
@@ -102,4 +109,6 @@ class Settings:
         if reference is None and (self.population is not None or self.how == "mean"):
             raise ValueError("localize: reference must be given for a population or how='mean', got None")
         if reference is not None:
+            if len(reference) not in (2, 3):
+                raise ValueError(f"localize: reference must be examples and labels, got {len(reference)} tensors")
             check_examples("localize: reference", *reference[:2])

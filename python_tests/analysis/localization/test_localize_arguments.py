@@ -36,6 +36,11 @@ X, Y = trained()[1:]
         ({"eot": 0}, ValueError, "eot must be at least 1, got 0"),
         ({"noise": -0.1}, ValueError, "noise must be at least 0, got -0.1"),
         ({"noise": float("nan")}, ValueError, "noise must be at least 0, got nan"),
+        ({"noise": float("inf")}, ValueError, "noise must be finite, .* got inf"),
+        ({"eot": 1.5}, TypeError, "eot must be an integer, got 1.5"),
+        ({"max_units": 1.5}, TypeError, "max_units must be an integer, got 1.5"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"reference": (X[:2],)}, ValueError, "reference must be examples and labels, got 1 tensors"),
         ({"refresh": -1}, ValueError, "refresh must be at least 0, got -1"),
         ({"verify": 0}, ValueError, "verify must be a positive number or 'all', got 0"),
         ({"verify": "most"}, ValueError, "verify must be a positive number or 'all', got 'most'"),
@@ -84,6 +89,21 @@ def test_tokens() -> None:
     tokens = torch.randint(0, 9, (4, 5))
     y = model(tokens).argmax(1)
     localize(model, tokens, y, sites=["2"], population=None, noise=0.0)
+    with pytest.raises(ValueError, match=r"0 unless x is floating, got 0\.01 for torch\.int64"):
+        localize(model, tokens, y, sites=["2"], population=None)
+
+
+def test_units_without_which_nothing_is_predicted() -> None:
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square().mean((2, 3)).log()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), Logarithm(), nn.Linear(4, 3))
+    x = torch.randn(4, 2, 6, 6)
+    y = model(x).argmax(1)
+    found = localize(model, x, y, sites=["1", "2"], population=None, verify="all", max_units=1)
+    assert all(one.units[0][0] == "1" and one.losses[-1] < float("inf") for one in found)
 
 
 @pytest.mark.parametrize("how", ["zero", "filter"])
