@@ -85,6 +85,8 @@ inline void AblationArgs::check_tensors() const {
   MEMLOC_CHECK(channels.dim() == 1, op, ": channels must have shape [variants], got ", shape_of(channels));
   MEMLOC_CHECK(!examples || has_shape(*examples, {variants()}), op, ": examples must have shape [", variants(),
                "] like channels, got ", shape_of(*examples));
+  MEMLOC_CHECK(!examples || variants() == 0 || (output.dim() > 0 && output.size(0) > 0), op,
+               ": output must have at least one example, got ", shape_of(output));
 }
 
 inline void AblationArgs::check_epilogue() const {

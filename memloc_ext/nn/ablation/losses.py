@@ -68,7 +68,8 @@ def ablation_losses(
     The model runs in evaluation mode and is left as it was. What lies before a site is computed once; where a
     convolution or linear layer meets the one changed channel, only that channel's part is computed anew; the rest runs
     for many variants at a time. What cannot be run so (a model that reads activations into Python, or whose examples
-    meet in evaluation mode) takes one forward pass per unit, with a warning.
+    meet in evaluation mode) takes one forward pass of the whole batch per unit, with a warning; channels are then where
+    `apply_ablation` takes them to be.
 
     Args:
         model: Returns logits ``[batch, classes]``.

@@ -58,7 +58,7 @@ class Network:
                 same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
                 raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
         self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
-        self._probe(memory_budget, edited, weights)
+        self._probe(int(memory_budget), edited, weights)
 
     @property
     def output(self) -> int:
