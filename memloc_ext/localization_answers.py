@@ -17,7 +17,7 @@ def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
     lines = []
     for model, localization in localizations.items():
         parts = [
-            f"{KIND_NAMES[kind]} examples flip after {_mean(result)} units (median {_median(result)})"
+            f"{_mean(result)} units flip a {KIND_NAMES[kind]} example (median {_median(result)})"
             for kind, result in localization.kinds.items()
         ]
         lines.append(f"Localization, {NAMES[model]}: {', '.join(parts)}; {_times(localization)}.")
@@ -41,7 +41,7 @@ def _counts(localization: DatasetLocalization) -> str:
         for kind, result in localization.kinds.items()
     ]
     return (
-        "After plain training, few units carry a prediction. Switched off one at a time until it flips, it takes "
+        "After plain training, the number of units that are switched off, one at a time, until the prediction flips is "
         f"{' and '.join(parts)}. The paper: around 5 for noisy examples, more for clean ones."
     )
 
@@ -132,7 +132,7 @@ def statuses(result: KindLocalization) -> str:
     counts = result.statuses
     text = f"{counts[FLIPPED]} of {result.localized} flipped"
     if counts[CAPPED]:
-        text += f", {counts[CAPPED]} not within the limit"
+        text += f", {counts[CAPPED]} not within the limit, with which they count"
     if counts[ALREADY_WRONG]:
         text += f", {counts[ALREADY_WRONG]} wrong already"
     return text

@@ -63,7 +63,12 @@ def load_localization(folder: Path) -> DatasetLocalization:
         sites = [_parsed(LocalizedSite, site) for site in stored["sites"]]
         kinds = {kind: _parsed(KindLocalization, stored["kinds"][kind]) for kind in KINDS if kind in stored["kinds"]}
         seconds = _parsed(float, stored["seconds"])
-        if not sites or not kinds or any(set(kind.statuses) != set(STATUSES) for kind in kinds.values()):
+        names = {site.name for site in sites}
+        if (
+            not sites
+            or not kinds
+            or any(set(kind.statuses) != set(STATUSES) or set(kind.sites) != names for kind in kinds.values())
+        ):
             raise ValueError("a part is missing")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{summary}: must be the summary of a localization: {error}") from error
@@ -71,7 +76,7 @@ def load_localization(folder: Path) -> DatasetLocalization:
     rows = read_json(table)
     try:
         examples = [_example(row, {site.name: site.units for site in sites}) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{table}: must be a table of {', '.join(_COLUMNS)}: {error}") from error
     return DatasetLocalization(examples, sites, kinds, seconds)
 

@@ -242,10 +242,9 @@ def run_study(
         else:
             modes = {AS_TRAINED: accuracy(model, dataset)}
         rows += [{"model": variant, "mode": mode, **asdict(result)} for mode, result in modes.items()]
-        if variant in localized and not (folder / SUMMARY).exists():
-            say(
-                f"[{number}/{len(networks)}] {variant}: localization of {config.localization.localized} examples a kind"
-            )
+        if variant in localized and not (folder / SUMMARY).exists():  # a finished one is kept, its time with it
+            each = config.localization.localized
+            say(f"[{number}/{len(networks)}] {variant}: localization of {each} memorized and {each} clean examples")
             result = localize_dataset(model, dataset, config.localization, seed=config.train.seed)
             save_localization(folder, result)
     write_table(path, METRICS, rows)

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import memloc_ext
 from memloc_ext.cli import main
+from memloc_ext.localization_answers import notes
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
 from memloc_ext.report import answers, cost, text_table, write_report
 from memloc_ext.run_directory import open_run
@@ -22,6 +24,7 @@ from memloc_ext.training import TrainConfig
 
 SMALL = StudyConfig(model=ModelConfig("lenet"), train=TrainConfig(epochs=1, batch_size=256, learning_rate=0.05))
 QUICK = ["--model", "lenet", "--epochs", "1", "--batch-size", "256"]
+FEW = ["--localized", "5", "--max-units", "3", "--edited", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directo
 def accounted(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
     folder = tmp_path_factory.mktemp("study") / "account"
     main(["account", *QUICK, "--epochs", "2", "--output", str(folder)])
+    return memloc_ext.load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def localized(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
+    folder = tmp_path_factory.mktemp("study") / "localize"
+    main(["localize", *QUICK, *FEW, "--output", str(folder)])
     return memloc_ext.load_run(folder)
 
 
@@ -49,7 +59,9 @@ def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
     assert [float(row["clean"]) for row in rows] == [row["clean"] for row in finished.metrics]
     assert rows[1]["test"] == ""
     assert finished.accounting is None
+    assert finished.localizations == {}
     assert not (path / "plain" / "accounting").exists()
+    assert not list(path.rglob("localization*"))
     assert sorted(file.name for file in (path / "plain" / "checkpoints").iterdir()) == ["epoch_000.pt", "epoch_001.pt"]
 
 
@@ -133,25 +145,86 @@ def test_damaged_accounts_are_named(accounted, tmp_path: Path) -> None:
         memloc_ext.load_run(path)
 
 
+def test_a_localized_run_holds_every_example_of_both_models(localized) -> None:
+    assert memloc_ext.load_run(localized.path) == localized
+    assert list(localized.localizations) == ["plain", "example_tied"]
+    for model, localization in localized.localizations.items():
+        assert Counter(row.kind for row in localization.examples) == {"noisy": 5, "clean": 5}
+        assert {kind: summary.total for kind, summary in localization.kinds.items()} == {"noisy": 143, "clean": 1294}
+        clean = localization.kinds["clean"]
+        assert clean.curve[0].examples == clean.edited.examples == 2
+        with open(localized.path / model / "localization.csv", newline="") as file:
+            assert [int(row["num_units"]) for row in csv.DictReader(file)] == [
+                len(row.units) for row in localization.examples
+            ]
+    assert localized.localizations["plain"].memorization_share == 0
+    assert localized.localizations["example_tied"].memorization_share > 0.75
+    assert localized.accounting is None
+
+
+def test_the_report_of_a_localized_run_shows_which_units_flip_an_example(localized) -> None:
+    page = (localized.path / "report.html").read_text()
+    pictures = {f"localization_{name}.png" for name in ("units", "sites", "accuracy", "memorization")}
+    assert pictures < {file.name for file in (localized.path / "figures").iterdir()}
+    assert page.count('src="data:image/png;base64,') == 6
+    assert "Which units flip an example" in page
+    for sentence in notes(localized.localizations):
+        assert sentence in page
+
+
+def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized, tmp_path: Path, capsys) -> None:
+    path = shutil.copytree(localized.path, tmp_path / "run")
+    (path / "plain" / "localization_summary.json").unlink()
+    main(["localize", *QUICK, *FEW, "--output", str(path)])
+    output = capsys.readouterr()
+    assert "[1/2] plain: localization of 5 memorized and 5 clean examples" in output.err
+    assert "example_tied: localization" not in output.err
+    assert "Localization, example-tied dropout: " in output.out
+    again = memloc_ext.load_run(path)
+    assert again.localizations["example_tied"] == localized.localizations["example_tied"]
+    plain = replace(again.localizations["plain"], seconds=localized.localizations["plain"].seconds)
+    assert plain == localized.localizations["plain"]
+    with pytest.raises(SystemExit, match=r"holds a run with localization\.localized = 5, not 6"):
+        main(["localize", *QUICK, *FEW, "--localized", "6", "--output", str(path)])
+
+
+def test_only_models_with_a_question_are_localized(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="variants must hold plain or example_tied for its localization, got fixed"):
+        run_study(SMALL, tmp_path / "run", variants=("fixed",), localization=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_the_plain_training_is_accounted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variants must hold plain for its accounting, got standard, fixed"):
         run_study(SMALL, tmp_path / "run", variants=("standard", "fixed"), accounting=True)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [(["run"], True), (["run", "--no-accounting"], False),
-                                                     (["train"], False), (["account"], True)])  # fmt: skip
-def test_commands_account_what_they_say(arguments, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "accounts", "localizes"),
+    [
+        (["run"], True, True),
+        (["run", "--no-accounting"], False, True),
+        (["run", "--no-localization"], True, False),
+        (["train"], False, False),
+        (["account"], True, False),
+        (["localize"], False, True),
+        (["dropout"], False, False),
+    ],
+)
+def test_commands_do_what_they_say(
+    arguments: list[str], accounts: bool, localizes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
-    def study(*_, accounting: bool, **__) -> None:
-        asked.append(accounting)
+    def study(*_, accounting: bool, localization: bool, **__) -> None:
+        asked.append((accounting, localization))
         raise ValueError("enough")
 
     monkeypatch.setattr("memloc_ext.cli.run_study", study)
     with pytest.raises(SystemExit, match="enough"):
         main([*arguments, "--output", str(tmp_path)])
-    assert asked == [expected]
+    assert asked == [(accounts, localizes)]
 
 
 def test_other_settings_do_not_touch_a_run(finished) -> None:
@@ -274,7 +347,16 @@ def test_wrong_settings_end_with_one_line_and_no_folder(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--epochs", "0"], ["--epochs", "many"], ["--noize", "0.1"], ["--seed", "9" * 20]]
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "many"],
+        ["--localized", "0"],
+        ["--max-units", "no"],
+        ["--edited", "-1"],
+        ["--noize", "0.1"],
+        ["--seed", "9" * 20],
+    ],
 )
 def test_options_that_do_not_parse_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

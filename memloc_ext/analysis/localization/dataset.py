@@ -75,7 +75,8 @@ class KindLocalization:
         total: Training examples of the kind.
         fitted: Those of them that the model predicts as their label.
         statuses: Status to number of localized examples.
-        mean: Mean number of units of the flipped examples; None without such.
+        mean: Mean number of units of the localized examples but those that were wrong already; None without such. A
+            search that ended without a flip counts with the units that it tried.
         median: Their median.
         histogram: Number of flipped examples with so many units, from 0 on.
         sites: Site to the number of units that were found in it, over all examples.
@@ -234,8 +235,9 @@ def _summary(
     edited: EditedAccuracy | None,
     curve: list[EditedAccuracy],
 ) -> KindLocalization:
-    numbers = [len(example.units) for example in examples if example.status == FLIPPED]
-    counts, found = Counter(numbers), Counter(unit for example in examples for unit in example.units)
+    numbers = [len(example.units) for example in examples if example.status != ALREADY_WRONG]
+    counts = Counter(len(example.units) for example in examples if example.status == FLIPPED)
+    found = Counter(unit for example in examples for unit in example.units)
     statuses = Counter(example.status for example in examples)
     first = {site.name: site.units - site.memorization for site in sites}
     return KindLocalization(
@@ -244,7 +246,7 @@ def _summary(
         statuses={status: statuses[status] for status in STATUSES},
         mean=statistics.fmean(numbers) if numbers else None,
         median=float(statistics.median(numbers)) if numbers else None,
-        histogram=[counts[number] for number in range(max(numbers, default=-1) + 1)],
+        histogram=[counts[number] for number in range(max(counts, default=-1) + 1)],
         sites={site.name: sum(n for (name, _), n in found.items() if name == site.name) for site in sites},
         memorization=sum(n for (name, unit), n in found.items() if unit >= first[name]),
         edited=edited,
