@@ -1,6 +1,13 @@
 """Modules: thin shells over `memloc_ext.ops`, and ways to put them into a model."""
 
-from memloc_ext.nn.ablation import AblationLosses, AppliedAblation, SiteLosses, ablation_losses, apply_ablation
+from memloc_ext.nn.ablation import (
+    AblationLosses,
+    AppliedAblation,
+    SiteLosses,
+    UnsupportedError,
+    ablation_losses,
+    apply_ablation,
+)
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.example_tied_dropout import MODES, RESCALES, ExampleTiedDropout, dropout_mode, set_dropout_mode
 from memloc_ext.nn.fixed_dropout import FixedDropout
@@ -17,6 +24,7 @@ __all__ = [
     "FixedDropout",
     "GradientAccountant",
     "SiteLosses",
+    "UnsupportedError",
     "ablation_losses",
     "apply_ablation",
     "current_example_ids",

@@ -1,6 +1,7 @@
 """What a network does with units switched off: one at a time, for every example, far cheaper than by running it."""
 
 from memloc_ext.nn.ablation.losses import AblationLosses, SiteLosses, ablation_losses
+from memloc_ext.nn.ablation.recording import UnsupportedError
 from memloc_ext.nn.ablation.switch import AppliedAblation, apply_ablation
 from memloc_ext.nn.ablation.weight_changes import AppliedChanges, WeightChange
 
@@ -9,6 +10,7 @@ __all__ = [
     "AppliedAblation",
     "AppliedChanges",
     "SiteLosses",
+    "UnsupportedError",
     "WeightChange",
     "ablation_losses",
     "apply_ablation",

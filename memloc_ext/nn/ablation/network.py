@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.evaluation import Graph, Suffix
-from memloc_ext.nn.ablation.recording import UnsupportedError, evaluating, record
+from memloc_ext.nn.ablation.recorder import evaluating, record
+from memloc_ext.nn.ablation.recording import UnsupportedError
 from memloc_ext.nn.ablation.rows import keeps_rows_apart
 from memloc_ext.nn.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.nn.ablation.slab import Slab

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.recording import evaluating
+from memloc_ext.nn.ablation.recorder import evaluating
 from memloc_ext.nn.ablation.sites import HEADS
 from memloc_ext.nn.ablation.switch import apply_ablation, channel_dim
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import ablation_losses
-from memloc_ext.nn.ablation.recording import UnsupportedError, record
+from memloc_ext.nn.ablation.recorder import record
+from memloc_ext.nn.ablation.recording import UnsupportedError
 
 B = 3
 

@@ -1,0 +1,247 @@
+"""Records what a model does to one example."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
+from memloc_ext.nn.example_ids import current_example_ids, example_ids
+from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+
+aten = torch.ops.aten
+
+
+def record(model: nn.Module, x: Tensor) -> Recording:
+    """Record the forward pass of the first example of ``x`` in evaluation mode; the model stays as it was.
+
+    Raises:
+        UnsupportedError: If the model reads a value of an activation into Python, mixes examples, or writes into a
+            view that it reads in another way later.
+    """
+    ids = current_example_ids()
+    with evaluating(model), torch.no_grad(), uncompiled(), contextlib.ExitStack() as stack:
+        recorder = _Recorder()
+        given = [x[:1].detach().clone()]
+        if ids is not None:
+            given.append(ids[:1].clone())
+            stack.enter_context(example_ids(given[1]))
+        stack.enter_context(_without_fast_path())
+        for hook in _hooks(model, recorder):
+            stack.callback(hook.remove)
+        for t in given:
+            recorder.recording.inputs.append(recorder.put(t))
+        with _Readers(recorder), recorder:
+            logits = model(given[0])
+    output = recorder.value(logits)
+    if output is None:
+        raise UnsupportedError("the model must return one tensor that depends on its input")
+    recorder.recording.output = output
+    _merge(recorder.recording, recorder.returned)
+    return recorder.recording
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.modules: list[str] = [""]
+        self.returned: list[Call] = []  # those of `give_back`
+        self._values: dict[int, int] = {}  # id of a tensor to its value
+        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._storages: dict[int, list[int]] = {}  # address to the tensors that share it, by id
+        self._stale: set[int] = set()
+        self._dependent: set[int] = set()  # addresses of the values
+
+    def put(self, t: Tensor) -> int:
+        """Return a new value for a tensor."""
+        index = len(self.recording.shapes)
+        self.recording.shapes.append(t.shape)
+        self.recording.dtypes.append(t.dtype)
+        self.recording.sample.append(t)
+        self._keep(t)
+        self._values[id(t)] = index
+        self._dependent.add(_storage(t))
+        self._stale.discard(id(t))
+        return index
+
+    def value(self, t: object) -> int | None:
+        """Return the value of a tensor, or None if it depends on no example."""
+        return self._values.get(id(t)) if isinstance(t, Tensor) else None
+
+    def _keep(self, t: Tensor) -> None:
+        self._kept.append(t)
+        self._storages.setdefault(_storage(t), []).append(id(t))
+
+    def give_back(self, t: Tensor) -> Tensor:
+        """Return a tensor as another value: a hook would replace what a module returns, but not what it keeps."""
+        other = aten.alias.default(t)
+        self.returned.append(self.recording.calls[-1])
+        return other
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        name = func._schema.name.split("::")[1]
+        if any(id(t) in self._stale for t in leaves):
+            raise UnsupportedError(f"{func} reads what was written through a view of it")
+        for t in leaves:
+            if id(t) not in self._values and t.numel() and _storage(t) in self._dependent and name not in _SHAPED_LIKE:
+                raise UnsupportedError(f"{func} reads an activation that no operator returned")
+        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in leaves):
+            result = func(*args, **kwargs)
+            for t in tree_flatten(result)[0]:
+                if isinstance(t, Tensor) and id(t) not in self._values:
+                    self._keep(t)  # a constant
+            return result
+        if name in _ASKING:
+            raise UnsupportedError(f"{func} reads an activation into Python")
+        if func._schema.is_mutable:
+            return self._write(func, name, args, kwargs)
+        refs = tree_map_only(Tensor, self._ref, (args, kwargs))
+        result = func(*args, **kwargs)
+        self._call(func, refs, result)
+        return result
+
+    def _write(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Record a call that writes into its first argument as one that does not."""
+        target = args[0]
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None)
+        functional = getattr(packet, func._overloadname, None)
+        if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
+            raise UnsupportedError(f"{func} writes into its arguments")
+        old = target.clone() if self.value(target) is None else target
+        refs = tree_map_only(Tensor, self._ref, ((old, *args[1:]), kwargs))
+        promoted = functional(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
+        if promoted.dtype != target.dtype:  # what is written keeps its type
+            self._call(functional, refs, promoted)
+            functional, refs = aten._to_copy.default, ((self._ref(promoted),), {"dtype": target.dtype})
+        self._call(functional, refs, target)
+        return result
+
+    def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
+        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in _list(result)]
+        kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
+        self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
+
+    def _ref(self, t: Tensor) -> Ref | Tensor:
+        index = self._values.get(id(t))
+        return t.detach() if index is None else Ref(index)
+
+
+_SHAPED_LIKE = frozenset(
+    (
+        *(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")),
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    )
+)  # of their argument only the shape and type count
+_ASKING = frozenset(
+    ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2")
+)
+
+
+class _Readers(TorchFunctionMode):
+    """Refuses what reads an activation without calling an operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READING and self._recorder.value(args[0]) is not None:
+            raise UnsupportedError(f"{func.__name__} reads an activation into Python")
+        return func(*args, **(kwargs or {}))
+
+
+_READING = frozenset((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr))
+
+
+def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
+    """Make one value again of those that nobody else reads and their aliases."""
+    readers, same = recording.readers(), dict[int, int]()
+    for call in aliases:
+        (source,) = call.refs
+        if len(readers[source]) == 1 and source != recording.output:
+            same[call.outputs[0]] = same.get(source, source)
+    calls = [call for call in recording.calls if call.outputs[0] not in same]
+    recording.calls = []
+    for call in calls:
+        args, kwargs = tree_map_only(Ref, lambda ref: Ref(same.get(ref.index, ref.index)), (call.args, call.kwargs))
+        recording.calls.append(replace(call, args=args, kwargs=kwargs))
+    recording.output = same.get(recording.output, recording.output)
+    for name, values in recording.returned.items():
+        recording.returned[name] = [None if value is None else same.get(value, value) for value in values]
+
+
+def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
+    """Have the recorder told which module runs and what it returns, each time as a value of its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it computes is recorded all the same
+            continue
+
+        def before(module: nn.Module, args: Any, name: str = name) -> None:
+            recorder.modules.append(name)
+
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
+            recorder.modules.pop()
+            output = output if recorder.value(output) is None else recorder.give_back(output)
+            recorder.recording.returned.setdefault(name, []).append(recorder.value(output))
+            return output
+
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
+    modes = {module: module.training for module in model.modules()}
+    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for names, name, buffer in held:  # another tensor may have been put in its place
+            names[name] = buffer
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Have transformer layers run as they are written, not as one operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _list(result: Any) -> Sequence[Any]:
+    return list(result) if isinstance(result, tuple | list) else [result]
