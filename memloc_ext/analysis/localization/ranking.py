@@ -52,7 +52,7 @@ def _rank(
 ) -> Tensor:
     if method == "random":
         units = sum(len(b) for b in baselines)
-        draws = [torch.rand(units, generator=torch.Generator().manual_seed(seed % (1 << 63))) for seed in seeds]
+        draws = [torch.rand(units, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(draws).to(y.device)
     empty = Switched.none(network, baselines, len(y))
 

@@ -68,13 +68,6 @@ class Graph:
         return {value: t for value, t in values.items() if value in keep or ~value in keep}
 
 
-def gradients(total: Tensor, values: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return those of a number with respect to some values; None of what it does not depend on."""
-    if not total.requires_grad:
-        return [None] * len(values)
-    return torch.autograd.grad(total, values, allow_unused=True)
-
-
 class MissingValueError(LookupError):
     """A value of the unchanged network is needed that was not kept."""
 

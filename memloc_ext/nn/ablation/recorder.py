@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+from memloc_ext.nn.training_flags import kept_training_flags
 
 aten = torch.ops.aten
 
@@ -209,17 +210,14 @@ def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
-    modes = {module: module.training for module in model.modules()}
     held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with kept_training_flags(model), torch.random.fork_rng(devices=devices):
+            model.eval()
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for names, name, buffer in held:  # another tensor may have been put in its place
             names[name] = buffer
         with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from memloc_ext.nn.ablation.candidates import Candidates, finite
-from memloc_ext.nn.ablation.evaluation import Edit, gradients
+from memloc_ext.nn.ablation.evaluation import Edit
+from memloc_ext.nn.ablation.gradients import gradients
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.sites import Site
 from memloc_ext.nn.ablation.slab import Slab
@@ -140,34 +141,31 @@ def first_order(
         only: Index of the one site that is asked about; by default all are.
         scale: Where between the baseline, 0, and the activation, 1, the gradient is taken; not 0.
     """
-    network, edits, seen = switched.network, switched.edits(), dict[int, Tensor]()
+    network, edits = switched.network, switched.edits()
 
-    def watched(value: int, place: Site, baseline: Tensor) -> Edit:
+    def scaled(value: int, place: Site, baseline: Tensor) -> Edit:
         def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
             t = edits[value](t, rows, read) if value in edits else t
-            if scale != 1:
-                origin = baseline.to(t.dtype).reshape(-1, *[1] * (t.dim() - place.dim - 2))
-                t = origin + scale * (t - origin)
-            seen[value] = t if t.requires_grad else t.detach().requires_grad_()
-            return seen[value]
+            origin = baseline.to(t.dtype).reshape(-1, *[1] * (t.dim() - place.dim - 2))
+            return origin + scale * (t - origin)
 
         return edit
 
     sites = list(zip(network.places, switched.baselines, strict=True))
     asked = sites if only is None else sites[only : only + 1]
-    watch = {value: watched(value, place, baseline) for place, baseline in asked for value in place.values}
-    with torch.enable_grad():
-        kept = network.graph.examples([t.detach() for t in inputs], (), edits | watch)
-        total = loss(kept[network.output][:, 0])
-        grads = gradients(total, [seen[v] for v in watch])
-    changes, given = [], iter(grads)
+    values = [value for place, _ in asked for value in place.values]
+    towards = {}
+    if scale != 1:
+        towards = {value: scaled(value, place, baseline) for place, baseline in asked for value in place.values}
+    found, grads, _ = gradients(network.graph, inputs, loss, values, edits | towards)
+    changes, given = [], iter(zip(found, grads, strict=True))
     for place, baseline in asked:
         change = baseline.new_zeros(len(inputs[0]), len(baseline))
-        for value in place.values:
-            grad = next(given)
+        for _ in place.values:
+            activation, grad = next(given)
             if grad is None:
                 continue
-            own = channel_saliency(seen[value].detach(), grad, place.dim + 1)
+            own = channel_saliency(activation.detach(), grad, place.dim + 1)
             if bool(baseline.any()):
                 own = own - baseline * grad.movedim(place.dim + 1, 1).flatten(2).sum(2)
             change = change - own

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.nn.ablation.candidates import Candidates, finite
-from memloc_ext.nn.ablation.evaluation import Edit, gradients
+from memloc_ext.nn.ablation.evaluation import Edit
 from memloc_ext.nn.ablation.filters import CHANNELS, Filters
+from memloc_ext.nn.ablation.gradients import gradients
 from memloc_ext.nn.ablation.network import Network
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.ablation.weight_changes import WeightChange
@@ -191,26 +192,10 @@ class ChangedWeights:
         self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Return the layers' inputs, and the gradient of a loss with respect to each layer's output."""
-        edits, seen, output = self.edits(), dict[int, Tensor](), self.network.output
-
-        def watched(value: int) -> Edit:
-            def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-                t = edits[value](t, rows, read) if value in edits else t
-                seen[value] = t if t.requires_grad else t.detach().requires_grad_()
-                return seen[value]
-
-            return edit
-
-        watch = {f.layer.output: watched(f.layer.output) for f in self.filters}
-        with torch.enable_grad():
-            kept = self.network.graph.examples(
-                [t.detach() for t in inputs], {f.layer.input for f in self.filters}, edits | watch
-            )
-            grads = gradients(loss(kept[output][:, 0]), [seen[v] for v in watch])
+        outputs, reads = [f.layer.output for f in self.filters], {f.layer.input for f in self.filters}
+        found, grads, kept = gradients(self.network.graph, inputs, loss, outputs, self.edits(), reads)
         values = {value: t.detach() for value, t in kept.items()}
-        return values, [
-            torch.zeros_like(seen[v]) if grad is None else grad for v, grad in zip(watch, grads, strict=True)
-        ]
+        return values, [torch.zeros_like(t) if grad is None else grad for t, grad in zip(found, grads, strict=True)]
 
     def _entries(self, site: int) -> tuple[Tensor, Tensor]:
         """Return rows and entries of what is changed at a site in each of the examples, rows in rising order."""
