@@ -6,7 +6,7 @@ from memloc_ext._version import __version__
 from memloc_ext.analysis import localize
 from memloc_ext.nn import GradientAccountant, ablation_losses, apply_ablation, example_ids
 from memloc_ext.ops import plan
-from memloc_ext.run_directory import load_run
+from memloc_ext.study import load_run
 
 __all__ = [
     "GradientAccountant",

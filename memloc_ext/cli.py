@@ -1,114 +1,114 @@
-"""The command line: ``memloc run``, ``train``, ``account``, ``localize``, ``dropout`` and ``info``."""
+"""The command line: ``memloc run``, its single stages, and ``memloc info``."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from memloc_ext.distributed import process_group, rank
 from memloc_ext.info import info
-from memloc_ext.run_directory import LOCALIZED
-from memloc_ext.study import VARIANTS, StudyConfig, Variant, run_study
+from memloc_ext.study import STAGES, StageName, StudyConfig, run_study
+from memloc_ext.study.setup import find_device
 
 
 @dataclasses.dataclass(frozen=True)
 class _Command:
-    variants: ClassVar[tuple[Variant, ...]]
+    stages: ClassVar[tuple[StageName, ...]]
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     output: Path | None = None
     """Run directory, by default runs/<command>-<dataset>-<model>-seed<seed>; the same command continues one there."""
+    resume: bool = False
+    """Continue a run even if settings changed: what does not depend on them is reused, the rest done again."""
     tensorboard: bool = False
     """Log every epoch for TensorBoard."""
 
-    @property
-    def accounts(self) -> bool:
-        """Whether the plain training is accounted."""
-        return False
-
-    @property
-    def localizes(self) -> bool:
-        """Whether the plain and the example-tied model are localized."""
-        return False
+    def chosen(self) -> Collection[StageName]:
+        """Return the stages to do."""
+        return self.stages
 
     def run(self) -> None:
         from memloc_ext.localization_answers import summary
         from memloc_ext.report import cost, text_table, write_report
 
-        config = self.study
+        config, stages = self.study, self.chosen()
         name = f"{type(self).__name__.lower()}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
         output = self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
-        run = run_study(
-            config,
-            output,
-            variants=self.variants,
-            accounting=self.accounts,
-            localization=self.localizes,
-            tensorboard=self.tensorboard,
-            say=_say,
-        )
-        report = write_report(run)
-        print("", text_table(run.metrics), "", *cost(run), *summary(run.localizations), f"report: {report}", sep="\n")
+        with process_group(find_device(config.device)):
+            run = run_study(config, output, stages=stages, resume=self.resume, tensorboard=self.tensorboard, say=_say)
+            if rank() == 0:
+                lines = [text_table(run.metrics), "", *cost(run), *summary(run.localizations)]
+                if "report" in stages:
+                    lines.append(f"report: {write_report(run)}")
+                print("", *lines, sep="\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(_Command):
-    """Everything: plain training, example-tied dropout and its controls, each evaluated in every mode, and a report."""
+    """The whole study: plain training and every probe of it, example-tied dropout and its controls, and a report."""
 
-    variants = VARIANTS
-    accounting: bool = True
-    """Keep an account of the gradients of the plain training; cannot be had with --compile."""
-    localization: bool = True
-    """Search for the units that flip single examples, after plain training and with example-tied dropout."""
+    stages = tuple(STAGES)
+    only: tuple[StageName, ...] = ()
+    """Do these stages alone, and those that they need."""
+    skip: tuple[StageName, ...] = ()
+    """Leave out these stages, and those that need them."""
 
-    @property
-    def accounts(self) -> bool:
-        """Whether the plain training is accounted."""
-        return self.accounting
-
-    @property
-    def localizes(self) -> bool:
-        """Whether the plain and the example-tied model are localized."""
-        return self.localization
+    def chosen(self) -> Collection[StageName]:
+        """Return the stages to do."""
+        skipped = set[str](self.skip)
+        for name, stage in STAGES.items():  # a stage comes after those that it needs
+            if skipped.intersection(stage.needs):
+                skipped.add(name)
+        asked = (*self.only, "report") if self.only else self.stages
+        chosen = tuple[StageName, ...](name for name in asked if name not in skipped)
+        if not set(chosen) - {"report"}:
+            raise ValueError("run: --only and --skip leave no stage to do")
+        return chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Train(_Command):
     """Train a model without dropout, with a checkpoint after every epoch."""
 
-    variants = ("plain",)
+    stages = ("train", "report")
 
 
 @dataclasses.dataclass(frozen=True)
 class Account(_Command):
     """Train a model without dropout and keep an account of its gradients: which examples move which layers."""
 
-    variants = ("plain",)
+    stages = ("train", "account", "report")
 
-    @property
-    def accounts(self) -> bool:
-        """Whether the plain training is accounted."""
-        return True
+
+@dataclasses.dataclass(frozen=True)
+class Rewind(_Command):
+    """Train a model without dropout, and put one layer group after another back to its weights of earlier epochs."""
+
+    stages = ("train", "rewind", "report")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrain(_Command):
+    """Train a model without dropout, and train one layer group after another again, on clean examples alone."""
+
+    stages = ("train", "retrain", "report")
 
 
 @dataclasses.dataclass(frozen=True)
 class Localize(_Command):
     """Train a model without and one with example-tied dropout, and search for the units that flip single examples."""
 
-    variants = LOCALIZED
-
-    @property
-    def localizes(self) -> bool:
-        """Whether the plain and the example-tied model are localized."""
-        return True
+    stages = ("train", "localize", "dropout", "localize-dropout", "report")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropout(_Command):
     """Train a model with example-tied dropout and evaluate it in every mode."""
 
-    variants = ("example_tied",)
+    stages = ("dropout", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
         Annotated[Run, subcommand("run")]
         | Annotated[Train, subcommand("train")]
         | Annotated[Account, subcommand("account")]
+        | Annotated[Rewind, subcommand("rewind")]
+        | Annotated[Retrain, subcommand("retrain")]
         | Annotated[Localize, subcommand("localize")]
         | Annotated[Dropout, subcommand("dropout")]
         | Annotated[Info, subcommand("info")]

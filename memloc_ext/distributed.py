@@ -72,3 +72,12 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:
         distributed.barrier()
+
+
+def on_first(function: Callable[[], R]) -> R:
+    """Call a function in the first process only, and return its result in all of them."""
+    if world_size() == 1:
+        return function()
+    result: list[Any] = [function() if rank() == 0 else None]
+    distributed.broadcast_object_list(result)
+    return result[0]

@@ -13,7 +13,8 @@ from memloc_ext._version import __version__
 from memloc_ext.accounting_files import Accounting
 from memloc_ext.figures import percent
 from memloc_ext.files import write_atomically
-from memloc_ext.run_directory import AS_TRAINED, FIGURES, REPORT, Run, flat
+from memloc_ext.study.run_directory import AS_TRAINED, FIGURES, REPORT, Run
+from memloc_ext.study.stages import flat
 
 _COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy -> true", "test": "test"}
 

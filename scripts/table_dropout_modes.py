@@ -19,7 +19,9 @@ from memloc_ext.figures import COLUMNS
 from memloc_ext.files import write_json
 from memloc_ext.info import info
 from memloc_ext.report import text_table
-from memloc_ext.study import StudyConfig, run_study
+from memloc_ext.study import StageName, StudyConfig, run_study
+
+STAGES: tuple[StageName, ...] = ("train", "dropout", "controls")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ def main() -> None:
     tables = []
     for seed in range(options.seeds):
         config = dataclasses.replace(options.study, train=dataclasses.replace(options.study.train, seed=seed))
-        tables.append(run_study(config, options.runs / f"seed{seed}").metrics)
+        tables.append(run_study(config, options.runs / f"seed{seed}", stages=STAGES).metrics)
     table = []
     for rows in zip(*tables, strict=True):
         names = {"model": rows[0]["model"], "mode": rows[0]["mode"]}

@@ -18,29 +18,41 @@ from memloc_ext.cli import main
 from memloc_ext.localization_answers import notes
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
 from memloc_ext.report import answers, cost, text_table, write_report
-from memloc_ext.run_directory import open_run
-from memloc_ext.study import DataConfig, DropoutConfig, ModelConfig, StudyConfig, build_model, load_data, run_study
+from memloc_ext.study import (
+    DataConfig,
+    DropoutConfig,
+    ModelConfig,
+    Run,
+    StageName,
+    StudyConfig,
+    build_model,
+    load_data,
+    run_study,
+)
+from memloc_ext.study.run_directory import open_run
+from memloc_ext.study.stages import STAGES
 from memloc_ext.training import TrainConfig
 
 SMALL = StudyConfig(model=ModelConfig("lenet"), train=TrainConfig(epochs=1, batch_size=256, learning_rate=0.05))
+TRAININGS: tuple[StageName, ...] = ("train", "dropout", "controls")
 QUICK = ["--model", "lenet", "--epochs", "1", "--batch-size", "256"]
 FEW = ["--localized", "5", "--max-units", "3", "--edited", "2"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
-    return run_study(SMALL, tmp_path_factory.mktemp("study") / "run")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_study(SMALL, tmp_path_factory.mktemp("study") / "run", stages=TRAININGS)
 
 
 @pytest.fixture(scope="module")
-def accounted(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
+def accounted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "account"
     main(["account", *QUICK, "--epochs", "2", "--output", str(folder)])
     return memloc_ext.load_run(folder)
 
 
 @pytest.fixture(scope="module")
-def localized(tmp_path_factory: pytest.TempPathFactory) -> memloc_ext.run_directory.Run:
+def localized(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "localize"
     main(["localize", *QUICK, *FEW, "--output", str(folder)])
     return memloc_ext.load_run(folder)
@@ -79,7 +91,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
 def test_a_finished_run_is_not_trained_again(finished) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("epoch_*.pt")}
     assert len(before) == 8
-    assert run_study(SMALL, finished.path) == finished
+    assert run_study(SMALL, finished.path, stages=TRAININGS) == finished
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
@@ -174,11 +186,15 @@ def test_the_report_of_a_localized_run_shows_which_units_flip_an_example(localiz
 
 def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized, tmp_path: Path, capsys) -> None:
     path = shutil.copytree(localized.path, tmp_path / "run")
-    (path / "plain" / "localization_summary.json").unlink()
+    (path / "stages" / "localize.json").unlink()
     main(["localize", *QUICK, *FEW, "--output", str(path)])
     output = capsys.readouterr()
-    assert "[1/2] plain: localization of 5 memorized and 5 clean examples" in output.err
-    assert "example_tied: localization" not in output.err
+    assert output.err.splitlines() == [
+        "[1/4] train: finished before, reused",
+        "[2/4] localize: begins",
+        "[3/4] dropout: finished before, reused",
+        "[4/4] localize-dropout: finished before, reused",
+    ]
     assert "Localization, example-tied dropout: " in output.out
     again = memloc_ext.load_run(path)
     assert again.localizations["example_tied"] == localized.localizations["example_tied"]
@@ -188,57 +204,56 @@ def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized,
         main(["localize", *QUICK, *FEW, "--localized", "6", "--output", str(path)])
 
 
-def test_only_models_with_a_question_are_localized(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="variants must hold plain or example_tied for its localization, got fixed"):
-        run_study(SMALL, tmp_path / "run", variants=("fixed",), localization=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_the_plain_training_is_accounted(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="variants must hold plain for its accounting, got standard, fixed"):
-        run_study(SMALL, tmp_path / "run", variants=("standard", "fixed"), accounting=True)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
-    ("arguments", "accounts", "localizes"),
+    ("arguments", "stages"),
     [
-        (["run"], True, True),
-        (["run", "--no-accounting"], False, True),
-        (["run", "--no-localization"], True, False),
-        (["train"], False, False),
-        (["account"], True, False),
-        (["localize"], False, True),
-        (["dropout"], False, False),
+        (["run"], tuple(STAGES)),
+        (["run", "--skip", "account"], tuple(name for name in STAGES if name != "account")),
+        (["run", "--skip", "train"], ("dropout", "controls", "localize-dropout", "report")),
+        (["run", "--skip", "dropout", "report"], ("train", "account", "rewind", "retrain", "localize", "controls")),
+        (["run", "--only", "rewind", "account"], ("rewind", "account", "report")),
+        (["run", "--only", "rewind", "account", "--skip", "account", "report"], ("rewind",)),
+        (["train"], ("train", "report")),
+        (["account"], ("train", "account", "report")),
+        (["rewind"], ("train", "rewind", "report")),
+        (["retrain"], ("train", "retrain", "report")),
+        (["localize"], ("train", "localize", "dropout", "localize-dropout", "report")),
+        (["dropout"], ("dropout", "report")),
     ],
 )
 def test_commands_do_what_they_say(
-    arguments: list[str], accounts: bool, localizes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def study(*_, accounting: bool, localization: bool, **__) -> None:
-        asked.append((accounting, localization))
+    def study(*_, stages: tuple[str, ...], **__) -> None:
+        asked.append(stages)
         raise ValueError("enough")
 
     monkeypatch.setattr("memloc_ext.cli.run_study", study)
     with pytest.raises(SystemExit, match="enough"):
         main([*arguments, "--output", str(tmp_path)])
-    assert asked == [(accounts, localizes)]
+    assert asked == [stages]
+
+
+def test_a_study_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--only and --skip leave no stage"):
+        main(["run", "--only", "rewind", "--skip", "train", "--output", str(tmp_path / "run")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_do_not_touch_a_run(finished) -> None:
     before = {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()}
     other = replace(SMALL, train=replace(SMALL.train, epochs=2))
     with pytest.raises(ValueError, match=r"holds a run with train.epochs = 1, not 2; give another --output"):
-        run_study(other, finished.path)
+        run_study(other, finished.path, stages=TRAININGS)
     assert {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()} == before
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="must be a new or empty folder"):
-        run_study(SMALL, tmp_path)
+        run_study(SMALL, tmp_path, stages=TRAININGS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -256,28 +271,25 @@ def test_a_run_goes_on_from_another_place_or_device(tmp_path: Path) -> None:
 
 
 def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+    with pytest.raises(FileNotFoundError, match=r"holds no run, config\.json is missing"):
         memloc_ext.load_run(tmp_path)
-    for name in ("config.json", "metrics.json"):
-        (tmp_path / name).write_text((finished.path / name).read_text())
-    (tmp_path / "metrics.json").write_text('[{"mod')
-    with pytest.raises(ValueError, match=r"metrics\.json: must be JSON"):
+    shutil.copy(finished.path / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no finished training"):
         memloc_ext.load_run(tmp_path)
-    for text in ('{"a": 1}', "[]", '[{"mode": 1}]', '[{"model": "../../x", "mode": "train"}]'):
-        (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(ValueError, match=r"metrics\.json: must be the table of a run"):
-            memloc_ext.load_run(tmp_path)
+    path = shutil.copytree(finished.path, tmp_path / "run")
+    for text in ('[{"mod', '{"a": 1}', "[]", '[{"mode": 1}]', '[{"model": "../../x", "mode": "train"}]'):
+        (path / "plain" / "metrics.json").write_text(text)
+        with pytest.raises(ValueError, match=r"plain/metrics\.json: must be "):
+            memloc_ext.load_run(path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{"])
-def test_damaged_settings_are_named(finished, tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    shutil.copy(finished.path / "metrics.json", tmp_path)
-    for model in finished.histories:
-        (tmp_path / model).mkdir()
-        shutil.copy(finished.path / model / "history.json", tmp_path / model)
-    with pytest.raises(ValueError, match=r"config\.json: must be"):
-        memloc_ext.load_run(tmp_path)
+def test_damaged_settings_and_records_are_named(finished, tmp_path: Path, text: str) -> None:
+    path = shutil.copytree(finished.path, tmp_path / "run")
+    for name in ("stages/train.json", "config.json"):
+        (path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}: must be"):
+            memloc_ext.load_run(path)
 
 
 def test_variants_start_from_the_same_weights_and_differ_in_dropout_only() -> None:
@@ -312,7 +324,7 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     output = capsys.readouterr()
     assert "example-tied dropout, drop" in output.out
     assert "plain training" not in output.out
-    assert "[1/1] example_tied: 1 epochs on digits" in output.err
+    assert output.err == "[1/1] dropout: begins\n"
     assert f"report: {tmp_path / 'tied' / 'report.html'}" in output.out
     assert "accounting" not in output.out
     main(["train", *QUICK, "--output", str(tmp_path / "plain")])
@@ -327,10 +339,11 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model", "alexnet"], "alexnet"),
         (["--noise", "1.5"], "fraction must be in"),
         (["--p-gen", "2"], "p_gen must be in"),
-        (["--compile"], "leave out --compile, or give --no-accounting"),
+        (["--compile"], "leave out --compile, or give --skip account"),
         (["--device", "tpu9"], "device must be"),
         (["--device", "meta"], "device must be"),
         (["--device", "cuda:99"], "device must be"),
+        (["--examples", "2000"], "examples must be at most 1437"),
         (["--width", "inf"], "width must be positive and finite"),
         (["--memorized", "nothing.npy"], "nothing.npy"),
     ],
@@ -350,6 +363,8 @@ def test_wrong_settings_end_with_one_line_and_no_folder(
     "arguments",
     [
         ["--epochs", "0"],
+        ["--examples", "0"],
+        ["--only", "everything"],
         ["--epochs", "many"],
         ["--localized", "0"],
         ["--max-units", "no"],
@@ -380,4 +395,4 @@ def test_info_needs_no_package_beside_torch_and_numpy(arguments: list[str], tmp_
 def test_config_is_plain_json(finished) -> None:
     config = json.loads((finished.path / "config.json").read_text())
     assert config["data"]["dataset"] == "digits"
-    assert config["variants"] == ["plain", "example_tied", "standard", "fixed"]
+    assert config["train"]["seed"] == 0

@@ -1,0 +1,102 @@
+"""The settings of a study."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from memloc_ext import data
+from memloc_ext.analysis import LocalizationConfig
+from memloc_ext.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and which of them have to be memorized.
+
+    Attributes:
+        dataset: digits, mnist, cifar10, svhn, or folder:PATH with train/ and test/ in it, a folder per class in each.
+        root: Folder of the data sets' files; digits needs none.
+        download: Fetch the files that are missing.
+        image_size: Resize the images of a folder to this side, in pixels.
+        examples: Train on so many of the examples only, at least 1, drawn by the seed; by default on all.
+        noise: Share of training examples that get a wrong label, in [0, 1].
+        noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
+        memorized: File of a mask, of indices or of scores; its examples count as memorized, in place of label noise.
+        below: Memorized are the scores below this (C-scores: 0.5).
+        above: Memorized are the scores above this (Feldman-Zhang).
+    """
+
+    dataset: str = "digits"
+    root: Path = Path("data")
+    download: bool = False
+    image_size: int | None = None
+    examples: int | None = None
+    noise: float = 0.1
+    noise_kind: data.NoiseKind = "uniform"
+    memorized: Path | None = None
+    below: float | None = None
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"DataConfig: examples must be at least 1, got {self.examples}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        model: lenet, resnet9, resnet18, resnet50 or vit.
+        width: Factor on the channels of resnet9; by default 1, and 0.5 on digits, whose images are small.
+    """
+
+    model: str = "resnet9"
+    width: float | None = None
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """How the dropouts are set.
+
+    Attributes:
+        p_gen: Share of generalization channels, in [0, 1].
+        p_mem: Probability that an example keeps a memorization channel, in [0, 1].
+        rescale: What drop multiplies generalization channels by, see ExampleTiedDropout.
+        sites: Modules after which dropout goes; by default the model's own sites.
+        standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
+    """
+
+    p_gen: float = 0.2
+    p_mem: float = 0.1
+    rescale: Literal["none", "authors", "expectation"] = "none"
+    sites: tuple[str, ...] = ()
+    standard_p: float = 0.2
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """All settings of a study; ``train.seed`` also names the noise, the initial weights and the dropout masks.
+
+    Attributes:
+        data: The examples.
+        model: The model.
+        dropout: The dropouts.
+        train: The training.
+        localization: The search for the units that flip examples.
+        device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=20, batch_size=64, learning_rate=0.1))
+    localization: LocalizationConfig = field(default_factory=LocalizationConfig)
+    device: str = "auto"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return json.loads(json.dumps(asdict(self), default=str))
