@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 from memloc_ext.distributed import process_group, rank
 from memloc_ext.info import info
 from memloc_ext.study import STAGES, StageName, StudyConfig, run_study
+from memloc_ext.study import Run as FinishedRun
 from memloc_ext.study.setup import find_device
 
 
@@ -23,6 +24,8 @@ class _Command:
     """Run directory, by default runs/<command>-<dataset>-<model>-seed<seed>; the same command continues one there."""
     resume: bool = False
     """Continue a run even if settings changed: what does not depend on them is reused, the rest done again."""
+    seeds: int = 1
+    """Repeat everything with so many seeds, from --seed on, each in a folder of its own; the report has the spread."""
     tensorboard: bool = False
     """Log every epoch for TensorBoard."""
 
@@ -31,19 +34,41 @@ class _Command:
         return self.stages
 
     def run(self) -> None:
-        from memloc_ext.localization_answers import summary
-        from memloc_ext.report import cost, text_table, write_report
+        """Do the stages, print what came out, write the report."""
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        with process_group(find_device(self.study.device)):
+            seeds = range(self.study.train.seed, self.study.train.seed + self.seeds)
+            runs = [self._run_seed(seed) for seed in seeds]
+            if rank() == 0 and self.seeds > 1 and "report" in self.chosen():
+                from memloc_ext.report import write_seeds_report
 
-        config, stages = self.study, self.chosen()
+                print(f"report of all seeds: {write_seeds_report(self._output(), runs)}")
+
+    def _run_seed(self, seed: int) -> FinishedRun:
+        from memloc_ext.report import summary, text_table, write_report
+
+        train = dataclasses.replace(self.study.train, seed=seed)
+        output = self._output() / f"seed{seed}" if self.seeds > 1 else self._output()
+        run = run_study(
+            dataclasses.replace(self.study, train=train),
+            output,
+            stages=self.chosen(),
+            resume=self.resume,
+            tensorboard=self.tensorboard,
+            say=_say,
+        )
+        if rank() == 0:
+            report = [f"report: {write_report(run)}"] if "report" in self.chosen() else []
+            print("", text_table(run.metrics), "", *summary(run), *report, sep="\n")
+        return run
+
+    def _output(self) -> Path:
+        config = self.study
         name = f"{type(self).__name__.lower()}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
-        output = self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
-        with process_group(find_device(config.device)):
-            run = run_study(config, output, stages=stages, resume=self.resume, tensorboard=self.tensorboard, say=_say)
-            if rank() == 0:
-                lines = [text_table(run.metrics), "", *cost(run), *summary(run.localizations)]
-                if "report" in stages:
-                    lines.append(f"report: {write_report(run)}")
-                print("", *lines, sep="\n")
+        if self.seeds > 1:
+            name += f"-{config.train.seed + self.seeds - 1}"
+        return self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
 
 
 @dataclasses.dataclass(frozen=True)

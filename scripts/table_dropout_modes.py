@@ -15,10 +15,10 @@ from typing import Any
 
 import tyro
 
-from memloc_ext.figures import COLUMNS
 from memloc_ext.files import write_json
 from memloc_ext.info import info
 from memloc_ext.report import text_table
+from memloc_ext.report.figures import COLUMNS
 from memloc_ext.study import StageName, StudyConfig, run_study
 
 STAGES: tuple[StageName, ...] = ("train", "dropout", "controls")

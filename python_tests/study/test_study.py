@@ -15,9 +15,11 @@ import torch
 
 import memloc_ext
 from memloc_ext.cli import main
-from memloc_ext.localization_answers import notes
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
-from memloc_ext.report import answers, cost, text_table, write_report
+from memloc_ext.report import text_table, write_report
+from memloc_ext.report.accounting_answers import answers, cost
+from memloc_ext.report.accuracy_answers import dropout_answers, plain_answers
+from memloc_ext.report.localization_answers import notes
 from memloc_ext.study import (
     DataConfig,
     DropoutConfig,
@@ -79,11 +81,15 @@ def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
 
 def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
     page = write_report(finished).read_text()
-    assert page.count('src="data:image/png;base64,') == 2
+    assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for sentence in answers(finished):
+    for sentence in (*plain_answers(finished.metrics, True), *dropout_answers(finished.metrics, True)):
         assert sentence.split("%")[0] in page
-    assert sorted(file.name for file in (finished.path / "figures").iterdir()) == ["accuracy.png", "curves.png"]
+    assert sorted(file.name for file in (finished.path / "figures").iterdir()) == [
+        "accuracy.png",
+        "curves.png",
+        "plain_curves.png",
+    ]
     assert (finished.path / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "example-tied dropout, own mask" in text_table(finished.metrics)
 
@@ -113,14 +119,14 @@ def test_an_accounted_run_holds_an_account_of_every_epoch(accounted) -> None:
 
 def test_the_report_of_an_accounted_run_shows_whose_gradient_it_is(accounted) -> None:
     page = (accounted.path / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 6
+    assert page.count('src="data:image/png;base64,') == 5
     pictures = {"gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"}
     assert {f"{name}.png" for name in pictures} < {file.name for file in (accounted.path / "figures").iterdir()}
-    shares, auc = answers(accounted)[-2:]
+    shares, auc = answers(accounted.accounting)
     assert "The memorized examples, 10.0 % of the data, make" in shares
     assert f"mean cosine of {statistics.mean(accounted.accounting.column('cosine')):.2f}" in shares
     assert f"is {max(accounted.accounting.column('auc')):.3f} in epoch" in auc
-    (sentence,) = cost(accounted)
+    (sentence,) = cost(accounted.accounting)
     assert f"takes {accounted.accounting.cost['ratio']:.2f}x the time of plain training" in sentence
     assert sentence in page
 
@@ -178,8 +184,8 @@ def test_the_report_of_a_localized_run_shows_which_units_flip_an_example(localiz
     page = (localized.path / "report.html").read_text()
     pictures = {f"localization_{name}.png" for name in ("units", "sites", "accuracy", "memorization")}
     assert pictures < {file.name for file in (localized.path / "figures").iterdir()}
-    assert page.count('src="data:image/png;base64,') == 6
-    assert "Which units flip an example" in page
+    assert page.count('src="data:image/png;base64,') == 7
+    assert "Which units flip an example?" in page
     for sentence in notes(localized.localizations):
         assert sentence in page
 
@@ -317,6 +323,33 @@ def test_a_file_of_memorized_examples_takes_the_place_of_noise(tmp_path: Path) -
     dataset = load_data(replace(SMALL, data=DataConfig(memorized=tmp_path / "scores.txt", below=0.5)))
     assert torch.equal(dataset.train.labels, dataset.train.true_labels)
     assert dataset.train.memorized.nonzero()[:, 0].tolist() == list(range(40))
+
+
+def test_seeds_have_a_folder_each_and_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["dropout", *QUICK, "--seed", "3", "--seeds", "2", "--output", str(tmp_path)])
+    runs = [memloc_ext.load_run(tmp_path / f"seed{seed}") for seed in (3, 4)]
+    assert [run.config["train"]["seed"] for run in runs] == [3, 4]
+    assert f"report of all seeds: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    drops = [next(row["clean"] for row in run.metrics if row["mode"] == "drop") for run in runs]
+    assert drops[0] != drops[1]
+    (row,) = (
+        r for r in json.loads((tmp_path / "numbers.json").read_text()) if "clean training examples, d" in r["what"]
+    )
+    assert row["mean"] == statistics.mean(drops)
+    assert row["deviation"] == pytest.approx(statistics.stdev(drops))
+    assert (row["runs"], row["paper"]) == (2, "90.8 % (CIFAR-10)")
+    page = (tmp_path / "report.html").read_text()
+    assert f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f} %" in page
+    assert "seeds 3, 4" in page
+    assert "--seed 3" in page
+    assert page.count('src="data:image/png;base64,') == 2 * 2
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["3"] * 4 + ["4"] * 4
+
+
+def test_the_report_says_how_to_make_it_again(finished) -> None:
+    (line,) = re.findall("<pre>(.*)</pre>", (finished.path / "report.html").read_text())
+    assert line == "memloc run --model lenet --batch-size 256 --epochs 1 --learning-rate 0.05"
 
 
 def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

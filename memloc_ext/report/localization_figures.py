@@ -9,7 +9,7 @@ import numpy as np
 
 from memloc_ext.analysis.localization.dataset import DatasetLocalization
 from memloc_ext.analysis.localization.result import FLIPPED
-from memloc_ext.figures import COLORS, NAMES, new_figure, percent
+from memloc_ext.report.figures import COLORS, NAMES, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 from made_localization import NOTHING, make_localization
 
-from memloc_ext.localization_answers import answers, notes, summary
+from memloc_ext.report.localization_answers import answers, notes, summary
 
 
 def test_the_terminal_gets_a_line_per_model() -> None:

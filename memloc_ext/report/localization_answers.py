@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from memloc_ext.analysis.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
 from memloc_ext.analysis.localization.edits import EditedAccuracy
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, FLIPPED
-from memloc_ext.figures import NAMES, percent
+from memloc_ext.report.figures import NAMES, percent
+from memloc_ext.report.section import Number
 
 KIND_NAMES = {"noisy": "memorized", "clean": "clean"}
 
@@ -33,6 +34,25 @@ def answers(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
         else:
             sentences += _pool(localization)
     return [sentence for sentence in sentences if sentence]
+
+
+def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
+    """Return the numbers of a localization."""
+    name = NAMES[model]
+    found = [
+        Number(
+            f"{name}: units that flip a {KIND_NAMES[kind]} example, mean",
+            result.mean,
+            "",
+            {"noisy": "around 5", "clean": "more"}[kind] if model == "plain" else "",
+        )
+        for kind, result in localization.kinds.items()
+    ]
+    noisy = localization.kinds.get("noisy")
+    if model != "plain" and noisy is not None and noisy.units:
+        share = noisy.memorization / noisy.units
+        found.append(Number(f"{name}: memorization channels among the units of memorized examples", share))
+    return found
 
 
 def _counts(localization: DatasetLocalization) -> str:

@@ -1,0 +1,75 @@
+"""What the accuracies of a run say, in sentences with their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memloc_ext.report.figures import percent
+from memloc_ext.report.section import Number
+from memloc_ext.study.run_directory import AS_TRAINED
+
+Row = Mapping[str, Any]
+
+
+def plain_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
+    """Return whether plain training memorizes examples that are mislabelled, or else atypical."""
+    plain = _row(rows, "plain", AS_TRAINED)
+    if plain is None or plain["noisy"] is None:
+        return []
+    if not mislabelled:
+        return [f"Plain training fits {percent(plain['noisy'])} % of the memorized examples."]
+    return [
+        f"Plain training memorizes: it gives {percent(plain['noisy'])} % of the memorized examples the label they were "
+        f"given, and {percent(plain['noisy_true'])} % their true one."
+    ]
+
+
+def plain_numbers(rows: Sequence[Row]) -> list[Number]:
+    """Return how well plain training fits and generalizes."""
+    plain = _row(rows, "plain", AS_TRAINED)
+    if plain is None:
+        return []
+    return [
+        Number("plain training: memorized examples given their label", plain["noisy"]),
+        Number("plain training: test accuracy", plain["test"], "%", "79.3 % (CIFAR-10)"),
+    ]
+
+
+def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
+    """Return what switching the memorization channels off does to examples that are mislabelled, or else atypical."""
+    own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
+    plain = _row(rows, "plain", AS_TRAINED)
+    if own is None or drop is None or own["noisy"] is None:
+        return []
+    back = f"{percent(drop['noisy_true'])} % of the memorized examples get their true label, and "
+    return [
+        "Example-tied dropout puts memorization into channels known beforehand: switching them off takes accuracy on "
+        f"the memorized examples from {percent(own['noisy'])} % to {percent(drop['noisy'])} %, and clean training "
+        f"examples from {percent(own['clean'])} % to {percent(drop['clean'])} %.",
+        "Without those channels, "
+        + (back if mislabelled else "")
+        + f"{percent(drop['test'])} % of the test examples are right"
+        + (f" ({percent(plain['test'])} % after plain training)." if plain else "."),
+    ]
+
+
+def dropout_numbers(rows: Sequence[Row], mislabelled: bool) -> list[Number]:
+    """Return the numbers of these sentences."""
+    own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
+    if own is None or drop is None:
+        return []
+    name = "example-tied dropout"
+    returned = Number(f"{name}: memorized examples given their true label, dropped", drop["noisy_true"])
+    return [
+        Number(f"{name}: memorized examples, own mask", own["noisy"], "%", "100 % (MNIST), 99 % (CIFAR-10)"),
+        Number(f"{name}: memorized examples, dropped", drop["noisy"], "%", "0.1 % (MNIST), 3 % (CIFAR-10)"),
+        Number(f"{name}: clean training examples, own mask", own["clean"], "%", "99.9 % (CIFAR-10)"),
+        Number(f"{name}: clean training examples, dropped", drop["clean"], "%", "90.8 % (CIFAR-10)"),
+        *([returned] if mislabelled else []),
+        Number(f"{name}: test accuracy, dropped", drop["test"], "%", "82.7 % (CIFAR-10)"),
+    ]
+
+
+def _row(rows: Sequence[Row], model: str, mode: str) -> Row | None:
+    return next((row for row in rows if (row["model"], row["mode"]) == (model, mode)), None)

@@ -1,0 +1,153 @@
+"""The report of a run, or of the same run with several seeds: one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from memloc_ext._version import __version__
+from memloc_ext.files import write_atomically, write_table
+from memloc_ext.report import figures
+from memloc_ext.report.figures import COLUMNS, percent
+from memloc_ext.report.section import Number
+from memloc_ext.report.sections import sections
+from memloc_ext.report.text import numbers
+from memloc_ext.study.config import StudyConfig
+from memloc_ext.study.run_directory import FIGURES, METRICS, REPORT, Run
+from memloc_ext.study.stages import PLACE, flat
+
+NUMBERS = "numbers"
+
+
+def write_report(run: Run) -> Path:
+    """Write the figures of a run and its report into its directory.
+
+    Args:
+        run: With at least one finished training.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ImportError: If jinja2 or matplotlib is not installed.
+    """
+    parts = _drawn(run)
+    table = [(figures.row_name(row), [percent(row[column]) for column in COLUMNS]) for row in run.metrics]
+    rows = [(n.what, [n.text(n.value)], n.paper) for n in numbers(run)]
+    _write_table(run.path, [numbers(run)])
+    return _write(
+        run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"], command=command([run])
+    )
+
+
+def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
+    """Write what runs that differ in the seed alone have in common: means, spread, and the figures of each.
+
+    Args:
+        path: Folder of the report; created if missing. The tables ``numbers`` and ``metrics`` stand beside it.
+        runs: Finished, with the same stages.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ImportError: If jinja2 or matplotlib is not installed.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    every = [numbers(run) for run in runs]
+    rows = []
+    for values in zip(*every, strict=True):
+        first = values[0]
+        rows.append((first.what, [spread(values), *(first.text(n.value) for n in values)], first.paper))
+    table = []
+    for lines in zip(*(run.metrics for run in runs), strict=True):
+        cells = [spread([Number("", row[column]) for row in lines]).replace(" %", "") for column in COLUMNS]
+        table.append((figures.row_name(lines[0]), cells))
+    seeds = [run.config["train"]["seed"] for run in runs]
+    write_table(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
+    _write_table(path, every)
+    parts = [(f"Seed {seed}", _drawn(run)) for seed, run in zip(seeds, runs, strict=True)]
+    heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)]
+    return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads, command=command(runs))
+
+
+def spread(values: Sequence[Number]) -> str:
+    """Return mean and standard deviation (of the sample, n - 1) of a number over runs, for a reader."""
+    present = [number.value for number in values if number.value is not None]
+    if not present:
+        return "-"
+    mean, deviation = statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
+    text = values[0].text
+    return f"{text(mean).removesuffix(' %')} ± {text(deviation)}"
+
+
+def command(runs: Sequence[Run]) -> str:
+    """Return the command that does runs again, with the settings that differ from the default ones."""
+    default, words = flat(StudyConfig().as_json()), ["memloc run"]
+    for name, value in flat(runs[0].config).items():
+        if value != default.get(name) and (name not in PLACE or name == "data.root"):
+            option = "--" + name.rsplit(".", 1)[-1].replace("_", "-")
+            if isinstance(value, bool):
+                words.append(option if value else f"--no-{option[2:]}")
+            else:
+                words.append(f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join([*words, *([f"--seeds {len(runs)}"] if len(runs) > 1 else [])])
+
+
+def _write_table(path: Path, every: Sequence[Sequence[Number]]) -> None:
+    rows = []
+    for values in zip(*every, strict=True):
+        present = [n.value for n in values if n.value is not None]
+        rows.append(
+            {
+                "what": values[0].what,
+                "mean": statistics.fmean(present) if present else None,
+                "deviation": statistics.stdev(present) if len(present) > 1 else None,
+                "runs": len(present),
+                "unit": "share" if values[0].unit == "%" else "",
+                "paper": values[0].paper,
+            }
+        )
+    write_table(path, NUMBERS, rows)
+
+
+def _drawn(run: Run) -> list[tuple[Any, dict[str, str]]]:
+    """Draw the sections of a run, write its figures into its directory, return each with its pictures as base64."""
+    folder, parts = run.path / FIGURES, []
+    folder.mkdir(exist_ok=True)
+    for section in sections(run):
+        pictures = {picture.name: figures.png(picture.figure) for picture in section.pictures}
+        for name, picture in pictures.items():
+            write_atomically(folder / f"{name}.png", picture)
+        parts.append((section, {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}))
+    return parts
+
+
+def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
+    template = resources.files("memloc_ext.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    config: Mapping[str, Any] = runs[0].config
+    page = environment.from_string(template).render(
+        version=__version__,
+        config=config,
+        seeds=[run.config["train"]["seed"] for run in runs],
+        columns=COLUMNS,
+        settings=flat(config),
+        seconds=_total_seconds(runs),
+        **values,
+    )
+    write_atomically(path / REPORT, page.encode())
+    return path / REPORT
+
+
+def _total_seconds(runs: Sequence[Run]) -> dict[str, float]:
+    return {stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds}

@@ -1,0 +1,73 @@
+"""What a report is made of: a section per question, with its answer and its pictures, and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memloc_ext.report.figures import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that answers a question.
+
+    Attributes:
+        what: What it is the number of.
+        value: A share if ``unit`` is ``%``; None where there is none.
+        unit: ``%``, or empty for a plain number.
+        paper: What the paper reports, as text; empty if nothing.
+    """
+
+    what: str
+    value: float | None
+    unit: str = "%"
+    paper: str = ""
+
+    def text(self, value: float | None) -> str:
+        """Return a value of its kind for a reader."""
+        if value is None:
+            return "-"
+        return f"{percent(value)} %" if self.unit == "%" else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what a reader has to know of it.
+
+    Attributes:
+        name: Of its file, without the ending.
+        title: What it shows, in a few words.
+        figure: The figure.
+        caption: How to read it.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One probe or method in a report.
+
+    Attributes:
+        name: For links in the page.
+        title: The question.
+        method: How it was answered, in two or three sentences.
+        answers: Sentences with their numbers.
+        pictures: Figures, in the order of the page.
+        notes: What was done exactly, and what it cost.
+    """
+
+    name: str
+    title: str
+    method: str
+    answers: Sequence[str]
+    pictures: Sequence[Picture]
+    notes: Sequence[str] = ()

@@ -1,0 +1,42 @@
+"""What a run says, as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memloc_ext.report import accounting_answers, accuracy_answers, figures, localization_answers
+from memloc_ext.report.figures import percent
+from memloc_ext.report.section import Number
+from memloc_ext.study.run_directory import Run
+
+_COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy -> true", "test": "test"}
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of a run as text: a row per model and mode, accuracy in percent."""
+    cells = [["accuracy (%)", *_COLUMNS.values()]]
+    cells += [[figures.row_name(row), *(percent(row[column]) for column in _COLUMNS)] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def summary(run: Run) -> list[str]:
+    """Return what a run says besides its table, in a few lines."""
+    return [*accounting_answers.cost(run.accounting), *localization_answers.summary(run.localizations)]
+
+
+def is_mislabelled(run: Run) -> bool:
+    """Return whether the memorized examples of a run have wrong labels; if not they are atypical."""
+    return run.config["data"]["memorized"] is None
+
+
+def numbers(run: Run) -> list[Number]:
+    """Return every number of a run that a report compares with the paper's."""
+    found = accuracy_answers.plain_numbers(run.metrics)
+    if run.accounting:
+        found += accounting_answers.numbers(run.accounting)
+    for model, localization in run.localizations.items():
+        found += localization_answers.numbers(model, localization)
+    return found + accuracy_answers.dropout_numbers(run.metrics, is_mislabelled(run))
