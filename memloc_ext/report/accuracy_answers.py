@@ -20,8 +20,8 @@ def plain_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
     if not mislabelled:
         return [f"Plain training fits {percent(plain['noisy'])} % of the memorized examples."]
     return [
-        f"Plain training memorizes: it gives {percent(plain['noisy'])} % of the memorized examples the label they were "
-        f"given, and {percent(plain['noisy_true'])} % their true one."
+        f"Plain training gives {percent(plain['noisy'])} % of the memorized examples the wrong label that they came "
+        f"with, and {percent(plain['noisy_true'])} % their true one."
     ]
 
 
@@ -44,9 +44,9 @@ def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
         return []
     back = f"{percent(drop['noisy_true'])} % of the memorized examples get their true label, and "
     return [
-        "Example-tied dropout puts memorization into channels known beforehand: switching them off takes accuracy on "
-        f"the memorized examples from {percent(own['noisy'])} % to {percent(drop['noisy'])} %, and clean training "
-        f"examples from {percent(own['clean'])} % to {percent(drop['clean'])} %.",
+        "Switching the memorization channels off takes accuracy on the memorized examples from "
+        f"{percent(own['noisy'])} % to {percent(drop['noisy'])} %, and on clean training examples from "
+        f"{percent(own['clean'])} % to {percent(drop['clean'])} %.",
         "Without those channels, "
         + (back if mislabelled else "")
         + f"{percent(drop['test'])} % of the test examples are right"

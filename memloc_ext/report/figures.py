@@ -101,8 +101,8 @@ def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG picture."""
+def encoded(figure: Figure, file_format: str = "png") -> bytes:
+    """Return a figure as the bytes of a file in a format that matplotlib knows."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format=file_format, dpi=150)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from memloc_ext.report.sections import sections
 from memloc_ext.report.text import numbers
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import FIGURES, METRICS, REPORT, Run
-from memloc_ext.study.stages import PLACE, flat
+from memloc_ext.study.stages import PLACE, STAGES, flat
 
 NUMBERS = "numbers"
 
@@ -89,6 +89,8 @@ def spread(values: Sequence[Number]) -> str:
 def command(runs: Sequence[Run]) -> str:
     """Return the command that does runs again, with the settings that differ from the default ones."""
     default, words = flat(StudyConfig().as_json()), ["memloc run"]
+    if set(runs[0].seconds) != set(STAGES) - {"report"}:
+        words.append(f"--only {' '.join(runs[0].seconds)}")
     for name, value in flat(runs[0].config).items():
         if value != default.get(name) and (name not in PLACE or name == "data.root"):
             option = "--" + name.rsplit(".", 1)[-1].replace("_", "-")
@@ -121,7 +123,7 @@ def _drawn(run: Run) -> list[tuple[Any, dict[str, str]]]:
     folder, parts = run.path / FIGURES, []
     folder.mkdir(exist_ok=True)
     for section in sections(run):
-        pictures = {picture.name: figures.png(picture.figure) for picture in section.pictures}
+        pictures = {picture.name: figures.encoded(picture.figure) for picture in section.pictures}
         for name, picture in pictures.items():
             write_atomically(folder / f"{name}.png", picture)
         parts.append((section, {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}))
