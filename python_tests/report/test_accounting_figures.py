@@ -35,7 +35,7 @@ def test_every_account_can_be_drawn(tmp_path: Path, change: dict) -> None:
     drawn = all_figures(make_accounting(tmp_path, **change))
     assert list(drawn) == ["gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"]
     for figure in drawn.values():
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert figures.encoded(figure).startswith(b"\x89PNG")
 
 
 def test_examples_whose_batch_overflowed_are_left_out(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_every_localization_can_be_drawn(kinds: tuple[str, ...], change: dict, n
     drawn = all_figures({"plain": localization, "example_tied": localization})
     assert list(drawn) == names
     for figure in drawn.values():
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert figures.encoded(figure).startswith(b"\x89PNG")
 
 
 def test_only_example_tied_dropout_has_memorization_channels() -> None:
