@@ -21,7 +21,8 @@ class DataConfig:
         root: Folder of the data sets' files; digits needs none.
         download: Fetch the files that are missing.
         image_size: Resize the images of a folder to this side, in pixels.
-        examples: Train on so many of the examples only, at least 1, drawn by the seed; by default on all.
+        examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
+        test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1].
         noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
         memorized: File of a mask, of indices or of scores; its examples count as memorized, in place of label noise.
@@ -34,6 +35,7 @@ class DataConfig:
     download: bool = False
     image_size: int | None = None
     examples: int | None = None
+    test_examples: int | None = None
     noise: float = 0.1
     noise_kind: data.NoiseKind = "uniform"
     memorized: Path | None = None
@@ -41,8 +43,10 @@ class DataConfig:
     above: float | None = None
 
     def __post_init__(self) -> None:
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"DataConfig: examples must be at least 1, got {self.examples}")
+        for name in ("examples", "test_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"DataConfig: {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import re
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
-from memloc_ext.data import Dataset
+from memloc_ext.data import Dataset, Split
 from memloc_ext.distributed import local_rank
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
 from memloc_ext.study.config import StudyConfig
@@ -26,23 +26,24 @@ def load_data(config: StudyConfig) -> Dataset:
     dataset = data.load(
         settings.dataset, root=settings.root, download=settings.download, image_size=settings.image_size
     )
-    rows = _drawn(len(dataset.train), settings.examples, config.train.seed)
-    if settings.memorized is None:
-        dataset = replace(dataset, train=dataset.train.subset(rows))
-        dataset = data.with_label_noise(dataset, settings.noise, kind=settings.noise_kind, seed=config.train.seed)
-    else:
+    seed = config.train.seed
+    dataset = replace(dataset, test=_part("test_examples", dataset.test, settings.test_examples, seed))
+    if settings.memorized is not None:
         mask = data.memorized_mask(settings.memorized, len(dataset.train), below=settings.below, above=settings.above)
         dataset = data.with_memorized(dataset, mask)
-        dataset = replace(dataset, train=dataset.train.subset(rows))
+    dataset = replace(dataset, train=_part("examples", dataset.train, settings.examples, seed))
+    if settings.memorized is None:
+        dataset = data.with_label_noise(dataset, settings.noise, kind=settings.noise_kind, seed=seed)
     return dataset.to(find_device(config.device))
 
 
-def _drawn(available: int, examples: int | None, seed: int) -> Tensor:
-    if examples is None:
-        return torch.arange(available)
-    if examples > available:
-        raise ValueError(f"examples must be at most {available}, the training examples that there are, got {examples}")
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:examples].sort().values
+def _part(name: str, split: Split, wanted: int | None, seed: int) -> Split:
+    if wanted is None:
+        return split
+    if wanted > len(split):
+        raise ValueError(f"{name} must be at most {len(split)}, which there are, got {wanted}")
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:wanted]
+    return split.subset(rows.sort().values)
 
 
 def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.Module:

@@ -353,6 +353,20 @@ def test_the_report_says_how_to_make_it_again(finished) -> None:
     assert line == f"memloc run --only train dropout controls {settings}"
 
 
+def test_a_part_of_the_examples_keeps_its_numbers() -> None:
+    part = replace(SMALL, data=DataConfig(examples=200, test_examples=50))
+    dataset = load_data(part)
+    whole = load_data(SMALL)
+    assert (len(dataset.train), len(dataset.test), int(dataset.train.memorized.sum())) == (200, 50, 20)
+    numbers = dataset.train.indices
+    assert numbers.unique().tolist() == numbers.tolist()
+    assert torch.equal(dataset.train.true_labels, whole.train.true_labels[numbers])
+    assert torch.equal(dataset.train.batch(torch.arange(200))[0], whole.train.batch(numbers)[0])
+    assert torch.equal(load_data(part).train.indices, numbers)
+    other = load_data(replace(part, train=replace(part.train, seed=1)))
+    assert not torch.equal(other.train.indices, numbers)
+
+
 def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["dropout", *QUICK, "--output", str(tmp_path / "tied")])
     output = capsys.readouterr()
@@ -378,6 +392,7 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--device", "meta"], "device must be"),
         (["--device", "cuda:99"], "device must be"),
         (["--examples", "2000"], "examples must be at most 1437"),
+        (["--test-examples", "2000"], "test_examples must be at most 360"),
         (["--width", "inf"], "width must be positive and finite"),
         (["--memorized", "nothing.npy"], "nothing.npy"),
     ],
