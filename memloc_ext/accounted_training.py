@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc_ext import distributed
 from memloc_ext.accounting_files import ACCOUNTS, MODEL, PARAMETERS, account_path, load_account, save_account
 from memloc_ext.analysis import EpochAccount, GradientAccounting
 from memloc_ext.data import Split
@@ -32,7 +33,8 @@ class AccountedBackward(Backward):
     """Keep the account of every epoch of a training, and write it before the epoch's checkpoint.
 
     The model is accounted in training mode, dropout draws and all; what counts as one example's gradient where batch
-    norm mixes the examples of a batch, says `memloc_ext.GradientAccountant`.
+    norm mixes the examples of a batch, says `memloc_ext.GradientAccountant`. Of several processes each accounts its
+    slices of the batches; the first writes the account of all of them.
 
     Args:
         model: The model that is trained, not compiled.
@@ -53,22 +55,26 @@ class AccountedBackward(Backward):
         """Return the accountant, which watches the modules of the model."""
         return self._accountant
 
-    def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None) -> None:
+    def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None, share: float) -> None:
         """Give the parameters their gradients and add them to the account."""
         with torch._C.DisableTorchFunction():  # nothing of this is for the accountant to follow
             kinds = self._accounting.kinds(ids)
         account = self._accountant.backward(loss, group_ids=kinds, num_groups=2, loss_reduction="mean")
         with torch._C.DisableTorchFunction():
-            self._accounting.add(account, ids, scale)
+            self._accounting.add(account, ids, scale, share)
 
     def finish(self, epoch: int) -> None:
         """Write the account of the epoch."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_account(account_path(self._folder, epoch), self.account())
+        self._accounting.gather()
+        distributed.once(lambda: self._write(epoch))
 
     def account(self) -> EpochAccount:
         """Return the account of the batches since ``start``."""
         return self._accounting.result()
+
+    def _write(self, epoch: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_account(account_path(self._folder, epoch), self.account())
 
 
 def write_accounting_tables(folder: Path, epochs: int) -> None:
@@ -95,7 +101,8 @@ def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict
     """Time plain and accounted training of a copy of a model, step about.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
-    accounted epoch is timed as well, but for the writing of its file.
+    accounted epoch is timed as well, but for the writing of its file. Of several processes the first measures, and by
+    itself, while the others wait for its numbers.
 
     Args:
         model: Stays as it is.
@@ -107,6 +114,10 @@ def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict
         the one beside it; ``epoch_end``, seconds; ``ratio``, of an accounted epoch to a plain one, from these;
         ``pairs``, the number of ratios.
     """
+    return distributed.once(lambda: _cost(model, split, config))
+
+
+def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
     model = copy.deepcopy(model).train()
     with epoch_rng(config.seed, 0, split.device) as generator:
         batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])

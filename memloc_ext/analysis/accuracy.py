@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memloc_ext import distributed
 from memloc_ext.data import Dataset, Split
 from memloc_ext.nn import MODES, ExampleTiedDropout, dropout_mode, example_ids
 from memloc_ext.nn.training_flags import kept_training_flags
@@ -31,6 +32,8 @@ class Accuracy:
 
 def accuracy(model: nn.Module, dataset: Dataset, *, test: bool = True, batch_size: int = 512) -> Accuracy:
     """Evaluate a model as it stands, in evaluation mode but in the dropout mode it is in; flags are put back.
+
+    Several processes share the work, see `predict`.
 
     Args:
         model: Inputs ``[B, C, H, W]`` to logits ``[B, classes]``, on the device of ``dataset``.
@@ -77,14 +80,19 @@ def accuracy_by_mode(model: nn.Module, dataset: Dataset, *, batch_size: int = 51
 
 @torch.no_grad()
 def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
-    """Return the predicted class of each example of a split, ``[N]``, in evaluation mode; flags are put back."""
-    classes = []
+    """Return the predicted class of each example of a split, ``[N]``, in evaluation mode; flags are put back.
+
+    Of several processes each runs some of the batches: call it in all, or inside of `memloc_ext.distributed.alone`.
+    """
+    classes = torch.zeros_like(split.labels)
     with kept_training_flags(model):
         model.eval()
-        for inputs, _, indices in split.batches(batch_size):
+        for begin in range(distributed.rank() * batch_size, len(split), distributed.world_size() * batch_size):
+            rows = torch.arange(begin, min(begin + batch_size, len(split)))
+            inputs, _, indices = split.batch(rows)
             with example_ids(indices):
-                classes.append(model(inputs).argmax(1))
-    return torch.cat(classes) if classes else split.labels.new_empty(0)
+                classes[begin : begin + batch_size] = model(inputs).argmax(1)
+    return distributed.summed([classes])[0]
 
 
 def _share(right: Tensor) -> float | None:

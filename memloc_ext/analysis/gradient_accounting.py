@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext import models
+from memloc_ext import distributed, models
 from memloc_ext.analysis.roc import roc_auc
 from memloc_ext.data import Split
 from memloc_ext.nn import example_ids
@@ -112,7 +112,7 @@ class GradientAccounting:
     """The account of one epoch while it is kept.
 
     Nothing here waits for the device before `result`. It takes the memory of two gradients of the model and of
-    ``N x groups`` numbers.
+    ``N x groups`` numbers. Of several processes that share the batches, each adds its own slices and calls `gather`.
 
     Args:
         model: Its parameters that require a gradient are accounted.
@@ -142,12 +142,13 @@ class GradientAccounting:
         }
         shape = len(split), len(self._groups)
         self._sqnorm = torch.full(shape, float("nan"), dtype=torch.float32, device=split.device)
+        self._added = torch.zeros(len(split), dtype=torch.float32, device=split.device)
 
     def kinds(self, ids: Tensor) -> Tensor:
         """Return the kind of the examples with the given numbers, ``[B]``, int64: 0 is clean, 1 is noisy."""
         return self._split.memorized[self._rows(ids)].long()
 
-    def add(self, account: BatchAccount, ids: Tensor, scale: float | Tensor | None = None) -> None:
+    def add(self, account: BatchAccount, ids: Tensor, scale: float | Tensor | None = None, share: float = 1.0) -> None:
         """Add a batch to the account.
 
         Args:
@@ -155,8 +156,10 @@ class GradientAccounting:
                 ``g_clean`` and ``g_noisy``. A parameter that is missing in it got no gradient.
             ids: Numbers of its B examples in the data set, ``[B]``, int64; each must be in the split, which is checked
                 on the CPU, where that does not wait for a device.
-            scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, whose step
-                is skipped, counts nothing. None for 1.
+            scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, in any of
+                the processes that share it, counts nothing, since its step is skipped. None for 1.
+            share: What the loss of a slice of a batch was multiplied by besides, to be its part of the batch's mean; in
+                ``(0, 1]``. Divided out of the norms of the examples.
         """
         names = [name for name in self._sums if name in account.group_grad]
         added = [account.group_grad[name] for name in names]
@@ -164,12 +167,23 @@ class GradientAccounting:
         each = torch.stack([account.sqnorm.get(name, none).to(none) for name in self._sums])
         sqnorm = none.new_zeros(len(self._groups), len(ids)).index_add_(0, self._owner, each)
         if scale is not None:
-            finite = torch.stack([value.isfinite().all() for value in added]).all()
+            overflows = torch.stack([value.isfinite().all() for value in added]).all().logical_not().float()
+            finite = distributed.summed([overflows])[0] == 0
             added = [torch.where(finite, value / scale, 0) for value in added]
             sqnorm = torch.where(finite, sqnorm / scale / scale, float("nan"))
         if names:
             torch._foreach_add_([self._sums[name] for name in names], added)  # pyright: ignore[reportPrivateImportUsage]
-        self._sqnorm[self._rows(ids)] = sqnorm.T
+        if share != 1:
+            sqnorm = sqnorm / share / share
+        rows = self._rows(ids)
+        self._sqnorm[rows], self._added[rows] = sqnorm.T, 1
+
+    def gather(self) -> None:
+        """Make this the account of what all processes added; each calls it once, after its last batch."""
+        self._sums = dict(zip(self._sums, distributed.summed(list(self._sums.values())), strict=True))
+        own = torch.where(self._added[:, None] > 0, self._sqnorm, 0)  # an overflow stays NaN
+        sqnorm, self._added = distributed.summed([own, self._added])
+        self._sqnorm = torch.where(self._added[:, None] > 0, sqnorm, float("nan"))
 
     def result(self) -> EpochAccount:
         """Return the account of all batches that were added."""

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from memloc_ext import distributed
 from memloc_ext.data.split import Split
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.training.backward import Backward
@@ -22,7 +24,8 @@ from memloc_ext.training.schedules import SCHEDULES
 def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Generator]:
     """Seed PyTorch's generators inside the ``with``, and give them their states back after it.
 
-    What is drawn inside depends on ``seed`` and ``epoch`` alone, so that a training can continue after any epoch.
+    What is drawn inside depends on ``seed`` and ``epoch`` alone, so that a training can continue after any epoch. Of
+    several processes each draws its own, but for the order of the examples; the first as if it were the only one.
 
     Args:
         seed: At least 0.
@@ -33,6 +36,9 @@ def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Gen
         A generator on the CPU for the order of the examples, independent of the others.
     """
     order, draws = (int(word) for word in np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64))
+    if distributed.rank() > 0:
+        own = np.random.SeedSequence((seed, epoch), spawn_key=(distributed.rank(),))
+        draws = int(own.generate_state(1, np.uint64)[0])
     devices = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type="cuda"):
         # not torch.manual_seed, which also seeds the devices that are not given back
@@ -54,8 +60,11 @@ def train_epoch(
 ) -> dict[str, float]:
     """Run one step of the optimizer for each batch of the split, inside ``memloc_ext.example_ids``.
 
+    Of several processes each takes its slice of every batch; the gradients are those of the batch's mean loss in all.
+
     Args:
-        forward: The model: inputs ``[B, C, H, W]`` to logits ``[B, classes]``.
+        forward: The model: inputs ``[B, C, H, W]`` to logits ``[B, classes]``. If it is a ``DistributedDataParallel``,
+            it adds up the gradients of the processes, else they are added up here.
         split: The training examples, at least one.
         optimizer: Of the model's parameters; the learning rate of its groups is set for each step.
         scaler: Of the gradients; not enabled unless the precision is float16.
@@ -69,14 +78,19 @@ def train_epoch(
         ``learning_rate``: that of the last step.
 
     Raises:
-        FloatingPointError: If the loss of a batch is not finite; the parameters are as before that batch.
+        FloatingPointError: If the loss of a batch is not finite, in all processes; the parameters are as before that
+            batch.
     """
-    device = split.device
+    device, world = split.device, distributed.world_size()
+    is_parallel = isinstance(forward, DistributedDataParallel)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = math.ceil(len(split) / config.batch_size)
     mixed = config.precision != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.precision), enabled=mixed)
     total, rate = 0.0, 0.0
-    for batch, (inputs, labels, ids) in enumerate(split.batches(config.batch_size, generator)):
+    slices = split.batches(config.batch_size, generator, shard=(distributed.rank(), world))
+    for batch, (inputs, labels, ids) in enumerate(slices):
+        examples = min(config.batch_size, len(split) - batch * config.batch_size)
         # the middle of the step, since at either end of the schedule the rate is 0 and a step would be wasted
         middle = (epoch - 1) * steps + batch + 0.5
         rate = config.learning_rate * SCHEDULES[config.schedule](middle, config.epochs * steps)
@@ -88,11 +102,18 @@ def train_epoch(
                 loss = F.cross_entropy(forward(inputs).float(), labels)
             # the scale as a tensor, since get_scale waits for the device
             scale = scaler.scale(loss.new_ones(())) if scaler.is_enabled() else None
-            backward.run(scaler.scale(loss), ids, scale)
-        value = loss.item()  # after backward is launched, so that the device does not idle
+            share = len(labels) / examples
+            if world > 1:
+                loss = loss * share
+            # DistributedDataParallel takes the mean over the processes, not the sum
+            backward.run(scaler.scale(loss * world if is_parallel else loss), ids, scale, share)
+        if not is_parallel:
+            distributed.sum_gradients(parameters)
+        # after backward is launched, so that the device does not idle; the same in all processes, to go on or to raise
+        value = distributed.summed([loss])[0].item()
         if not math.isfinite(value):
             raise FloatingPointError(f"train: loss must be finite, got {value} in epoch {epoch}, batch {batch}")
         scaler.step(optimizer)
         scaler.update()
-        total += value * len(labels)
+        total += value * examples
     return {"loss": total / len(split), "learning_rate": rate}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from memloc_ext import distributed
 from memloc_ext.data.split import Split
 from memloc_ext.nn.training_flags import kept_training_flags
 from memloc_ext.training.backward import Backward
@@ -40,6 +43,13 @@ def train(
     finished one is just loaded. Killed at any moment and continued, a training ends like an unbroken one: on the CPU
     bit for bit, with the same number of threads.
 
+    Called by every process of a `memloc_ext.distributed.process_group`, it takes the same batches in the same order,
+    each cut into a slice per process, and follows the gradient of the batch's mean loss: to rounding, the result is
+    that of one process, and any number of processes can continue it. Only the first process reads and writes files,
+    and its initial weights are everybody's. Two things differ. Standard dropout draws anew in each process; what is
+    tied to an example does not. And batch norm normalises each slice by itself, as DistributedDataParallel does, unless
+    the model was converted to ``torch.nn.SyncBatchNorm``; the running statistics are those of the first process.
+
     The model is trained in place, all of its modules in training mode. In the end they get their ``training`` flags
     back, the parameters are left without gradients, and the global generators are as they were.
 
@@ -49,6 +59,7 @@ def train(
         config: How to train.
         checkpoints: Folder of the ``epoch_<number>.pt``; created if missing.
         evaluate: Called with ``model`` in evaluation mode at the start and after each epoch; returns numbers by name.
+            Called in all processes.
         backward: Takes the place of the plain backward pass, to look at the gradients.
         progress: Show a bar of the epochs if the standard error output is a terminal.
         tensorboard: Folder to log every record to.
@@ -59,16 +70,16 @@ def train(
 
     Raises:
         ValueError: If the model is on another device, or compiled although ``backward`` is given, the split is empty,
-            ``evaluate`` uses one of those names, or the newest checkpoint is damaged or comes from another config,
-            model or split; no file changes then.
+            a batch has fewer examples than there are processes, ``evaluate`` uses one of those names, or the newest
+            checkpoint is damaged or comes from another config, model or split; no file changes then.
         FloatingPointError: If the loss or a weight is no longer finite; the checkpoints before stay.
         ImportError: If ``progress`` or ``tensorboard`` needs a package that is not installed.
     """
     original = getattr(model, "_orig_mod", model)  # of a compiled model, whose own state dict has other names
     _check_place(original, split)
+    _check_slices(len(split), config.batch_size, distributed.world_size())
     if backward is not None and (config.compile or model is not original):
         raise ValueError("train: model must not be compiled if backward is given, which needs the calls of its modules")
-    backward = backward or Backward()
     checkpoints, device, data = Path(checkpoints), split.device, digest(split)
     forward = torch.compile(original) if config.compile else model
     optimizer = torch.optim.SGD(
@@ -79,12 +90,16 @@ def train(
         stack.enter_context(kept_training_flags(original))
         stack.callback(original.zero_grad)
         history = restore(checkpoints, original, optimizer, scaler, config, data)
-        reports = []
-        if progress:
+        distributed.copy_from_first([*original.parameters(), *original.buffers()])
+        if backward is None and distributed.world_size() > 1 and len(history) <= config.epochs:
+            forward = DistributedDataParallel(forward, broadcast_buffers=False, init_sync=False)
+        backward = backward or Backward()
+        reports, is_first = [], distributed.rank() == 0
+        if progress and is_first:
             reports.append(stack.enter_context(progress_bar(config.epochs, max(len(history) - 1, 0))))
-        if tensorboard is not None:
+        if tensorboard is not None and is_first:
             reports.append(stack.enter_context(tensorboard_log(Path(tensorboard), len(history))))
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        distributed.once(lambda: checkpoints.mkdir(parents=True, exist_ok=True))
         for epoch in range(len(history), config.epochs + 1):
             record: dict[str, float] = {"epoch": epoch}
             with epoch_rng(config.seed, epoch, device) as generator:
@@ -92,6 +107,7 @@ def train(
                     original.train()
                     backward.start(epoch)
                     record |= train_epoch(forward, split, optimizer, scaler, config, epoch, generator, backward)
+                    distributed.copy_from_first(original.buffers())
                     _check_finite(original, epoch)
                     backward.finish(epoch)
                 if evaluate is not None:
@@ -101,7 +117,8 @@ def train(
             for report in reports:
                 report(record)
             state = (original.state_dict(), optimizer.state_dict(), scaler.state_dict())
-            save_checkpoint(checkpoints, Checkpoint(epoch, *state, history, asdict(config), data))
+            checkpoint = Checkpoint(epoch, *state, history, asdict(config), data)
+            distributed.once(partial(save_checkpoint, checkpoints, checkpoint))
     return history
 
 
@@ -111,6 +128,15 @@ def _check_place(model: nn.Module, split: Split) -> None:
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.device != split.device:
             raise ValueError(f"train: model must be on {split.device} like split, got {name} on {value.device}")
+
+
+def _check_slices(examples: int, batch_size: int, processes: int) -> None:
+    last = examples % batch_size or batch_size
+    if min(last, examples) < processes:
+        raise ValueError(
+            f"train: batch_size must leave an example of every batch to each of {processes} processes, got "
+            f"{batch_size}, which leaves {min(last, examples)} of {examples} examples for the last batch"
+        )
 
 
 def _check_finite(model: nn.Module, epoch: int) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc_ext import distributed
 from memloc_ext.data.split import Split
-from memloc_ext.training.checkpoint import list_checkpoints, load_checkpoint
+from memloc_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from memloc_ext.training.config import TrainConfig
 
 _DATA = "the digest of split's labels and indices"
@@ -25,7 +26,7 @@ def restore(
     config: TrainConfig,
     data: str,
 ) -> list[dict[str, float]]:
-    """Give model, optimizer and scaler the state of the newest checkpoint.
+    """Give model, optimizer and scaler the state of the newest checkpoint, which the first process reads for all.
 
     Args:
         folder: Of the checkpoints; without one nothing changes.
@@ -42,14 +43,10 @@ def restore(
         ValueError: If the checkpoint is damaged, or differs in the config, in the name, shape, dtype or extra state of
             anything in the model, or in the data; says in what. Nothing changes then.
     """
-    found = list_checkpoints(folder)
-    if not found:
+    newest = distributed.once(lambda: _newest(folder))
+    if newest is None:
         return []
-    path = found[max(found)]
-    try:
-        saved = load_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(f"train: {error}; delete it to continue from the one before") from error
+    path, saved = newest
     given = _identity(asdict(config), model.state_dict(), data)
     stored = _identity(saved.config, saved.model, saved.data)
     for name in stored | given:
@@ -62,6 +59,17 @@ def restore(
     optimizer.load_state_dict(saved.optimizer)
     scaler.load_state_dict(saved.scaler)
     return saved.history
+
+
+def _newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    found = list_checkpoints(folder)
+    if not found:
+        return None
+    path = found[max(found)]
+    try:
+        return path, load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"train: {error}; delete it to continue from the one before") from error
 
 
 def digest(split: Split) -> str:

@@ -26,10 +26,11 @@ class Recorder(Backward):
         yield
         self.inside = False
 
-    def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None) -> None:
+    def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None, share: float) -> None:
         assert self.inside
+        assert share == 1
         self.calls.append(("run", ids.tolist(), loss.item(), scale if scale is None else scale.item()))
-        super().run(loss, ids, scale)
+        super().run(loss, ids, scale, share)
 
     def finish(self, epoch: int) -> None:
         assert not self.inside

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memloc_ext.analysis.accuracy import predict
+from memloc_ext.analysis.localization.chunks import search_in_chunks
 from memloc_ext.analysis.localization.config import LocalizationConfig
 from memloc_ext.analysis.localization.edits import EditedAccuracy, edited_accuracy, sampled
-from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED, Localization
-from memloc_ext.analysis.localization.search import localize
-from memloc_ext.data import Dataset, Split
-from memloc_ext.nn import dropout_mode, example_ids
+from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
+from memloc_ext.data import Dataset
+from memloc_ext.nn import dropout_mode
 from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
+from memloc_ext.parts import Parts
 
 KINDS = ("noisy", "clean")
 STATUSES = (FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG)
@@ -115,7 +114,7 @@ class DatasetLocalization:
         examples: Every localized example.
         sites: The sites that were searched, in the order in which the network computes them.
         kinds: ``noisy`` and ``clean`` to their summary.
-        seconds: Time of the search, per example.
+        seconds: Time of the search in one process, per example.
     """
 
     examples: list[LocalizedExample]
@@ -138,7 +137,7 @@ class DatasetLocalization:
 
 
 def localize_dataset(
-    model: nn.Module, dataset: Dataset, config: LocalizationConfig, *, seed: int = 0
+    model: nn.Module, dataset: Dataset, config: LocalizationConfig, *, seed: int = 0, parts: Parts | None = None
 ) -> DatasetLocalization:
     """Search the units that flip memorized and clean training examples, and what switching them off does to others.
 
@@ -149,11 +148,15 @@ def localize_dataset(
     have a dropout, after it; the examples of the population likewise. Test examples, which have no mask, are not
     evaluated there.
 
+    Several processes share the work, and all of them return the result of one: call it in each.
+
     Args:
         model: As for `localize`, on the device of ``dataset``; left as it was.
         dataset: Examples, of which the training examples are localized.
         config: How many, and how far.
         seed: Names the draws and the noise of the search.
+        parts: Keeps what is finished, every 50 searched examples and every evaluated edit, such as
+            `memloc_ext.parts.PartFiles`; a call with the same arguments goes on from there.
     """
     train, generator = dataset.train, torch.Generator().manual_seed(seed)
     tied = example_tied_sites(model)
@@ -168,25 +171,28 @@ def localize_dataset(
         others = rows["clean"][config.localized :]
         reference = others if len(others) else rows["clean"]
         reference = reference[torch.randperm(len(reference), generator=generator)[:REFERENCE]]
-        start = time.perf_counter()
-        found = {
-            kind: _search(model, train, members, reference, list(tied) or None, config, seed)
-            for kind, members in chosen.items()
-        }
-        seconds = (time.perf_counter() - start) / sum(map(len, found.values()))
-        sizes = next(iter(found.values())).sites
+        search = search_in_chunks(
+            model,
+            train,
+            list(chosen.values()),
+            reference,
+            tied=list(tied),
+            max_units=config.max_units,
+            seed=seed,
+            parts=parts,
+        )
         sites = [
             LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
             if name in tied
             else LocalizedSite(name, units)
-            for name, units in sizes.items()
+            for name, units in search.sites.items()
         ]
         examples = {
             kind: [
-                LocalizedExample(number, kind, result.status, result.units, result.losses[-1])
-                for number, result in zip(train.indices.cpu()[members].tolist(), found[kind], strict=True)
+                LocalizedExample(number, kind, result.status, result.units, result.loss)
+                for number, result in zip(train.indices.cpu()[members].tolist(), found, strict=True)
             ]
-            for kind, members in chosen.items()
+            for (kind, members), found in zip(chosen.items(), search.found, strict=True)
         }
         evaluated = sampled(dataset, EVALUATED, generator)
         kinds = {}
@@ -194,37 +200,12 @@ def localize_dataset(
             edits = [result.units for result in results if result.status != ALREADY_WRONG][: config.edited]
             edited, curve = None, []
             if edits:
-                dims = found[kind].channel_dims
-                edited, curve = edited_accuracy(model, evaluated, edits, dims, test=not tied)
+                dims = search.channel_dims
+                edited, curve = edited_accuracy(model, evaluated, edits, dims, test=not tied, parts=parts)
             fitted = int(right[rows[kind]].sum())
             kinds[kind] = _summary(results, sites, len(rows[kind]), fitted, edited, curve)
-    return DatasetLocalization([row for rows in examples.values() for row in rows], sites, kinds, seconds)
-
-
-def _search(
-    model: nn.Module,
-    split: Split,
-    rows: Tensor,
-    reference: Tensor,
-    sites: list[str] | None,
-    config: LocalizationConfig,
-    seed: int,
-) -> Localization:
-    x, y, ids = split.batch(rows)
-    population = split.batch(reference) if len(reference) else None
-    with contextlib.ExitStack() as stack:
-        if sites is not None:
-            stack.enter_context(example_ids(ids))
-        return localize(
-            model,
-            x,
-            y,
-            reference=population if population is None or sites is not None else population[:2],
-            sites=sites,
-            max_units=config.max_units,
-            population=None if population is None else "first_order",
-            seed=seed,
-        )
+    every = [row for rows in examples.values() for row in rows]
+    return DatasetLocalization(every, sites, kinds, search.seconds / len(every))
 
 
 def _summary(

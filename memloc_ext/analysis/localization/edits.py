@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy
 from memloc_ext.data import Dataset
 from memloc_ext.nn import apply_ablation
+from memloc_ext.parts import Parts, fingerprint, spread_parts
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ def edited_accuracy(
     channel_dims: Mapping[str, int],
     *,
     test: bool = True,
+    parts: Parts | None = None,
 ) -> tuple[EditedAccuracy, list[EditedAccuracy]]:
     """Switch the units of each example off one after another, and evaluate the model after each.
+
+    Several processes share the examples: call it in each of them.
 
     Args:
         model: In the dropout mode it is in; left as it was.
@@ -48,19 +53,25 @@ def edited_accuracy(
         edits: The units of each example in their order; at least one example.
         channel_dims: Site to the dimension of its units, see `Localization`.
         test: Whether to look at the test examples.
+        parts: Where the results of single examples are kept; None keeps none.
 
     Returns:
         The accuracy with all units of an example off, mean over the examples; and the curve: the accuracy after the
         first k units, for k = 0, 1, ..., each the mean over the examples that have at least k units.
     """
     plain = accuracy(model, dataset, test=test)
-    results = []
-    for units in edits:
-        result = [plain]
+
+    def follow(units: Sequence[tuple[str, int]]) -> list[dict[str, float | None]]:
+        result = []
         for k in range(1, len(units) + 1):
             with apply_ablation(model, units[:k], channel_dims=channel_dims):
-                result.append(accuracy(model, dataset, test=test))
-        results.append(result)
+                result.append(asdict(accuracy(model, dataset, test=test)))
+        return result
+
+    common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims) if parts else ""
+    names = [fingerprint(common, units) if parts else "" for units in edits]
+    work = {f"edit_{place:04d}_{name}": units for place, (name, units) in enumerate(zip(names, edits, strict=True))}
+    results = [[plain, *(Accuracy(**row) for row in rows)] for rows in spread_parts(follow, work, parts)]
     longest = max(len(result) for result in results)
     curve = [_mean(k, [result[k] for result in results if len(result) > k]) for k in range(longest)]
     units = sum(len(result) - 1 for result in results) / len(results)
@@ -77,6 +88,11 @@ def sampled(dataset: Dataset, limit: int, generator: torch.Generator) -> Dataset
 
 def _drawn(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:limit]]
+
+
+def _columns(dataset: Dataset, test: bool) -> list[Tensor]:
+    splits = [dataset.train, dataset.test] if test else [dataset.train]
+    return [column for split in splits for column in (*split.batch(torch.arange(len(split))), split.memorized)]
 
 
 def _mean(units: float, results: Sequence[Accuracy]) -> EditedAccuracy:

@@ -113,23 +113,33 @@ def localize(
     choices = (how, unit, action, step_size, max_units, verify, objective, population, refresh, method)
     settings = Settings(*choices, eot, noise, seed)
     settings.check(x, y, reference)
-    network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
-    return _Searches(model, network, settings, x, y, reference, progress or (lambda _: None)).run()
+    return Searches(model, x, settings, reference, sites, memory_budget).run(x, y, progress)
 
 
-class _Searches:
+class Searches:
+    """What calls of `localize` for the same model, reference and settings have in common, done once.
+
+    Args:
+        model: See `localize`.
+        x: Some examples; the first is recorded, inside of `example_ids` with its id. Which one it is changes no result.
+        settings: Checked.
+        reference: See `localize`.
+        sites: See `localize`.
+        memory_budget: See `localize`.
+    """
+
     def __init__(
         self,
         model: nn.Module,
-        network: Network,
-        settings: Settings,
         x: Tensor,
-        y: Tensor,
+        settings: Settings,
         reference: tuple[Tensor, ...] | None,
-        progress: Callable[[int], object],
+        sites: Sequence[str] | None = None,
+        memory_budget: int = 1 << 30,
     ) -> None:
-        self.model, self.network, self.settings, self.progress = model, network, settings, progress
-        self.inputs, self.y = given(x), y
+        network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
+        self.model, self.network, self.settings, self.progress = model, network, settings, _nothing
+        self.inputs, self.y = given(x), torch.empty(0)
         self.baselines = network.baselines(self.inputs if reference is None else reference_inputs(network, reference))
         self.filters = []
         if settings.changes_weights:
@@ -137,8 +147,9 @@ class _Searches:
         self.ranks: list[int] = []
         self.reference, self.population = reference, None
 
-    def run(self) -> Localization:
-        """Search in blocks of examples that fit into the memory budget."""
+    def run(self, x: Tensor, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
+        """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
+        self.inputs, self.y, self.ranks, self.progress = given(x), y, [], progress or _nothing
         network, found = self.network, []
         units = self._none(1).starts[-1]
         held = self._none(1).bytes_per_example(min(units, self.settings.max_units) + self.settings.count(units))
@@ -280,3 +291,7 @@ class _Searches:
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
+
+
+def _nothing(_: int) -> None:
+    pass

@@ -25,21 +25,21 @@ _CHOICES = {
 
 @dataclass
 class Settings:
-    """The arguments of `localize` of the same names."""
+    """The arguments of `localize` of the same names, with the same defaults."""
 
-    how: str
-    unit: str
-    action: str
-    step_size: float
-    max_units: int
-    verify: int | str
-    objective: str
-    population: str | None
-    refresh: int
-    method: str
-    eot: int
-    noise: float
-    seed: int
+    how: str = "zero"
+    unit: str = "channel"
+    action: str = "zero"
+    step_size: float = 0.1
+    max_units: int = 50
+    verify: int | str = 32
+    objective: str = "exact"
+    population: str | None = "first_order"
+    refresh: int = 0
+    method: str = "search"
+    eot: int = 5
+    noise: float = 0.01
+    seed: int = 0
 
     @property
     def changes_weights(self) -> bool:

@@ -1,0 +1,107 @@
+"""Long work in parts: spread over the processes, and kept one by one, so that a kill loses only those in work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from memloc_ext.distributed import spread
+from memloc_ext.files import read_json, write_json
+
+T = TypeVar("T")
+
+
+class Parts(Protocol):
+    """Where the results of finished parts are kept. Each process puts in its own."""
+
+    def get(self, name: str) -> Any | None:
+        """Return what was put in under a name, or None."""
+        ...
+
+    def put(self, name: str, result: Any) -> None:
+        """Keep the result of a part.
+
+        Args:
+            name: Of letters, digits, ``-`` and ``_``. It stands for all that the result depends on, see `fingerprint`.
+            result: JSON: dictionaries with string keys, lists, strings, finite numbers, booleans and None.
+        """
+        ...
+
+
+class PartFiles:
+    """Parts as ``<name>.json`` in a folder, which is created with the first. Whoever needs no part any more removes it.
+
+    Processes that see different disks keep their parts apart, and look for them there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    def get(self, name: str) -> Any | None:
+        """Read a part; None if there is none. ValueError names a damaged file."""
+        path = self._path(name)
+        return read_json(path) if path.is_file() else None
+
+    def put(self, name: str, result: Any) -> None:
+        """Write a part as a whole or, if that fails with an OSError, not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(name), result)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+def spread_parts(function: Callable[[T], Any], work: Mapping[str, T], parts: Parts | None) -> list[Any]:
+    """Call a function for each part that is not kept yet, see `memloc_ext.distributed.spread`, and keep the results.
+
+    Args:
+        function: Takes the work of a part and returns JSON, which depends on nothing that is not in its name.
+        work: By the name of the part; the same in every process.
+        parts: Where the results are kept; None keeps none.
+
+    Returns:
+        A result per part, in their order.
+    """
+    if parts is None:
+        return spread(function, list(work.values()))
+
+    def done(name: str) -> Any:
+        result = function(work[name])
+        parts.put(name, result)
+        return result
+
+    kept = dict(zip(work, spread(parts.get, list(work)), strict=True))
+    missing = [name for name, result in kept.items() if result is None]
+    kept.update(zip(missing, spread(done, missing), strict=True))
+    return list(kept.values())
+
+
+def fingerprint(*values: Any) -> str:
+    """Return 32 hexadecimal digits that stand for values: tensors with all their elements, dictionaries and lists too.
+
+    Args:
+        values: Equal ones must have equal text, if they are no tensors.
+    """
+    sha = hashlib.sha256()
+    _feed(sha, values)
+    return sha.hexdigest()[:32]
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        sha.update(f"{value.dtype}{list(value.shape)}".encode())
+        sha.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        _feed(sha, list(value.items()))
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"({len(value)}".encode())
+        for item in value:
+            _feed(sha, item)
+    else:
+        text = repr(value).encode()
+        sha.update(f"{len(text)}:".encode() + text)
