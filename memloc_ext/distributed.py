@@ -48,7 +48,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, timeout=_TIMEOUT, device_id=device if gpu else None)
     try:
         yield
-    except BaseException as error:  # not destroyed: that could wait for those that wait for this process
+    except Exception as error:  # not destroyed: that could wait for those that wait for this process
         who = f"memloc: process {distributed.get_rank()} of {distributed.get_world_size()}"
         print(f"{who}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise

@@ -46,7 +46,8 @@ def train(
     Called by every process of a `memloc_ext.distributed.process_group`, it takes the same batches in the same order,
     each cut into a slice per process, and follows the gradient of the batch's mean loss: to rounding, the result is
     that of one process, and any number of processes can continue it. Only the first process reads and writes files,
-    and its initial weights are everybody's. Two things differ. Standard dropout draws anew in each process; what is
+    and its initial weights are everybody's. Without ``backward``, every parameter that requires a gradient must get one
+    in each batch, as DistributedDataParallel asks. Two things differ. Standard dropout draws anew in each process; what is
     tied to an example does not. And batch norm normalises each slice by itself, as DistributedDataParallel does, unless
     the model was converted to ``torch.nn.SyncBatchNorm``; the running statistics are those of the first process.
 
