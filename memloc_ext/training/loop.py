@@ -47,9 +47,9 @@ def train(
     each cut into a slice per process, and follows the gradient of the batch's mean loss: to rounding, the result is
     that of one process, and any number of processes can continue it. Only the first process reads and writes files,
     and its initial weights are everybody's. Without ``backward``, every parameter that requires a gradient must get one
-    in each batch, as DistributedDataParallel asks. Two things differ. Standard dropout draws anew in each process; what is
-    tied to an example does not. And batch norm normalises each slice by itself, as DistributedDataParallel does, unless
-    the model was converted to ``torch.nn.SyncBatchNorm``; the running statistics are those of the first process.
+    in each batch, as DistributedDataParallel asks. Two things differ from one process. Standard dropout draws anew in
+    each; what is tied to an example does not. And batch norm normalises each slice by itself, unless the model was
+    converted to ``torch.nn.SyncBatchNorm``; its running statistics are those of the first process.
 
     The model is trained in place, all of its modules in training mode. In the end they get their ``training`` flags
     back, the parameters are left without gradients, and the global generators are as they were.
@@ -93,7 +93,7 @@ def train(
         history = restore(checkpoints, original, optimizer, scaler, config, data)
         distributed.copy_from_first([*original.parameters(), *original.buffers()])
         if backward is None and distributed.world_size() > 1 and len(history) <= config.epochs:
-            forward = DistributedDataParallel(forward, broadcast_buffers=False, init_sync=False)
+            forward = DistributedDataParallel(forward)
         backward = backward or Backward()
         reports, is_first = [], distributed.rank() == 0
         if progress and is_first:

@@ -209,3 +209,24 @@ def test_dataset_properties_and_errors():
 def test_import_needs_torch_and_numpy_only():
     program = "import sys; sys.modules.update(dict.fromkeys(['torchvision', 'sklearn', 'PIL', 'scipy'])); "
     subprocess.run([sys.executable, "-c", program + "import memloc_ext.data"], check=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+def test_shards_cut_every_batch(shards: int) -> None:
+    split = make_split()
+
+    def batches(**how) -> list[torch.Tensor]:
+        return [indices for _, _, indices in split.batches(4, torch.Generator().manual_seed(1), **how)]
+
+    parts = [batches(shard=(number, shards)) for number in range(shards)]
+    for whole, *slices in zip(batches(), *parts, strict=True):
+        assert torch.equal(torch.cat(slices), whole)
+        sizes = list(map(len, slices))
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("shard", [(1, 1), (-1, 2), (0, 0)])
+def test_a_shard_is_one_of_those_there_are(shard: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"batches: shard must be \(k, n\) with k in \[0, n\), got "):
+        make_split().batches(4, shard=shard)

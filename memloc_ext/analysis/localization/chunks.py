@@ -101,10 +101,12 @@ def search_in_chunks(
             "seconds": time.perf_counter() - start,
         }
 
-    common = fingerprint(__version__, model.state_dict(), population, tied, max_units, seed) if parts else ""
+    common = (
+        fingerprint(__version__, model.state_dict(), population, tied, max_units, seed) if parts is not None else ""
+    )
     work = {}
     for place, (_, rows) in enumerate(chunks):
-        name = fingerprint(common, split.batch(rows)) if parts else ""
+        name = fingerprint(common, split.batch(rows)) if parts is not None else ""
         work[f"search_{place:04d}_{name}"] = rows
     results = spread_parts(search, work, parts)
     found: list[list[FoundUnits]] = [[] for _ in lists]

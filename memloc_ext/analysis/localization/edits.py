@@ -68,8 +68,10 @@ def edited_accuracy(
                 result.append(asdict(accuracy(model, dataset, test=test)))
         return result
 
-    common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims) if parts else ""
-    names = [fingerprint(common, units) if parts else "" for units in edits]
+    common = (
+        fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims) if parts is not None else ""
+    )
+    names = [fingerprint(common, units) if parts is not None else "" for units in edits]
     work = {f"edit_{place:04d}_{name}": units for place, (name, units) in enumerate(zip(names, edits, strict=True))}
     results = [[plain, *(Accuracy(**row) for row in rows)] for rows in spread_parts(follow, work, parts)]
     longest = max(len(result) for result in results)
