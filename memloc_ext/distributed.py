@@ -31,14 +31,16 @@ def process_group(device: torch.device) -> Iterator[None]:
     others, wherever they wait.
 
     Args:
-        device: Where this process computes, see `own_device`.
+        device: Where this process computes, or ``cuda`` for its `own_device`.
 
     Raises:
+        ValueError: See `own_device`.
         ImportError: If torch was built without gloo, or without NCCL although ``device`` is a GPU.
     """
     if not _torchrun() or distributed.is_initialized():
         yield
         return
+    device = own_device(device)
     gpu = device.type == "cuda"
     for name, needed in (("gloo", distributed.is_gloo_available), ("NCCL", distributed.is_nccl_available)):
         if (name == "gloo" or gpu) and not needed():

@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_jobs import work as job
 
 from memloc_ext import distributed
 from memloc_ext.accounting_files import account_path, load_account
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 JOBS = Path(__file__).parent / "distributed_jobs"
-sys.path.insert(0, str(JOBS))
-import work as job  # noqa: E402
-
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
@@ -186,6 +184,17 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
         assert distributed.once(lambda: 3) == 3
         distributed.barrier()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "gloo"), ("cuda:0", "gloo"), ("cuda:0", "nccl")])
+def test_a_missing_backend_is_named(monkeypatch: pytest.MonkeyPatch, device: str, missing: str) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("gloo", "nccl"):
+        monkeypatch.setattr(torch.distributed, f"is_{name}_available", lambda name=name: name != missing)
+    message = f"(?i)a torch that was built with {missing} for {device}; start without"
+    with pytest.raises(ImportError, match=message), distributed.process_group(torch.device(device)):
+        pass
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
