@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc_ext.data import Dataset
-from memloc_ext.distributed import barrier, on_first, rank
+from memloc_ext.distributed import barrier, once, rank
 from memloc_ext.files import write_table
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import METRICS, Run, check_run, load_run, locked, open_run
@@ -85,14 +85,14 @@ def run_study(
             check_run(path, settings, resume=resume)
             stack.enter_context(locked(path))
             open_run(path, settings, resume=resume)
-        todo = on_first(lambda: _plan(path, flat(settings), wanted))
+        todo = once(lambda: _plan(path, flat(settings), wanted))
         for number, (name, why) in enumerate(todo, 1):
             if rank() == 0:
                 say(f"[{number}/{len(todo)}] {name}: {why}")
             if why != _REUSED:
                 _do(study, STAGES[name], settings, "account" in wanted)
         barrier()
-        run = on_first(lambda: load_run(path))
+        run = once(lambda: load_run(path))
         if rank() == 0:
             write_table(path, METRICS, run.metrics)
     return run
@@ -128,7 +128,7 @@ def _settings(stage: Stage, config: dict[str, Any], accounted: bool) -> dict[str
 
 def _do(study: Study, stage: Stage, settings: dict[str, Any], accounted: bool) -> None:
     path = study.path
-    record = on_first(lambda: read_record(path, stage.name)) or Record(_settings(stage, flat(settings), accounted))
+    record = once(lambda: read_record(path, stage.name)) or Record(_settings(stage, flat(settings), accounted))
     if rank() == 0:
         write_record(path, stage.name, record)
     start = time.monotonic()
@@ -148,7 +148,7 @@ def _do(study: Study, stage: Stage, settings: dict[str, Any], accounted: bool) -
 
 def _load(config: StudyConfig) -> Dataset:
     if config.data.download:
-        on_first(lambda: load_data(config).name)  # fetches the files for all processes
+        once(lambda: load_data(config).name)  # fetches the files for all processes
     return load_data(config)
 
 

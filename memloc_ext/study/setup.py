@@ -11,7 +11,7 @@ from torch import nn
 from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext.data import Dataset, Split
-from memloc_ext.distributed import local_rank
+from memloc_ext.distributed import own_device
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import Variant
@@ -108,4 +108,4 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
     if name != "cpu" and (not gpu or int(match[1] or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device must be one that torch and this build can use, see `memloc info`, got {name!r}")
-    return torch.device("cuda", local_rank()) if name == "cuda" and local_rank() else torch.device(name)
+    return own_device(torch.device(name))
