@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
+from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.training_flags import kept_training_flags
@@ -90,16 +89,16 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func._schema.name.split("::")[1]
-        if any(id(t) in self._stale for t in leaves):
+        if any(id(t) in self._stale for t in tensors):
             raise UnsupportedError(f"{func} reads what was written through a view of it")
-        for t in leaves:
+        for t in tensors:
             if id(t) not in self._values and t.numel() and _storage(t) in self._dependent and name not in _SHAPED_LIKE:
                 raise UnsupportedError(f"{func} reads an activation that no operator returned")
-        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in leaves):
+        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
             result = func(*args, **kwargs)
-            for t in tree_flatten(result)[0]:
+            for t in leaves(result):
                 if isinstance(t, Tensor) and id(t) not in self._values:
                     self._keep(t)  # a constant
             return result
@@ -107,7 +106,7 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError(f"{func} reads an activation into Python")
         if func._schema.is_mutable:
             return self._write(func, name, args, kwargs)
-        refs = tree_map_only(Tensor, self._ref, (args, kwargs))
+        refs = replaced((args, kwargs), self._ref)
         result = func(*args, **kwargs)
         self._call(func, refs, result)
         return result
@@ -121,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
             raise UnsupportedError(f"{func} writes into its arguments")
         old = target.clone() if self.value(target) is None else target
-        refs = tree_map_only(Tensor, self._ref, ((old, *args[1:]), kwargs))
+        refs = replaced(((old, *args[1:]), kwargs), self._ref)
         promoted = functional(*args, **kwargs)
         result = func(*args, **kwargs)
         self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
@@ -136,7 +135,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
         self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
 
-    def _ref(self, t: Tensor) -> Ref | Tensor:
+    def _ref(self, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
         index = self._values.get(id(t))
         return t.detach() if index is None else Ref(index)
 
@@ -178,11 +179,15 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
         (source,) = call.refs
         if len(readers[source]) == 1 and source != recording.output:
             same[call.outputs[0]] = same.get(source, source)
-    calls = [call for call in recording.calls if call.outputs[0] not in same]
-    recording.calls = []
-    for call in calls:
-        args, kwargs = tree_map_only(Ref, lambda ref: Ref(same.get(ref.index, ref.index)), (call.args, call.kwargs))
-        recording.calls.append(replace(call, args=args, kwargs=kwargs))
+
+    def merged(leaf: Any) -> Any:
+        return Ref(same[leaf.index]) if isinstance(leaf, Ref) and leaf.index in same else leaf
+
+    recording.calls = [
+        replace(call, args=replaced(call.args, merged), kwargs=replaced(call.kwargs, merged))
+        for call in recording.calls
+        if call.outputs[0] not in same
+    ]
     recording.output = same.get(recording.output, recording.output)
     for name, values in recording.returned.items():
         recording.returned[name] = [None if value is None else same.get(value, value) for value in values]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 
 class UnsupportedError(RuntimeError):
@@ -21,6 +20,24 @@ class Ref:
     """A value of the recording, in the place of a tensor."""
 
     index: int
+
+
+def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return what an operator is given or returns, with ``change`` of everything in its lists, tuples and dicts."""
+    if isinstance(tree, tuple):  # several times as fast as torch.utils._pytree, which knows more containers
+        return tuple([replaced(t, change) for t in tree])
+    if isinstance(tree, list):
+        return [replaced(t, change) for t in tree]
+    if isinstance(tree, dict):
+        return {key: replaced(t, change) for key, t in tree.items()}
+    return change(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return what is in the lists, tuples and dicts that an operator is given or returns."""
+    found: list[Any] = []
+    replaced(tree, found.append)
+    return found
 
 
 @dataclass(frozen=True)
@@ -47,14 +64,20 @@ class Call:
         return getattr(self.function, "_opname", getattr(self.function, "__name__", ""))
 
     @cached_property
-    def tree(self) -> tuple[list[Any], TreeSpec]:
-        """What `tree_flatten` makes of arguments and keyword arguments."""
-        return tree_flatten((self.args, self.kwargs))
+    def leaves(self) -> list[Any]:
+        """What arguments and keyword arguments hold."""
+        return leaves((self.args, self.kwargs))
 
     @cached_property
     def refs(self) -> list[int]:
         """The values it reads."""
-        return [leaf.index for leaf in self.tree[0] if isinstance(leaf, Ref)]
+        return [leaf.index for leaf in self.leaves if isinstance(leaf, Ref)]
+
+    def run(self, given: Iterable[Any], function: Callable[..., Any] | None = None) -> Any:
+        """Return what the operator, or another one, returns for other `leaves`."""
+        rest = iter(given)
+        args, kwargs = replaced((self.args, self.kwargs), lambda _: next(rest))
+        return (function or self.function)(*args, **kwargs)
 
 
 @dataclass

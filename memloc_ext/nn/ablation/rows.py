@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref, UnsupportedError
 
@@ -47,7 +46,7 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     Raises:
         UnsupportedError: If PyTorch has no way to run it so.
     """
-    leaves, spec = list(call.tree[0]), call.tree[1]
+    leaves = list(call.leaves)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]
     given = [read(leaves[i].index) for i in places]
 
@@ -56,8 +55,7 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     def run(*tensors: Tensor) -> Any:
         for i, t in zip(places, tensors, strict=True):
             leaves[i] = t
-        args, kwargs = tree_unflatten(leaves, spec)
-        return function(*args, **kwargs)
+        return call.run(leaves, function)
 
     if call.name in BATCH_NORMS and normalises_by_batch(call):
         raise UnsupportedError(f"{call.name} in {call.module or 'the model'} normalises by the statistics of the batch")

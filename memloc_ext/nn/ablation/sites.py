@@ -110,7 +110,7 @@ def is_alone(recording: Recording, call: Call) -> bool:
     """Return whether no other call than this convolution or matrix product uses its weight."""
     places = {"convolution": 1, "addmm": 2, "mm": 1}
     weight = call.args[places[call.name]]
-    return sum(any(_same(t, weight) for t in other.tree[0]) for other in recording.calls) == 1
+    return sum(any(_same(t, weight) for t in other.leaves) for other in recording.calls) == 1
 
 
 def _same(t: object, weight: object) -> bool:

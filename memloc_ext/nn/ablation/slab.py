@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recording import Call, Ref
 from memloc_ext.nn.ablation.rows import BATCH_NORMS, normalises_by_batch
@@ -101,7 +100,7 @@ def run_slab(
     first = own[0]
     if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
         return None
-    name, leaves, spec = call.name, *call.tree
+    name = call.name
     arguments: list[Any] = list(call.args)
     function: Any = call.function
     if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
@@ -112,7 +111,7 @@ def run_slab(
             if shapes[ref][first.dim] != shape[first.dim]:
                 return None
         given = []
-        for leaf in leaves:
+        for leaf in call.leaves:
             if isinstance(leaf, Ref):
                 kept = slabs.get(leaf.index)
                 given.append(kept.values if kept else first.of(unchanged(leaf.index), rows))
@@ -120,8 +119,7 @@ def run_slab(
                 given.append(first.of_constant(leaf, len(shape)))
             else:
                 given.append(leaf)
-        args, kwargs = tree_unflatten(given, spec)
-        return [Slab(function(*args, **kwargs), first.start, first.dim)]
+        return [Slab(call.run(given), first.start, first.dim)]
     ref = call.args[0]
     if not isinstance(ref, Ref) and name != "cat":
         return None
