@@ -120,7 +120,7 @@ def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, referenc
     step, parts, base = network.examples_at_once, [], []
     for begin in range(0, len(x), step):
         some, classes = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
-        unchanged = network.graph.examples(some, network.needed)
+        unchanged = network.unchanged(some, recorded=begin == 0)
         logits = check_logits(unchanged[network.output][:, 0], classes)
         network.check_agreement(model, some, logits)
         base.append(judge(logits, classes))

@@ -82,6 +82,18 @@ class Network:
             out.append(torch.zeros(place.units, dtype=dtype, device=device) if bias is None else bias.to(dtype))
         return out
 
+    def unchanged(self, inputs: Sequence[Tensor], recorded: bool) -> dict[int, Tensor]:
+        """Return the values that the sites' suffixes need of some examples, ``[examples, *shape]``.
+
+        Args:
+            inputs: As of `Graph.examples`.
+            recorded: Whether the first of them is the one that was recorded, whose values are there already.
+        """
+        if not recorded or len(inputs[0]) == 1:  # one at least is run, to find out what cannot be
+            return self.graph.examples(inputs, self.needed)
+        others = self.graph.examples([t[1:] for t in inputs], self.needed)
+        return {value: torch.cat([t, others[value]]) for value, t in self._sample.items()}
+
     def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
         """Return the units of a site switched off, one per row.
 
@@ -130,6 +142,7 @@ class Network:
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
         if weights:
             self.needed.update(producer(self.graph.recording, site).refs[0] for site in self.sites)
+        self._sample = {} if edited else {value: unchanged[value] for value in self.needed}
         sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
         example += sum(sizes[v] for place in self.places for v in place.values) if edited else 0

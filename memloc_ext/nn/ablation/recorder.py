@@ -61,12 +61,12 @@ class _Recorder(TorchDispatchMode):
         self._stale: set[int] = set()
         self._dependent: set[int] = set()  # addresses of the values
 
-    def put(self, t: Tensor) -> int:
-        """Return a new value for a tensor."""
+    def put(self, t: Tensor, sample: Tensor | None = None) -> int:
+        """Return a new value for a tensor; ``sample`` is what it holds, if the model may change it later."""
         index = len(self.recording.shapes)
         self.recording.shapes.append(t.shape)
         self.recording.dtypes.append(t.dtype)
-        self.recording.sample.append(t)
+        self.recording.sample.append(t if sample is None else sample)
         self._keep(t)
         self._values[id(t)] = index
         self._dependent.add(_storage(t))
@@ -122,16 +122,27 @@ class _Recorder(TorchDispatchMode):
         old = target.clone() if self.value(target) is None else target
         refs = replaced(((old, *args[1:]), kwargs), self._ref)
         promoted = functional(*args, **kwargs)
+        self._keep_samples(target)
         result = func(*args, **kwargs)
         self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
+        sample = promoted
         if promoted.dtype != target.dtype:  # what is written keeps its type
             self._call(functional, refs, promoted)
             functional, refs = aten._to_copy.default, ((self._ref(promoted),), {"dtype": target.dtype})
-        self._call(functional, refs, target)
+            sample = promoted.to(target.dtype)
+        self._call(functional, refs, target, sample)
         return result
 
-    def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
-        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in _list(result)]
+    def _keep_samples(self, target: Tensor) -> None:
+        """Copy the samples that a call is about to write into."""
+        sample = self.recording.sample
+        for other in self._storages.get(_storage(target), []):
+            index = self._values.get(other)
+            if index is not None and _storage(sample[index]) == _storage(target):
+                sample[index] = sample[index].clone()
+
+    def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
+        outputs = [self.put(t, sample) if isinstance(t, Tensor) else -1 for t in _list(result)]
         kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
         self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
 

@@ -88,7 +88,7 @@ class Recording:
         calls: In their order.
         shapes: Of each value.
         dtypes: Likewise.
-        sample: The values themselves, as they were when the example had run; what a call wrote into has changed.
+        sample: The values themselves.
         inputs: Values that are given: the model's input, then the example's id if one is known.
         output: The logits.
         returned: Module name to the value of each of its calls, None for what is not a single tensor.

@@ -66,7 +66,10 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
             if isinstance(t, Tensor) and t.dim() == 4 and len(t) == given[0].shape[1]:
                 leaves[i] = t.expand(len(given[0]), *t.shape).flatten(0, 1)
     try:
-        results = run(*(t.flatten(0, 1) for t in given)) if batched else torch.vmap(run)(*given)
+        if _is_elementwise(call, given):
+            results = run(*given)  # vmap takes as long as a small one does
+        else:
+            results = run(*(t.flatten(0, 1) for t in given)) if batched else torch.vmap(run)(*given)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -78,6 +81,18 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
         t.unflatten(0, (len(given[0]), -1)) if index >= 0 and t.dim() and t.numel() else None
         for t, index in zip(results, call.outputs, strict=True)
     ]
+
+
+def _is_elementwise(call: Call, given: Sequence[Tensor]) -> bool:
+    """Return whether a call of values ``[rows, *shape]`` broadcasts them, and constants, just as without the rows."""
+    rank = given[0].dim() if given else 0
+    constants = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+    return (
+        torch.Tag.pointwise in getattr(call.function, "tags", ())
+        and rank > 1  # numbers have a say of their own in the type of the result
+        and all(t.dim() == rank for t in given)
+        and all(t.dim() < rank for t in constants)
+    )
 
 
 def keeps_rows_apart(call: Call, shapes: Sequence[torch.Size]) -> bool:
