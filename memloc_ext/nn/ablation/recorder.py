@@ -90,7 +90,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        name = func._schema.name.split("::")[1]
+        name = func._opname
         if any(id(t) in self._stale for t in tensors):
             raise UnsupportedError(f"{func} reads what was written through a view of it")
         for t in tensors:
@@ -98,7 +98,7 @@ class _Recorder(TorchDispatchMode):
                 raise UnsupportedError(f"{func} reads an activation that no operator returned")
         if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
             result = func(*args, **kwargs)
-            for t in leaves(result):
+            for t in leaves([result]):
                 if isinstance(t, Tensor) and id(t) not in self._values:
                     self._keep(t)  # a constant
             return result
