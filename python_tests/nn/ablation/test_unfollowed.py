@@ -95,6 +95,17 @@ def test_a_buffer_that_is_written(batch: int) -> None:
     check(model, images(batch), ["conv"], slow="running the model once per unit")
 
 
+def test_a_part_of_a_buffer_that_is_written() -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        own = m.memory[: len(x)]
+        own.copy_(m.conv(x))
+        return m.head(own.add_(1) + m.other(x))
+
+    model = Model(forward, conv=nn.Conv2d(2, 4, 3), other=nn.Conv2d(2, 4, 3), head=head())
+    model.register_buffer("memory", torch.zeros(9, 4, 4, 4))
+    check(model, images(), ["conv", "other"])
+
+
 @pytest.mark.parametrize("how", ["zero", "mean"])
 def test_statistics_of_the_batch(how: str) -> None:
     norm = nn.BatchNorm2d(4, track_running_stats=False)
