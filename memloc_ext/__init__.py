@@ -3,7 +3,7 @@
 from memloc_ext import analysis, data, models, nn, ops, training
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
-from memloc_ext.analysis import localize
+from memloc_ext.analysis import localize, retrain, rewind
 from memloc_ext.nn import GradientAccountant, ablation_losses, apply_ablation, example_ids
 from memloc_ext.ops import plan
 from memloc_ext.study import load_run
@@ -23,5 +23,7 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "retrain",
+    "rewind",
     "training",
 ]

@@ -16,6 +16,8 @@ from memloc_ext.analysis.localization import (
     localize,
     localize_dataset,
 )
+from memloc_ext.analysis.retraining import GroupRetraining, RetrainConfig, RetrainedEpoch, Retraining, retrain
+from memloc_ext.analysis.rewinding import GroupRewinding, RewindConfig, Rewinding, RewoundAccuracy, rewind
 from memloc_ext.analysis.roc import roc_auc
 
 __all__ = [
@@ -25,13 +27,23 @@ __all__ = [
     "Found",
     "GradientAccounting",
     "GroupAccount",
+    "GroupRetraining",
+    "GroupRewinding",
     "Localization",
     "LocalizationConfig",
     "ParameterAccount",
+    "RetrainConfig",
+    "RetrainedEpoch",
+    "Retraining",
+    "RewindConfig",
+    "Rewinding",
+    "RewoundAccuracy",
     "accuracy",
     "accuracy_by_mode",
     "gradient_accounting",
     "localize",
     "localize_dataset",
+    "retrain",
+    "rewind",
     "roc_auc",
 ]

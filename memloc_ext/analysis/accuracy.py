@@ -44,15 +44,31 @@ def accuracy(model: nn.Module, dataset: Dataset, *, test: bool = True, batch_siz
     Returns:
         The shares.
     """
-    train = dataset.train
-    predicted = predict(model, train, batch_size=batch_size)
-    right, memorized = predicted == train.labels, train.memorized
+    predicted = predict(model, dataset.train, batch_size=batch_size)
+    return accuracy_of(dataset, predicted, predict(model, dataset.test, batch_size=batch_size) if test else None)
+
+
+def accuracy_of(dataset: Dataset, train: Tensor, test: Tensor | None) -> Accuracy:
+    """Return the shares of predictions that are right.
+
+    Args:
+        dataset: Training and test examples.
+        train: Predicted class of each training example, ``[N]``, int64.
+        test: Likewise of each test example; None if they were not looked at.
+    """
+    split = dataset.train
+    right, memorized = train == split.labels, split.memorized
     return Accuracy(
         clean=_share(right[~memorized]),
         noisy=_share(right[memorized]),
-        noisy_true=_share((predicted == train.true_labels)[memorized]),
-        test=_share(predict(model, dataset.test, batch_size=batch_size) == dataset.test.labels) if test else None,
+        noisy_true=_share((train == split.true_labels)[memorized]),
+        test=None if test is None else _share(test == dataset.test.labels),
     )
+
+
+def masks_test_examples(model: nn.Module) -> bool:
+    """Return whether test examples would get masks in evaluation mode, which are made for training examples only."""
+    return any(isinstance(module, ExampleTiedDropout) and module._mode == "train" for module in model.modules())
 
 
 def accuracy_by_mode(model: nn.Module, dataset: Dataset, *, batch_size: int = 512) -> dict[str, Accuracy]:

@@ -29,17 +29,17 @@ def record(model: nn.Module, x: Tensor) -> Recording:
     """
     ids = current_example_ids()
     with evaluating(model), torch.no_grad(), uncompiled(), contextlib.ExitStack() as stack:
-        recorder = _Recorder()
+        recorder = Recorder()
         given = [x[:1].detach().clone()]
         if ids is not None:
             given.append(ids[:1].clone())
             stack.enter_context(example_ids(given[1]))
-        stack.enter_context(_without_fast_path())
+        stack.enter_context(without_fast_path())
         for hook in _hooks(model, recorder):
             stack.callback(hook.remove)
         for t in given:
             recorder.recording.inputs.append(recorder.put(t))
-        with _Readers(recorder), recorder:
+        with Readers(recorder), recorder:
             logits = model(given[0])
     output = recorder.value(logits)
     if output is None:
@@ -49,7 +49,9 @@ def record(model: nn.Module, x: Tensor) -> Recording:
     return recorder.recording
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Records the calls that depend on the tensors it was given by `put`."""
+
     def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
@@ -69,7 +71,7 @@ class _Recorder(TorchDispatchMode):
         self.recording.sample.append(t if sample is None else sample)
         self._keep(t)
         self._values[id(t)] = index
-        self._dependent.add(_storage(t))
+        self._dependent.add(storage_address(t))
         self._stale.discard(id(t))
         return index
 
@@ -79,7 +81,7 @@ class _Recorder(TorchDispatchMode):
 
     def _keep(self, t: Tensor) -> None:
         self._kept.append(t)
-        self._storages.setdefault(_storage(t), []).append(id(t))
+        self._storages.setdefault(storage_address(t), []).append(id(t))
 
     def give_back(self, t: Tensor) -> Tensor:
         """Return a tensor as another value: a hook would replace what a module returns, but not what it keeps."""
@@ -94,7 +96,12 @@ class _Recorder(TorchDispatchMode):
         if any(id(t) in self._stale for t in tensors):
             raise UnsupportedError(f"{func} reads what was written through a view of it")
         for t in tensors:
-            if id(t) not in self._values and t.numel() and _storage(t) in self._dependent and name not in _SHAPED_LIKE:
+            if (
+                id(t) not in self._values
+                and t.numel()
+                and storage_address(t) in self._dependent
+                and name not in _SHAPED_LIKE
+            ):
                 raise UnsupportedError(f"{func} reads an activation that no operator returned")
         if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
             result = func(*args, **kwargs)
@@ -124,7 +131,7 @@ class _Recorder(TorchDispatchMode):
         promoted = functional(*args, **kwargs)
         self._keep_samples(target)
         result = func(*args, **kwargs)
-        self._stale.update(other for other in self._storages.get(_storage(target), []) if other != id(target))
+        self._stale.update(other for other in self._storages.get(storage_address(target), []) if other != id(target))
         sample = promoted
         if promoted.dtype != target.dtype:  # what is written keeps its type
             self._call(functional, refs, promoted)
@@ -136,13 +143,13 @@ class _Recorder(TorchDispatchMode):
     def _keep_samples(self, target: Tensor) -> None:
         """Copy the samples that a call is about to write into."""
         sample = self.recording.sample
-        for other in self._storages.get(_storage(target), []):
+        for other in self._storages.get(storage_address(target), []):
             index = self._values.get(other)
-            if index is not None and _storage(sample[index]) == _storage(target):
+            if index is not None and storage_address(sample[index]) == storage_address(target):
                 sample[index] = sample[index].clone()
 
     def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
-        outputs = [self.put(t, sample) if isinstance(t, Tensor) else -1 for t in _list(result)]
+        outputs = [self.put(t, sample) if isinstance(t, Tensor) else -1 for t in as_list(result)]
         kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
         self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
 
@@ -167,10 +174,10 @@ _ASKING = frozenset(
 )
 
 
-class _Readers(TorchFunctionMode):
+class Readers(TorchFunctionMode):
     """Refuses what reads an activation without calling an operator."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
@@ -204,7 +211,7 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
         recording.returned[name] = [None if value is None else same.get(value, value) for value in values]
 
 
-def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
+def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
     """Have the recorder told which module runs and what it returns, each time as a value of its own."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it computes is recorded all the same
@@ -243,7 +250,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Have transformer layers run as they are written, not as one operator."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -253,9 +260,11 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _storage(t: Tensor) -> int:
+def storage_address(t: Tensor) -> int:
+    """Return where the memory begins that a tensor is part of."""
     return t.untyped_storage().data_ptr()
 
 
-def _list(result: Any) -> Sequence[Any]:
+def as_list(result: Any) -> Sequence[Any]:
+    """Return what an operator returned as a list."""
     return list(result) if isinstance(result, tuple | list) else [result]
