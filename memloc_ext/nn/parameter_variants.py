@@ -30,6 +30,8 @@ from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedEr
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 
+aten = torch.ops.aten
+
 
 class ParameterVariants:
     """Runs a model in evaluation mode with some of its tensors replaced; the model itself is left as it was.
@@ -274,6 +276,8 @@ def _record(
         drawn = _generators(device)
         with _DataReaders(recorder), recorder:
             output = model(given[0])
+            if recorder.value(output) is not None:
+                output = aten.alias.default(output)  # which notices if it was written through a view
         value = recorder.value(output)
         if value is None:
             raise UnsupportedError("the model must return one tensor that depends on its input")
