@@ -1,0 +1,92 @@
+"""The figures of a retraining: what comes back when one layer group is trained on clean examples alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memloc_ext.analysis import Accuracy, Retraining
+from memloc_ext.figures import COLORS, new_figure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LINES = {
+    "clean": "clean training examples",
+    "noisy": "memorized examples, given label",
+    "noisy_true": "memorized examples, true label",
+    "test": "test examples",
+}
+_BARS = {"noisy": "memorized examples, given label", "clean": "clean training examples"}
+_ACROSS = 3
+
+
+def all_figures(retraining: Retraining) -> dict[str, Figure]:
+    """Draw every figure of a retraining, by the name of its file."""
+    return {"retraining_accuracy": accuracy_per_group(retraining), "retraining_regained": regained(retraining)}
+
+
+def accuracy_per_group(retraining: Retraining) -> Figure:
+    """Draw accuracy in percent over the epochs in which a layer group is trained anew, a panel per group."""
+    down = math.ceil(len(retraining.groups) / _ACROSS)
+    figure = new_figure(9, 1.7 * down + 0.9)
+    panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
+    for axes, (group, result) in zip(panels.flat, retraining.groups.items(), strict=False):
+        epochs = [record.epoch for record in result.epochs]
+        for column, label in _LINES.items():
+            values = [_percent(record.accuracy, column) for record in result.epochs]
+            axes.plot(epochs, values, color=COLORS[column], label=label, marker=".", markersize=4)
+        whole = _percent(retraining.unchanged, "noisy")
+        axes.axhline(whole, color=COLORS["noisy"], linewidth=0.8, alpha=0.35, label="memorized, before rewinding")
+        axes.set_title(group, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(retraining.groups) :]:
+        axes.set_axis_off()
+    first = panels[0, 0]
+    first.set_ylim(-3, 103)
+    first.locator_params(axis="x", integer=True)
+    for axes in panels.flat[max(len(retraining.groups) - _ACROSS, 0) : len(retraining.groups)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("epochs of training the layer group on clean examples", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def regained(retraining: Retraining) -> Figure:
+    """Draw accuracy in percent per layer group: back at its initial weights (light), and after its training (full)."""
+    groups = list(retraining.groups)
+    figure = new_figure(9, 0.5 * len(groups) + 1.4)
+    axes = figure.add_subplot()
+    height = 0.8 / len(_BARS)
+    for number, (column, label) in enumerate(_BARS.items()):
+        places = np.arange(len(groups)) + (number - 0.5) * height
+        results = retraining.groups.values()
+        before = [_percent(result.epochs[0].accuracy, column) for result in results]
+        after = [_percent(result.epochs[-1].accuracy, column) for result in results]
+        bars = axes.barh(places, np.nan_to_num(after), height * 0.9, color=COLORS[column], label=f"{label}: trained")
+        texts = ["-" if np.isnan(value) else percent(value / 100) for value in after]
+        axes.bar_label(bars, texts, padding=3, fontsize=8, color="#444")
+        light = dict(color="white", alpha=0.65, linewidth=0)
+        axes.barh(places, np.nan_to_num(before), height * 0.9, **light)
+        axes.plot(before, places, "|", color="black", markersize=9, label=f"{label}: rewound" if number == 0 else None)
+        whole = _percent(retraining.unchanged, column)
+        axes.axvline(whole, color=COLORS[column], linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("accuracy (%); dotted: the model as it is")
+    axes.set_ylabel("layer group")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    labels = ["back at its initial weights" if label.endswith("rewound") else label for label in labels]
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _percent(accuracy: Accuracy, column: str) -> float:
+    share = getattr(accuracy, column)
+    return float("nan") if share is None else 100 * share

@@ -1,0 +1,95 @@
+"""The figures of a rewinding: what is left of accuracy with one layer group at an earlier epoch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memloc_ext.analysis import Accuracy, GroupRewinding, Rewinding
+from memloc_ext.figures import COLORS, new_figure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LINES = {"clean": "clean training examples", "noisy": "memorized examples, given label", "test": "test examples"}
+_ACROSS = 3
+
+
+def all_figures(rewinding: Rewinding) -> dict[str, Figure]:
+    """Draw every figure of a rewinding, by the name of its file."""
+    figures = {"rewinding_accuracy": accuracy_per_group(rewinding)}
+    if rewinding.unchanged.noisy is not None:
+        figures["rewinding_memorized"] = memorized_accuracy(rewinding)
+    return figures
+
+
+def accuracy_per_group(rewinding: Rewinding) -> Figure:
+    """Draw accuracy in percent over the epoch that a layer group is put back to, a panel per group.
+
+    Solid: the group's batch-norm statistics are put back too; dotted: they stay. Grey: the model as it is.
+    """
+    down = math.ceil(len(rewinding.groups) / _ACROSS)
+    figure = new_figure(9, 1.7 * down + 0.9)
+    panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
+    for axes, (group, result) in zip(panels.flat, rewinding.groups.items(), strict=False):
+        for column, label in _LINES.items():
+            axes.axhline(_percent(rewinding.unchanged, column), color=COLORS[column], linewidth=0.8, alpha=0.35)
+            _line(axes, result, column, label)
+        axes.set_title(group, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(rewinding.groups) :]:
+        axes.set_axis_off()
+    first = panels[0, 0]
+    first.set_ylim(-3, 103)
+    first.locator_params(axis="x", integer=True)
+    for axes in panels.flat[max(len(rewinding.groups) - _ACROSS, 0) : len(rewinding.groups)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("epoch that the layer group is put back to", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    handles, labels = first.get_legend_handles_labels()
+    (dotted,) = first.plot([], [], ":", color="#444")
+    (faint,) = first.plot([], [], color="#444", linewidth=0.8, alpha=0.35)
+    figure.legend(
+        [*handles, dotted, faint], [*labels, "batch-norm statistics not put back", "the model as it is"],
+        loc="outside upper center", ncols=3, frameon=False, fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def memorized_accuracy(rewinding: Rewinding) -> Figure:
+    """Draw accuracy on memorized examples, given label, in percent: layer group by epoch, with its statistics."""
+    groups, epochs = list(rewinding.groups), rewinding.epochs
+    figure = new_figure(9, 0.34 * len(groups) + 1.3)
+    axes = figure.add_subplot()
+    table = np.array(
+        [[_percent(found.with_buffers, "noisy") for found in result.epochs] for result in rewinding.groups.values()]
+    )
+    picture = axes.imshow(table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        text = "-" if np.isnan(value) else percent(value / 100)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if value > 60 else "white")
+    axes.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_xlabel("epoch that the layer group is put back to")
+    axes.set_ylabel("layer group")
+    title = f"memorized examples, given label; the model as it is: {percent(rewinding.unchanged.noisy)} %"
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(picture, label="accuracy (%)", pad=0.01)
+    return figure
+
+
+def _line(axes: Axes, result: GroupRewinding, column: str, label: str) -> None:
+    epochs = [found.epoch for found in result.epochs]
+    full = [_percent(found.with_buffers, column) for found in result.epochs]
+    axes.plot(epochs, full, color=COLORS[column], label=label, marker=".", markersize=4)
+    if result.has_buffers:
+        bare = [_percent(found.without_buffers, column) for found in result.epochs]
+        axes.plot(epochs, bare, ":", color=COLORS[column])
+
+
+def _percent(accuracy: Accuracy, column: str) -> float:
+    share = getattr(accuracy, column)
+    return float("nan") if share is None else 100 * share
