@@ -57,7 +57,7 @@ def accuracy_per_group(retraining: Retraining) -> Figure:
 
 
 def regained(retraining: Retraining) -> Figure:
-    """Draw accuracy in percent per layer group: back at its initial weights (light), and after its training (full)."""
+    """Draw accuracy in percent per layer group: back at its initial weights (mark), and after its training (bar)."""
     groups = list(retraining.groups)
     figure = new_figure(9, 0.5 * len(groups) + 1.4)
     axes = figure.add_subplot()
@@ -67,12 +67,13 @@ def regained(retraining: Retraining) -> Figure:
         results = retraining.groups.values()
         before = [_percent(result.epochs[0].accuracy, column) for result in results]
         after = [_percent(result.epochs[-1].accuracy, column) for result in results]
-        bars = axes.barh(places, np.nan_to_num(after), height * 0.9, color=COLORS[column], label=f"{label}: trained")
+        bars = axes.barh(
+            places, np.nan_to_num(after), height * 0.9, color=COLORS[column], label=f"{label}, after training"
+        )
         texts = ["-" if np.isnan(value) else percent(value / 100) for value in after]
         axes.bar_label(bars, texts, padding=3, fontsize=8, color="#444")
-        light = dict(color="white", alpha=0.65, linewidth=0)
-        axes.barh(places, np.nan_to_num(before), height * 0.9, **light)
-        axes.plot(before, places, "|", color="black", markersize=9, label=f"{label}: rewound" if number == 0 else None)
+        rewound = "back at its initial weights" if number == 0 else None
+        axes.plot(before, places, color="black", marker="|", markersize=9, linestyle="none", label=rewound)
         whole = _percent(retraining.unchanged, column)
         axes.axvline(whole, color=COLORS[column], linestyle=":", linewidth=1)
     axes.set_yticks(range(len(groups)), groups)
@@ -81,9 +82,7 @@ def regained(retraining: Retraining) -> Figure:
     axes.set_xlabel("accuracy (%); dotted: the model as it is")
     axes.set_ylabel("layer group")
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    labels = ["back at its initial weights" if label.endswith("rewound") else label for label in labels]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

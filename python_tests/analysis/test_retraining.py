@@ -164,8 +164,8 @@ def test_a_groups_result_depends_on_no_other() -> None:
 
 def test_it_stops_once_every_clean_example_is_fitted() -> None:
     model = small_model("lenet")
-    initial, dataset = model.state_dict(), made_dataset(noisy=8)  # three clean examples
-    config = RetrainConfig(retrain_epochs=60, retrain_learning_rate=0.5, patience=2)
+    initial, dataset = model.state_dict(), made_dataset(train=4, noisy=2)
+    config = RetrainConfig(retrain_epochs=60, retrain_learning_rate=0.1, patience=2)
     found = memloc_ext.retrain(model, initial, dataset, groups=["head"], config=config).groups["head"]
     assert found.stopped == "fitted"
     shares = [record.accuracy.clean for record in found.epochs]

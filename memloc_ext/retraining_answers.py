@@ -1,0 +1,78 @@
+"""What a retraining says, in sentences with its numbers."""
+
+from __future__ import annotations
+
+from memloc_ext.analysis import Retraining
+from memloc_ext.analysis.retraining import FITTED
+from memloc_ext.figures import percent
+
+PAPER = (
+    "The paper: for most layer groups, accuracy on memorized examples comes back, so that these groups are redundant "
+    "for memorization; the others are in general not the last."
+)
+MOST = 0.9
+"""Share of the accuracy on memorized examples that counts as come back."""
+
+
+def answers(retraining: Retraining) -> list[str]:
+    """Return what comes back of the memorized examples, in sentences; none if there are none that the model fits."""
+    if not retraining.unchanged.noisy or not retraining.groups:
+        return []
+    return [_regained(retraining), _least(retraining), _fitted(retraining), _paper(retraining)]
+
+
+def regaining(retraining: Retraining) -> list[str]:
+    """Name the layer groups after whose training at least 90 % of the memorized accuracy is there."""
+    return [group for group in retraining.groups if _noisy(retraining, group) >= _enough(retraining)]
+
+
+def _regained(retraining: Retraining) -> str:
+    groups = regaining(retraining)
+    never = [group for group in groups if _noisy(retraining, group, 0) >= _enough(retraining)]
+    names = f" ({', '.join(groups)})" if groups else ""
+    kept = f"; {len(never)} of these had not lost it at their initial weights" if never else ""
+    return (
+        "With one layer group at its initial weights and trained anew, alone and on clean examples only, at least 90 % "
+        f"of the accuracy on memorized examples ({percent(retraining.unchanged.noisy)} % before) is there again for "
+        f"{len(groups)} of {len(retraining.groups)} groups{names}, though no memorized example was seen{kept}."
+    )
+
+
+def _least(retraining: Retraining) -> str:
+    least = _lowest(retraining)
+    first, last = (retraining.groups[least].epochs[i].accuracy for i in (0, -1))
+    return (
+        f"Least is there with {least}: {percent(last.noisy)} % on memorized examples ({percent(first.noisy)} % before "
+        f"its training), {percent(last.clean)} % on clean ones."
+    )
+
+
+def _fitted(retraining: Retraining) -> str:
+    groups = [group for group, result in retraining.groups.items() if result.stopped == FITTED]
+    epochs = [len(result.epochs) - 1 for result in retraining.groups.values()]
+    return (
+        f"{len(groups)} of {len(retraining.groups)} trainings ended because every clean example was fitted, the others "
+        f"after all their epochs; they took {min(epochs)} to {max(epochs)} epochs."
+    )
+
+
+def _paper(retraining: Retraining) -> str:
+    number, back = len(retraining.groups), len(regaining(retraining))
+    *_, last = retraining.groups
+    agrees = "So it is here" if 2 * back > number else f"This differs here: it does for {back} of {number}"
+    if back == number:
+        return f"{PAPER} So it is here, for every group."
+    place = "the last group is among those" if last not in regaining(retraining) else "the last group is none of those"
+    return f"{PAPER} {agrees}; {place} for which it does not."
+
+
+def _lowest(retraining: Retraining) -> str:
+    return min(retraining.groups, key=lambda group: _noisy(retraining, group))
+
+
+def _enough(retraining: Retraining) -> float:
+    return MOST * (retraining.unchanged.noisy or 0.0)
+
+
+def _noisy(retraining: Retraining, group: str, epoch: int = -1) -> float:
+    return retraining.groups[group].epochs[epoch].accuracy.noisy or 0.0

@@ -1,0 +1,31 @@
+import numpy as np
+from made_probes import GROUPS, made_accuracy, made_retraining
+
+from memloc_ext import figures
+from memloc_ext.retraining_figures import accuracy_per_group, all_figures, regained
+
+
+def test_every_retraining_can_be_drawn() -> None:
+    drawn = all_figures(made_retraining())
+    assert list(drawn) == ["retraining_accuracy", "retraining_regained"]
+    clean = all_figures(made_retraining({"a": [None, None]}, unchanged=made_accuracy(None)))
+    for figure in (*drawn.values(), *clean.values()):
+        assert figures.png(figure).startswith(b"\x89PNG")
+
+
+def test_a_panel_shows_a_group_in_percent() -> None:
+    figure = accuracy_per_group(made_retraining())
+    assert [axes.get_title() for axes in figure.axes[:4]] == list(GROUPS)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    np.testing.assert_allclose(lines["memorized examples, given label"].get_ydata(), [10, 30, 40])
+    np.testing.assert_allclose(lines["memorized, before rewinding"].get_ydata(), [96, 96])
+
+
+def test_bars_are_what_is_there_after_the_training_and_marks_what_was_before() -> None:
+    axes = regained(made_retraining()).axes[0]
+    noisy, clean = axes.containers
+    np.testing.assert_allclose([bar.get_width() for bar in noisy], [40, 96, 90, 93])
+    np.testing.assert_allclose([bar.get_width() for bar in clean], [80] * 4)
+    marks = next(line for line in axes.lines if line.get_label() == "back at its initial weights")
+    np.testing.assert_allclose(marks.get_xdata(), [10, 95, 20, 10])
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(GROUPS)

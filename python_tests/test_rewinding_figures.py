@@ -1,0 +1,36 @@
+import numpy as np
+from made_probes import GROUPS, WHOLE, made_accuracy, made_rewinding
+
+from memloc_ext import figures
+from memloc_ext.rewinding_figures import accuracy_per_group, all_figures, memorized_accuracy
+
+
+def test_every_rewinding_can_be_drawn() -> None:
+    drawn = all_figures(made_rewinding())
+    assert list(drawn) == ["rewinding_accuracy", "rewinding_memorized"]
+    one = all_figures(made_rewinding({"a": [0.5]}, (3,)))
+    clean = all_figures(made_rewinding({"a": [None]}, (3,), unchanged=made_accuracy(None, test=None)))
+    assert list(clean) == ["rewinding_accuracy"]
+    for figure in (*drawn.values(), *one.values(), *clean.values()):
+        assert figures.png(figure).startswith(b"\x89PNG")
+
+
+def test_a_panel_shows_a_group_in_percent_with_and_without_its_statistics() -> None:
+    figure = accuracy_per_group(made_rewinding())
+    assert [axes.get_title() for axes in figure.axes[:4]] == list(GROUPS)
+    assert figure.get_supylabel() == "accuracy (%)"
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    np.testing.assert_allclose(lines["memorized examples, given label"].get_ydata(), [90, 95])
+    dotted = [line for line in figure.axes[1].lines if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted if line.get_color() == figures.COLORS["noisy"]] == [[45, 47.5]]
+    assert not any(line.get_linestyle() == ":" for line in figure.axes[3].lines)
+    levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_alpha() and len(line.get_ydata())]
+    np.testing.assert_allclose(levels, [100 * WHOLE.clean, 100 * WHOLE.noisy, 100 * WHOLE.test])
+
+
+def test_the_map_has_a_number_per_group_and_epoch() -> None:
+    axes = memorized_accuracy(made_rewinding()).axes[0]
+    assert [text.get_text() for text in axes.texts[:4]] == ["10.0", "50.0", "90.0", "95.0"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(GROUPS)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
+    assert "96.0 %" in axes.get_title()
