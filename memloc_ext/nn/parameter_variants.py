@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
 
 from memloc_ext.nn.ablation.recorder import (
     Readers,
@@ -190,13 +189,11 @@ def _steps(calls: Sequence[Call], keep: set[int]) -> list[_Step]:
 def _run(steps: Sequence[_Step], values: dict[int, Tensor], shared: Mapping[int, Tensor]) -> None:
     """Run calls on ``values``, or on what is ``shared`` where these have none, and add their results to them."""
     for step in steps:
-        leaves, spec = step.call.tree
         read = [
             (values[leaf.index] if leaf.index in values else shared[leaf.index]) if isinstance(leaf, Ref) else leaf
-            for leaf in leaves
+            for leaf in step.call.leaves
         ]
-        args, kwargs = tree_unflatten(read, spec)
-        results = as_list(step.call.function(*args, **kwargs))
+        results = as_list(step.call.run(read))
         values.update({value: t for value, t in zip(step.call.outputs, results, strict=True) if value >= 0})
         for value in step.dead:
             values.pop(value, None)
@@ -210,11 +207,14 @@ class _BatchRecorder(Recorder):
         self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._constants: set[int] = set()  # addresses of what calls read that depends on nothing
 
-    def put(self, t: Tensor) -> int:
+    def put(self, t: Tensor, sample: Tensor | None = None) -> int:
         """Return a new value for a tensor."""
         index = super().put(t)
         self.recording.sample.clear()
         return index
+
+    def _keep_samples(self, target: Tensor) -> None:
+        """Keep none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable and isinstance(args[0], Tensor) and storage_address(args[0]) in self._constants:
@@ -236,7 +236,7 @@ class _BatchRecorder(Recorder):
             del self._storages[address]
             self._dependent.discard(address)
 
-    def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
+    def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
         outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in as_list(result)]
         self.recording.calls.append(Call(function, tuple(refs[0]), dict(refs[1]), outputs, self.modules[-1]))
 

@@ -87,10 +87,10 @@ class Network:
 
         Args:
             inputs: As of `Graph.examples`.
-            recorded: Whether the first of them is the one that was recorded, whose values are there already; once.
+            recorded: Whether the first of them is the one that was recorded, whose values are there already, once.
         """
         sample, self._sample = self._sample, {}  # not held while variants run
-        if not recorded or len(inputs[0]) == 1:  # one at least is run, to find out what cannot be
+        if not recorded or not sample or len(inputs[0]) == 1:  # one at least is run, to find out what cannot be
             return self.graph.examples(inputs, self.needed)
         others = self.graph.examples([t[1:] for t in inputs], self.needed)
         return {value: torch.cat([t, others[value]]) for value, t in sample.items()}

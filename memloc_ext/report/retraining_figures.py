@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memloc_ext.analysis import Accuracy, Retraining
-from memloc_ext.figures import COLORS, new_figure, percent
+from memloc_ext.report.figures import COLORS, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memloc_ext.analysis import Retraining
 from memloc_ext.analysis.retraining import FITTED
-from memloc_ext.figures import percent
+from memloc_ext.report.figures import percent
 
 PAPER = (
     "The paper: for most layer groups, accuracy on memorized examples comes back, so that these groups are redundant "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memloc_ext.analysis import Rewinding
-from memloc_ext.figures import percent
+from memloc_ext.report.figures import percent
 
 PAPER = "The paper: most layer groups can be rewound a long way without losing the memorized examples."
 HALF, MOST = 0.5, 0.9
