@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,27 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.recorder import (
-    Readers,
-    Recorder,
-    as_list,
-    evaluating,
-    storage_address,
-    without_fast_path,
-)
+from memloc_ext.nn.ablation.batch_recorder import record_batch
+from memloc_ext.nn.ablation.recorder import as_list, evaluating
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
-from memloc_ext.nn.example_ids import current_example_ids, example_ids
-from memloc_ext.nn.gradient_accountant.compiled import uncompiled
-
-aten = torch.ops.aten
+from memloc_ext.nn.example_ids import current_example_ids
 
 
 class ParameterVariants:
     """Runs a model in evaluation mode with some of its tensors replaced; the model itself is left as it was.
 
-    A batch size is recorded when it first comes. Beside what a plain pass holds at a time, the values are held that the
-    replaced part reads of the rest, until all variants of a batch have run. A model that cannot be recorded, because it
-    reads activations into Python or draws random numbers, takes a whole pass per variant, with a warning.
+    A batch size is recorded when it first comes; what else the model depends on, such as the modes of its dropouts or
+    autocast, must then stay as it is, but its tensors may change. Beside what a plain pass holds at a time, the values
+    are held that the replaced part reads of the rest, until all variants of a batch have run. A model that cannot be
+    recorded, because it reads activations into Python or draws random numbers, takes a whole pass per variant, with a
+    warning.
 
     Args:
         model: Any model; if compiled, what was compiled runs as it was written.
@@ -76,7 +68,7 @@ class ParameterVariants:
         given = [x] if ids is None else [x, ids]
         key = tuple((t.shape, t.dtype, t.stride()) for t in given)
         if key not in self._programs:
-            self._programs[key] = _Program(*_record(self._model, given, tensors))
+            self._programs[key] = _Program(record_batch(self._model, given, list(tensors.values())), list(tensors))
         return self._programs[key].run(given, tensors, variants)
 
     def _whole(self, x: Tensor, variant: Mapping[str, Tensor]) -> Tensor:
@@ -197,99 +189,6 @@ def _run(steps: Sequence[_Step], values: dict[int, Tensor], shared: Mapping[int,
         values.update({value: t for value, t in zip(step.call.outputs, results, strict=True) if value >= 0})
         for value in step.dead:
             values.pop(value, None)
-
-
-class _BatchRecorder(Recorder):
-    """Records a whole batch and keeps none of its activations alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, weakref.ref[Tensor]] = {}
-        self._constants: set[int] = set()  # addresses of what calls read that depends on nothing
-
-    def put(self, t: Tensor, sample: Tensor | None = None) -> int:
-        """Return a new value for a tensor."""
-        index = super().put(t)
-        self.recording.sample.clear()
-        return index
-
-    def _keep_samples(self, target: Tensor) -> None:
-        """Keep none."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], Tensor) and storage_address(args[0]) in self._constants:
-            raise UnsupportedError(f"{func} writes into a tensor that was read before")
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _keep(self, t: Tensor) -> None:
-        number, address = id(t), storage_address(t)
-        if number not in self._alive:
-            self._alive[number] = weakref.ref(t, lambda _: self._forget(number, address))
-            self._storages.setdefault(address, []).append(number)
-
-    def _forget(self, number: int, address: int) -> None:
-        del self._alive[number]
-        self._values.pop(number, None)
-        self._stale.discard(number)
-        self._storages[address].remove(number)
-        if not self._storages[address]:
-            del self._storages[address]
-            self._dependent.discard(address)
-
-    def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
-        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in as_list(result)]
-        self.recording.calls.append(Call(function, tuple(refs[0]), dict(refs[1]), outputs, self.modules[-1]))
-
-    def _ref(self, t: Tensor) -> Ref | Tensor:
-        ref = super()._ref(t)
-        if isinstance(ref, Tensor) and ref.numel():
-            self._constants.add(storage_address(ref))
-        return ref
-
-
-class _DataReaders(Readers):
-    """Refuses ``.data`` as well: what nobody knows of would look like a constant once its source is gone."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.data.__get__ and self._recorder.value(args[0]) is not None:  # pyright: ignore[reportAttributeAccessIssue]
-            raise UnsupportedError("the model reads the data of an activation or parameter")
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _record(
-    model: nn.Module, given: Sequence[Tensor], tensors: Mapping[str, Tensor]
-) -> tuple[Recording, Sequence[str]]:
-    """Record the pass of a batch in evaluation mode.
-
-    Raises:
-        UnsupportedError: If the model reads a value of an activation or parameter into Python, draws random numbers, or
-            writes into a view that it reads in another way later.
-    """
-    device = given[0].device
-    given = [t.detach().clone() for t in given]
-    with evaluating(model), uncompiled(), contextlib.ExitStack() as stack:
-        recorder = _BatchRecorder()
-        if len(given) > 1:
-            stack.enter_context(example_ids(given[1]))
-        stack.enter_context(without_fast_path())
-        recorder.recording.inputs = [recorder.put(t) for t in (*given, *tensors.values())]
-        drawn = _generators(device)
-        with _DataReaders(recorder), recorder:
-            output = model(given[0])
-            if recorder.value(output) is not None:
-                output = aten.alias.default(output)  # which notices if it was written through a view
-        value = recorder.value(output)
-        if value is None:
-            raise UnsupportedError("the model must return one tensor that depends on its input")
-        if any(not torch.equal(now, before) for now, before in zip(_generators(device), drawn, strict=True)):
-            raise UnsupportedError("the model draws random numbers in evaluation mode")
-        recorder.recording.output = value
-    return recorder.recording, list(tensors)
-
-
-def _generators(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -48,11 +48,12 @@ def _least(retraining: Retraining) -> str:
 
 
 def _fitted(retraining: Retraining) -> str:
-    groups = [group for group, result in retraining.groups.items() if result.stopped == FITTED]
+    fitted = sum(result.stopped == FITTED for result in retraining.groups.values())
     epochs = [len(result.epochs) - 1 for result in retraining.groups.values()]
+    others = "" if fitted == len(epochs) else ", the others after all their epochs"
     return (
-        f"{len(groups)} of {len(retraining.groups)} trainings ended because every clean example was fitted, the others "
-        f"after all their epochs; they took {min(epochs)} to {max(epochs)} epochs."
+        f"{fitted} of {len(epochs)} trainings ended because every clean example was fitted{others}; they took "
+        f"{min(epochs)} to {max(epochs)} epochs."
     )
 
 

@@ -71,7 +71,7 @@ def regained(retraining: Retraining) -> Figure:
             places, np.nan_to_num(after), height * 0.9, color=COLORS[column], label=f"{label}, after training"
         )
         texts = ["-" if np.isnan(value) else percent(value / 100) for value in after]
-        axes.bar_label(bars, texts, padding=3, fontsize=8, color="#444")
+        axes.bar_label(bars, texts, padding=3, fontsize=8, color="#444", backgroundcolor="white", zorder=1)
         rewound = "back at its initial weights" if number == 0 else None
         axes.plot(before, places, color="black", marker="|", markersize=9, linestyle="none", label=rewound)
         whole = _percent(retraining.unchanged, column)

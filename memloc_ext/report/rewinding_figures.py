@@ -29,7 +29,7 @@ def all_figures(rewinding: Rewinding) -> dict[str, Figure]:
 def accuracy_per_group(rewinding: Rewinding) -> Figure:
     """Draw accuracy in percent over the epoch that a layer group is put back to, a panel per group.
 
-    Solid: the group's batch-norm statistics are put back too; dotted: they stay. Grey: the model as it is.
+    Solid: the group's batch-norm statistics are put back too; dotted: they stay. Faint: the model as it is.
     """
     down = math.ceil(len(rewinding.groups) / _ACROSS)
     figure = new_figure(9, 1.7 * down + 0.9)

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_networks import RandomNetwork, blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -260,3 +263,17 @@ def test_wrong_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"bias must have shape \[3\], got \[1\]"):
         runner.outputs(torch.ones(1, 3), [{"bias": torch.ones(1)}])
     assert runner.outputs(torch.ones(1, 3), []) == []
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.data(), st.lists(blocks, min_size=1, max_size=6), st.integers(1, 3))
+def test_random_networks(data: st.DataObject, drawn: list[tuple[str, int, int]], batch: int) -> None:
+    torch.manual_seed(0)
+    model = RandomNetwork(drawn)
+    values, x = other(model), torch.randn(batch, 2, 5, 4)
+    names = data.draw(st.lists(st.sampled_from(list(values)), min_size=1, max_size=4, unique=True))
+    variants = [{name: factor * values[name] for name in names[:number]} for number, factor in enumerate((1, 2, 1), 1)]
+    runner = ParameterVariants(model)
+    for variant, found in zip(variants, runner.outputs(x, variants), strict=True):
+        assert torch.equal(found, loaded(model, variant, x))
+    assert runner._recordable

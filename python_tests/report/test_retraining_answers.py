@@ -13,8 +13,10 @@ def test_the_answers_have_the_numbers() -> None:
     assert least == (
         "Least is there with conv1: 40.0 % on memorized examples (10.0 % before its training), 80.0 % on clean ones."
     )
-    assert fitted.startswith("3 of 4 trainings ended because every clean example was fitted")
-    assert fitted.endswith("they took 1 to 2 epochs.")
+    assert fitted == (
+        "3 of 4 trainings ended because every clean example was fitted, the others after all their epochs; they took 1 "
+        "to 2 epochs."
+    )
     assert paper == f"{PAPER} So it is here; the last group is none of those for which it does not."
 
 
