@@ -101,14 +101,9 @@ def search_in_chunks(
             "seconds": time.perf_counter() - start,
         }
 
-    common = (
-        fingerprint(__version__, model.state_dict(), population, tied, max_units, seed) if parts is not None else ""
-    )
-    work = {}
-    for place, (_, rows) in enumerate(chunks):
-        name = fingerprint(common, split.batch(rows)) if parts is not None else ""
-        work[f"search_{place:04d}_{name}"] = rows
-    results = spread_parts(search, work, parts)
+    common = fingerprint(__version__, model.state_dict(), population, tied, max_units, seed)
+    names = [f"search_{place:04d}_{fingerprint(common, split.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
+    results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts)
     found: list[list[FoundUnits]] = [[] for _ in lists]
     for (number, _), result in zip(chunks, results, strict=True):
         found[number] += [
