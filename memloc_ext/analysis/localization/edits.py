@@ -68,11 +68,8 @@ def edited_accuracy(
                 result.append(asdict(accuracy(model, dataset, test=test)))
         return result
 
-    common = (
-        fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims) if parts is not None else ""
-    )
-    names = [fingerprint(common, units) if parts is not None else "" for units in edits]
-    work = {f"edit_{place:04d}_{name}": units for place, (name, units) in enumerate(zip(names, edits, strict=True))}
+    common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims)
+    work = {f"edit_{place:04d}_{fingerprint(common, units)}": units for place, units in enumerate(edits)}
     results = [[plain, *(Accuracy(**row) for row in rows)] for rows in spread_parts(follow, work, parts)]
     longest = max(len(result) for result in results)
     curve = [_mean(k, [result[k] for result in results if len(result) > k]) for k in range(longest)]
