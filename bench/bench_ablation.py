@@ -122,7 +122,7 @@ def test_scan(scan: Scan, benchmark: Any) -> None:
     }
     if importlib.util.find_spec("captum") is not None:
         run["captum LayerFeatureAblation"] = lambda: captum_losses(model, x, y, scan.sites)
-    times = interleaved(run, scan.rounds)
+    times = interleaved(run, scan.rounds, before=1)
     for name in ("32 masks stacked", "one forward per unit"):
         times[name] = [chunks * taken for taken in times[name]]
     floor = scan_floor(model, x[:1], scan.sites)

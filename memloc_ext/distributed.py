@@ -135,17 +135,12 @@ def spread(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     world = world_size()
     if world == 1:
         return [function(item) for item in items]
-    mine = own_items(items)
+    mine = items[rank() :: world]
     with alone():
         own = [function(item) for item in mine]
     every: list[Any] = [None] * world
     distributed.all_gather_object(every, own)
     return [every[i % world][i // world] for i in range(len(items))]
-
-
-def own_items(items: Sequence[T]) -> Sequence[T]:
-    """Return the items that `spread` gives to this process."""
-    return items[rank() :: world_size()]
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:

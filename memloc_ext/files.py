@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +91,40 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from error
+
+
+def parsed(kind: Any, value: Any) -> Any:
+    """Return a JSON value as what an annotation names.
+
+    Args:
+        kind: ``int``, ``float``, ``bool``, ``str``, or a list, a dictionary or a dataclass of these, to any depth; or
+            one of them or None.
+        value: As `read_json` returns it. Integers must not be negative.
+
+    Raises:
+        ValueError: If it is something else; says what.
+    """
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict) or set(value) != {field.name for field in fields(kind)}:
+            raise ValueError(f"got {value!r} for a {kind.__name__}")
+        kinds = typing.get_type_hints(kind)
+        return kind(**{name: parsed(kinds[name], inner) for name, inner in value.items()})
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else parsed(inner[0], value)
+    if origin is list and isinstance(value, list):
+        return [parsed(inner[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {key: parsed(inner[1], item) for key, item in value.items()}
+    rules: dict[Any, Callable[[], bool]] = {
+        bool: lambda: isinstance(value, bool),
+        str: lambda: isinstance(value, str),
+        int: lambda: type(value) is int and value >= 0,
+        float: lambda: type(value) in (int, float) and math.isfinite(value),
+    }
+    if kind not in rules or not rules[kind]():
+        raise ValueError(f"got {value!r}")
+    return value
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from memloc_ext.analysis.localization.dataset import (
     LocalizedExample,
     LocalizedSite,
 )
-from memloc_ext.files import read_json, write_json, write_table
+from memloc_ext.files import parsed, read_json, write_json, write_table
 
 LOCALIZATION = "localization"
 """Name of the table of the examples."""
@@ -60,9 +56,9 @@ def load_localization(folder: Path) -> DatasetLocalization:
     summary = folder / SUMMARY
     stored = read_json(summary)
     try:
-        sites = [_parsed(LocalizedSite, site) for site in stored["sites"]]
-        kinds = {kind: _parsed(KindLocalization, stored["kinds"][kind]) for kind in KINDS if kind in stored["kinds"]}
-        seconds = _parsed(float, stored["seconds"])
+        sites = [parsed(LocalizedSite, site) for site in stored["sites"]]
+        kinds = {kind: parsed(KindLocalization, stored["kinds"][kind]) for kind in KINDS if kind in stored["kinds"]}
+        seconds = parsed(float, stored["seconds"])
         names = {site.name for site in sites}
         if (
             not sites
@@ -87,30 +83,4 @@ def _example(row: Any, sizes: dict[str, int]) -> LocalizedExample:
     units = [(site, int(unit)) for site, unit in (pair.rsplit(":", 1) for pair in row["units"].split())]
     if len(units) != row["num_units"] or any(not 0 <= unit < sizes[site] for site, unit in units):
         raise ValueError(f"got the units {row['units']}")
-    return LocalizedExample(
-        _parsed(int, row["example"]), row["kind"], row["status"], units, _parsed(float, row["loss"])
-    )
-
-
-def _parsed(kind: Any, value: Any) -> Any:
-    """Return a JSON value as what an annotation names: dataclasses, lists and dictionaries of numbers and names."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict) or set(value) != {field.name for field in fields(kind)}:
-            raise ValueError(f"got {value!r} for a {kind.__name__}")
-        kinds = typing.get_type_hints(kind)
-        return kind(**{name: _parsed(kinds[name], inner) for name, inner in value.items()})
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else _parsed(inner[0], value)
-    if origin is list and isinstance(value, list):
-        return [_parsed(inner[0], item) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {key: _parsed(inner[1], item) for key, item in value.items()}
-    rules: dict[Any, Callable[[], bool]] = {
-        str: lambda: isinstance(value, str),
-        int: lambda: type(value) is int and value >= 0,
-        float: lambda: type(value) in (int, float) and math.isfinite(value),
-    }
-    if kind not in rules or not rules[kind]():
-        raise ValueError(f"got {value!r}")
-    return value
+    return LocalizedExample(parsed(int, row["example"]), row["kind"], row["status"], units, parsed(float, row["loss"]))

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from memloc_ext import models
+from memloc_ext.data import Dataset
+from memloc_ext.parts import fingerprint
 from memloc_ext.training import load_checkpoint
 
 Groups = Mapping[str, Sequence[str]] | Sequence[str] | None
@@ -99,6 +101,12 @@ def read_state(function: str, source: str | Path | Mapping[str, Any], model: nn.
         if name not in own and not name.endswith("_extra_state"):
             raise ValueError(f"{function}: {where} must be of this model, got {name}, which the model does not have")
     return {name: state[name] for name in own}
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """Return what stands for the examples of a data set, by their numbers and labels, and for which are memorized."""
+    splits = (dataset.train, dataset.test)
+    return fingerprint([[split.indices, split.labels, split.true_labels, split.memorized] for split in splits])
 
 
 def _buffers(parameters: Sequence[str], buffers: Sequence[str]) -> tuple[str, ...]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, masks_test_examples
-from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, read_state
+from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, dataset_digest, read_state
 from memloc_ext.data import Dataset, Split
-from memloc_ext.distributed import spread
+from memloc_ext.files import parsed
 from memloc_ext.nn import ExampleTiedDropout
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.training import Backward, TrainConfig
 from memloc_ext.training.epoch import epoch_rng, train_epoch
 
@@ -133,8 +135,7 @@ def retrain(
     config: RetrainConfig = RetrainConfig(),
     seed: int = 0,
     batch_size: int = 512,
-    done: Mapping[str, GroupRetraining] | None = None,
-    finished: Callable[[str, GroupRetraining], object] | None = None,
+    parts: Parts | None = None,
 ) -> Retraining:
     """Put one layer group at a time back to its initial weights, and train it alone, on the clean examples only.
 
@@ -154,16 +155,16 @@ def retrain(
         config: How to train.
         seed: In [0, 2**63); names the order of the examples and the draws of standard dropout.
         batch_size: Examples at a time where the model is evaluated, at least 1.
-        done: Layer group to its result from an interrupted call with the same arguments, which is taken over.
-        finished: Called with each other group and its result, in the process that has it.
+        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
+            arguments goes on from there.
 
     Returns:
         The accuracy of the model as it is, and of each group's copy before its training and after each epoch, as by
         `memloc_ext.analysis.accuracy`; test examples, which have no masks, are left out in mode ``train``.
 
     Raises:
-        ValueError: If a group is not there, ``initial`` is damaged or of another model, ``done`` is of another group,
-            or there are no clean training examples.
+        ValueError: If a group is not there, ``initial`` is damaged or of another model, or there are no clean training
+            examples.
         TypeError: If ``groups`` is a single string.
         OSError: If the checkpoint cannot be read.
         FloatingPointError: If a loss is not finite.
@@ -175,25 +176,23 @@ def retrain(
     clean = dataset.train.subset(~dataset.train.memorized)
     if len(clean) == 0:
         raise ValueError("retrain: dataset must hold at least one clean training example, got none")
-    for group in done or {}:
-        if group not in chosen:
-            raise ValueError(f"retrain: done must be of the groups {', '.join(chosen)}, got {group!r}")
     state, test = read_state("retrain", initial, model), not masks_test_examples(model)
     settings = config.as_training(seed)
 
     def evaluated(network: nn.Module) -> Accuracy:
         return accuracy(network, dataset, test=test, batch_size=batch_size)
 
-    def one(group: str) -> GroupRetraining:
-        result = _retrain_group(model, state, chosen[group], clean, settings, config.patience, evaluated)
-        if finished is not None:
-            finished(group, result)
-        return result
+    def one(group: LayerGroup) -> dict[str, Any]:
+        return asdict(_retrain_group(model, state, group, clean, settings, config.patience, evaluated))
 
-    unchanged, results = evaluated(model), dict(done or {})
-    pending = [group for group in chosen if group not in results]
-    results.update(zip(pending, spread(one, pending), strict=True))
-    return Retraining(unchanged, {group: results[group] for group in chosen})
+    unchanged, training = evaluated(model), [asdict(settings), config.patience, batch_size]
+    common = fingerprint(__version__, model.state_dict(), dataset_digest(dataset), training)
+    work = {}
+    for group in chosen.values():
+        initial_values = [state[name] for name in group.names]
+        work[f"retrain_{fingerprint(common, group.names, initial_values)}"] = group
+    results = [parsed(GroupRetraining, result) for result in spread_parts(one, work, parts)]
+    return Retraining(unchanged, dict(zip(chosen, results, strict=True)))
 
 
 def _retrain_group(

@@ -5,20 +5,23 @@ Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_of, masks_test_examples
-from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, read_state
+from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, dataset_digest, read_state
 from memloc_ext.data import Dataset, Split
-from memloc_ext.distributed import own_items, spread
+from memloc_ext.files import parsed
 from memloc_ext.nn import example_ids
 from memloc_ext.nn.parameter_variants import ParameterVariants
+from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.training import list_checkpoints
 
 PAPER_EPOCHS = tuple(range(0, 15, 2))
@@ -115,8 +118,7 @@ def rewind(
     groups: Groups = None,
     epochs: Sequence[int] | None = None,
     batch_size: int = 512,
-    done: Mapping[str, GroupRewinding] | None = None,
-    finished: Callable[[str, GroupRewinding], object] | None = None,
+    parts: Parts | None = None,
 ) -> Rewinding:
     """Put one layer group at a time back to its weights after each of some epochs, and evaluate the model.
 
@@ -125,7 +127,7 @@ def rewind(
     not depend on the group is computed once per batch for all epochs (see `memloc_ext.nn.parameter_variants`), and
     accuracy is that of a model that was loaded so, exactly.
 
-    Each checkpoint is read once; of all of them, the tensors of the groups are held. Several processes (see
+    Each checkpoint is read once, and of all of them the tensors of the groups are held. Several processes (see
     `memloc_ext.distributed`) share the groups.
 
     Args:
@@ -137,16 +139,16 @@ def rewind(
         epochs: To put the groups back to; by default the paper's 0, 2, .. 14, of those that come before the last
             checkpoint, or all before it if that is of epoch 3 or less.
         batch_size: Examples at a time, at least 1.
-        done: Layer group to its result from an interrupted call with the same arguments, which is taken over.
-        finished: Called with each other group and its result, in the process that has it.
+        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
+            arguments goes on from there.
 
     Returns:
         The accuracy of the model as it is, and of each group at each epoch, with the group's batch-norm statistics as
         of then and as they are.
 
     Raises:
-        ValueError: If a group or epoch is not there, a checkpoint is damaged or of another model, ``done`` is of
-            other groups or epochs, or there are no training examples.
+        ValueError: If a group or epoch is not there, a checkpoint is damaged or of another model, or there are no
+            training examples.
         TypeError: If ``groups`` is a single string.
         OSError: If a checkpoint cannot be read.
 
@@ -160,21 +162,21 @@ def rewind(
     if not sources:
         raise ValueError(f"rewind: checkpoints must hold at least one checkpoint, got none in {checkpoints}")
     when = _epochs(sources, epochs)
-    done = _checked(done or {}, chosen, when)
-    pending = [group for group in chosen if group not in done]
-    mine = {name for group in own_items(pending) for name in chosen[group].names}
-    states = {epoch: _part(read_state("rewind", sources[epoch], model), mine) for epoch in when if mine}
+    names = {name for group in chosen.values() for name in group.names}
     test, variants = not masks_test_examples(model), ParameterVariants(model)
 
-    def one(group: str) -> GroupRewinding:
-        result = _rewind_group(variants, dataset, chosen[group], states, batch_size, test)
-        if finished is not None:
-            finished(group, result)
-        return result
+    @functools.cache  # not read where all is kept
+    def states() -> dict[int, dict[str, Tensor]]:
+        return {epoch: _part(read_state("rewind", sources[epoch], model), names) for epoch in when}
+
+    def one(group: LayerGroup) -> dict[str, Any]:
+        return asdict(_rewind_group(variants, dataset, group, states(), batch_size, test))
 
     unchanged = accuracy(model, dataset, test=test, batch_size=batch_size)
-    results = {**done, **dict(zip(pending, spread(one, pending), strict=True))}
-    return Rewinding(unchanged, {group: results[group] for group in chosen})
+    common = fingerprint(__version__, model.state_dict(), dataset_digest(dataset), when, batch_size)
+    work = {f"rewind_{fingerprint(common, group.names)}": group for group in chosen.values()}
+    results = [parsed(GroupRewinding, result) for result in spread_parts(one, work, parts)]
+    return Rewinding(unchanged, dict(zip(chosen, results, strict=True)))
 
 
 def _rewind_group(
@@ -231,15 +233,3 @@ def _epochs(there: Mapping[int, Any], epochs: Sequence[int] | None) -> list[int]
 
 def _listed(epochs: Mapping[int, Any]) -> str:
     return ", ".join(map(str, sorted(epochs)))
-
-
-def _checked(
-    done: Mapping[str, GroupRewinding], groups: Mapping[str, Any], epochs: Sequence[int]
-) -> dict[str, GroupRewinding]:
-    for group, result in done.items():
-        if group not in groups:
-            raise ValueError(f"rewind: done must be of the groups {', '.join(groups)}, got {group!r}")
-        there = [found.epoch for found in result.epochs]
-        if there != list(epochs):
-            raise ValueError(f"rewind: done must be of the epochs {list(epochs)}, got {there} for {group!r}")
-    return dict(done)

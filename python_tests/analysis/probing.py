@@ -1,5 +1,8 @@
 """Small models and data for the probes of single layer groups."""
 
+import json
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -64,3 +67,16 @@ class Everything:
             state[f"{name} module"] = module.training, hooks, getattr(module, "_mode", None)
         state["generator"] = torch.get_rng_state()
         return state
+
+
+class Store(dict[str, Any]):
+    """Parts in memory; the process is interrupted after so many."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def put(self, name: str, result: Any) -> None:
+        self[name] = json.loads(json.dumps(result))
+        if len(self) == self.limit:
+            raise KeyboardInterrupt

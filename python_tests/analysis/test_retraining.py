@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from probing import Everything, changed_state, made_dataset, small_model
+from probing import Everything, Store, changed_state, made_dataset, small_model
 from torch import nn
 
 import memloc_ext
 from memloc_ext import models
-from memloc_ext.analysis import GroupRetraining, RetrainConfig, accuracy, retraining
+from memloc_ext.analysis import RetrainConfig, accuracy, retraining
 from memloc_ext.analysis.layer_states import chosen_groups
 from memloc_ext.nn import ExampleTiedDropout, current_example_ids, dropout_mode, insert_example_tied_dropout
 from memloc_ext.training import Checkpoint, save_checkpoint
@@ -178,21 +178,18 @@ def test_it_stops_once_every_clean_example_is_fitted() -> None:
 
 def test_an_interrupted_retraining_goes_on(tmp_path: Path) -> None:
     model, initial = trained("lenet")
-    dataset, stored = made_dataset(), dict[str, GroupRetraining]()
+    dataset, store = made_dataset(), Store(1)
     path = save_checkpoint(tmp_path, Checkpoint(0, initial, {}, {}, [], {}, ""))
     config = dataclasses.replace(SHORT, retrain_groups=("fc2", "head"))
-    whole = memloc_ext.retrain(model, path, dataset, config=config, finished=stored.__setitem__)
-    assert whole.groups == stored
-    assert list(stored) == ["fc2", "head"]
-    again: list[str] = []
-    part = {"fc2": stored["fc2"]}
-    result = memloc_ext.retrain(
-        model, initial, dataset, config=config, done=part, finished=lambda group, _: again.append(group)
-    )
-    assert result == whole
-    assert again == ["head"]
-    with pytest.raises(ValueError, match="done must be of the groups fc2, head, got 'conv1'"):
-        memloc_ext.retrain(model, initial, dataset, config=config, done={"conv1": stored["fc2"]})
+    with pytest.raises(KeyboardInterrupt):
+        memloc_ext.retrain(model, path, dataset, config=config, parts=store)
+    first = next(iter(store))
+    store[first]["epochs"][0]["accuracy"]["clean"], store.limit = 0.25, None
+    result = memloc_ext.retrain(model, initial, dataset, config=config, parts=store)
+    assert result.groups["fc2"].epochs[0].accuracy.clean == 0.25  # it was not trained again
+    assert result.groups["head"] == memloc_ext.retrain(model, path, dataset, config=config).groups["head"]
+    memloc_ext.retrain(model, path, dataset, config=dataclasses.replace(config, patience=9), parts=store)
+    assert len(store) == 4
 
 
 def test_memorized_examples_need_no_wrong_label() -> None:

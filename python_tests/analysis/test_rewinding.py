@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from probing import Everything, changed_state, made_dataset, small_model
+from probing import Everything, Store, changed_state, made_dataset, small_model
 from torch import nn
 
 import memloc_ext
-from memloc_ext import distributed, models
-from memloc_ext.analysis import Accuracy, GroupRewinding, RewindConfig, Rewinding, accuracy, rewinding
+from memloc_ext import models
+from memloc_ext.analysis import Accuracy, RewindConfig, Rewinding, accuracy, rewinding
 from memloc_ext.analysis.accuracy import masks_test_examples
 from memloc_ext.nn import ExampleTiedDropout, dropout_mode, insert_example_tied_dropout
 from memloc_ext.training import Checkpoint, save_checkpoint
@@ -85,7 +85,7 @@ def test_buffers_are_put_back_or_not() -> None:
     assert any(g.at(0).with_buffers != g.at(0).without_buffers for g in result.groups.values())
     head = result.groups["head"]
     assert not head.has_buffers
-    assert head.at(0).with_buffers is head.at(0).without_buffers
+    assert head.at(0).with_buffers == head.at(0).without_buffers
 
 
 @pytest.mark.parametrize("mode", ["train", "drop", "test", None])
@@ -160,46 +160,27 @@ def test_groups_can_be_named_or_given() -> None:
     assert given.groups == {"last": whole.groups["head"]}
 
 
-def test_an_interrupted_grid_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model("lenet")
-    states, stored = history(model, 0, 1), {}
-
-    def store(group: str, found: GroupRewinding) -> None:
-        stored[group] = found
-        if len(stored) == 2:
-            raise KeyboardInterrupt
-
+def test_an_interrupted_grid_goes_on() -> None:
+    model, store = small_model("lenet"), Store(2)
+    states = history(model, 0, 1)
     with pytest.raises(KeyboardInterrupt):
-        memloc_ext.rewind(model, states, made(), epochs=[0, 1], finished=store)
-    assert list(stored) == ["conv1", "conv2"]
-    first, again = dict(stored), []
-    result = memloc_ext.rewind(
-        model, states, made(), epochs=[0, 1], done=first, finished=lambda group, _: again.append(group)
-    )
-    assert again == ["fc1", "fc2", "head"]
+        memloc_ext.rewind(model, states, made(), epochs=[0, 1], parts=store)
+    assert len(store) == 2
+    before, store.limit = list(store), None
+    result = memloc_ext.rewind(model, states, made(), epochs=[0, 1], parts=store)
+    assert list(store)[:2] == before
+    assert len(store) == 5
     assert result == memloc_ext.rewind(model, states, made(), epochs=[0, 1])
-    with pytest.raises(ValueError, match=r"done must be of the epochs \[0\], got \[0, 1\] for 'conv1'"):
-        memloc_ext.rewind(model, states, made(), epochs=[0], done=first)
-    with pytest.raises(ValueError, match="done must be of the groups head, got 'conv1'"):
-        memloc_ext.rewind(model, states, made(), epochs=[0, 1], groups=["head"], done=first)
+    memloc_ext.rewind(model, states, made(), epochs=[0], groups=["head"], parts=store)
+    other = dataclasses.replace(made(), train=made().train.subset(made().train.memorized))
+    memloc_ext.rewind(model, states, other, epochs=[0, 1], groups=["head"], parts=store)
+    assert len(store) == 7
 
 
-def test_processes_share_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model("lenet")
-    states = history(model, 0)
-    whole, parts = memloc_ext.rewind(model, states, made(), epochs=[0]), {}
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-
-    def gather(every: list[Any], own: list[Any]) -> None:
-        every[:] = [own, own]
-
-    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
-    for rank in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        memloc_ext.rewind(model, states, made(), epochs=[0], groups=["conv1", "fc1", "fc2", "head"],
-                          finished=parts.__setitem__)  # fmt: skip
-        assert list(parts) == (["conv1", "fc2"] if rank == 0 else ["conv1", "fc2", "fc1", "head"])
-    assert all(whole.groups[group] == found for group, found in parts.items())
+def test_a_finished_grid_reads_no_checkpoint(tmp_path: Path) -> None:
+    model, store = small_model("lenet"), Store()
+    result = memloc_ext.rewind(model, history(model, 0), made(), epochs=[0], parts=store)
+    assert memloc_ext.rewind(model, {0: {}}, made(), epochs=[0], parts=store) == result
 
 
 def test_examples_may_be_missing() -> None:

@@ -10,7 +10,7 @@ def test_every_retraining_can_be_drawn() -> None:
     assert list(drawn) == ["retraining_accuracy", "retraining_regained"]
     clean = all_figures(made_retraining({"a": [None, None]}, unchanged=made_accuracy(None)))
     for figure in (*drawn.values(), *clean.values()):
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert figures.encoded(figure).startswith(b"\x89PNG")
 
 
 def test_a_panel_shows_a_group_in_percent() -> None:

@@ -12,7 +12,7 @@ def test_every_rewinding_can_be_drawn() -> None:
     clean = all_figures(made_rewinding({"a": [None]}, (3,), unchanged=made_accuracy(None, test=None)))
     assert list(clean) == ["rewinding_accuracy"]
     for figure in (*drawn.values(), *one.values(), *clean.values()):
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert figures.encoded(figure).startswith(b"\x89PNG")
 
 
 def test_a_panel_shows_a_group_in_percent_with_and_without_its_statistics() -> None:
