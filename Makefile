@@ -8,7 +8,7 @@ PYTHON := $(ACTIVATE) python3
 SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC_HOST)|$(CUDA_HOME)
 READY := build/.ready$(if $(VENV),,-current)
 
-.PHONY: demo test bench lint wheel cuda-check cuda-test build clean FORCE
+.PHONY: demo test bench docs lint wheel cuda-check cuda-test build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
@@ -23,6 +23,11 @@ cuda-test: $(READY)  ## tests that need a GPU, and nothing else
 bench: $(READY)  ## benchmarks, peers included; results under bench/results
 	$(if $(VENV),$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt)
 	$(PYTHON) -m bench
+
+docs: $(if $(VENV),$(VENV)/.installed,)  ## the site, in build/docs; fails on a broken link
+	$(if $(VENV),$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+	@echo build/docs/index.html
 
 lint: $(READY)
 	$(ACTIVATE) ruff check .

@@ -1,8 +1,8 @@
 """Data sets whose examples are marked as memorized or clean.
 
-:func:`load` returns a :class:`Dataset` with a train and a test :class:`Split`. Which training examples are memorized is
-decided by mislabelling some of them (:func:`with_label_noise`), or by a file that tells the atypical ones
-(:func:`memorized_mask`, :func:`with_memorized`).
+`load` returns a `Dataset` with a train and a test `Split`. Which training examples are memorized is decided by
+mislabelling some of them (`with_label_noise`), or by a file that tells the atypical ones (`memorized_mask`,
+`with_memorized`).
 """
 
 from memloc_ext.data.dataset import Dataset

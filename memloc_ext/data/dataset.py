@@ -14,7 +14,7 @@ class Dataset:
     """Two splits of equally sized images with the same classes.
 
     Attributes:
-        name: What :func:`~memloc_ext.data.load` calls it.
+        name: What `memloc_ext.data.load` calls it.
         train: Examples to train on.
         test: Examples to evaluate on.
         classes: Name of each class; a label is a position in it.
@@ -60,5 +60,5 @@ class Dataset:
         return height
 
     def to(self, device: torch.device | str) -> Dataset:
-        """Return the data set with both splits moved as in :meth:`Split.to`."""
+        """Return the data set with both splits moved as in `Split.to`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))

@@ -14,7 +14,7 @@ from torch import Tensor
 class LazyImages:
     """RGB images of one size that are decoded, on the host, when they are indexed.
 
-    Has the part of a tensor's interface that :class:`~memloc_ext.data.Split` needs. Colour spaces are converted to
+    Has the part of a tensor's interface that `memloc_ext.data.Split` needs. Colour spaces are converted to
     RGB; transparency is dropped.
 
     Attributes:

@@ -23,7 +23,7 @@ _TEN_DIGITS = tuple("0123456789")
 def digits() -> Dataset:
     """Return the 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn ships: 1,437 to train on, 360 to test.
 
-    The division is fixed (:data:`DIGITS_SEED`) and keeps the share of each class. Pixels 0 .. 16 are scaled to [0, 1].
+    The division is fixed (`DIGITS_SEED`) and keeps the share of each class. Pixels 0 .. 16 are scaled to [0, 1].
 
     Raises:
         ImportError: If scikit-learn is not installed.

@@ -69,7 +69,7 @@ def label_noise(
 
 
 def with_label_noise(dataset: Dataset, fraction: float, *, kind: NoiseKind = "uniform", seed: int = 0) -> Dataset:
-    """Return ``dataset`` with :func:`label_noise` on its training split, whose ``memorized`` mask it sets.
+    """Return ``dataset`` with `label_noise` on its training split, whose ``memorized`` mask it sets.
 
     The noise starts from the true labels: labels and mask that an earlier call set are replaced. The test split keeps
     its labels.

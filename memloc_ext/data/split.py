@@ -23,7 +23,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
 
     Attributes:
         inputs: Pixels, ``[N, channels, height, width]``: uint8 in 0 .. 255, or floating point in ``[0, 1]``. May be on
-            another device than the rest (see :meth:`to`).
+            another device than the rest (see `Split.to`).
         labels: The labels to train on, ``[N]``, int64.
         true_labels: The labels before any noise, ``[N]``, int64.
         memorized: The examples that have to be memorized, because they are mislabelled or atypical, ``[N]``, bool. The
@@ -98,7 +98,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
 
         Returns:
             Inputs ``[B, C, H, W]`` float32, normalised: ``(p - 0.5) / 0.5`` for a pixel p scaled to ``[0, 1]``; labels
-            ``[B]`` int64; numbers in the data set ``[B]`` int64. All on :attr:`device`.
+            ``[B]`` int64; numbers in the data set ``[B]`` int64. All on `Split.device`.
 
         Raises:
             IndexError: If a position is out of range.
@@ -122,7 +122,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
                 slice k alone, from 0 on.
 
         Returns:
-            Batches as in :meth:`batch`.
+            Batches as in `Split.batch`.
 
         Raises:
             ValueError: If ``batch_size``, the generator's device or ``shard`` breaks the above.
@@ -138,7 +138,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         return (self.batch(rows.tensor_split(shards)[number]) for rows in order.split(batch_size) if len(rows))
 
     def subset(self, rows: Tensor) -> Split:
-        """Return a split of the examples at ``rows`` (as in :meth:`batch`), which keep their ``indices``."""
+        """Return a split of the examples at ``rows`` (as in `Split.batch`), which keep their ``indices``."""
         rows = self._positions("subset", rows)
         inputs = self.inputs
         inputs = inputs.subset(rows) if isinstance(inputs, LazyImages) else inputs[rows.to(inputs.device)]

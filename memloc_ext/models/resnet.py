@@ -35,7 +35,7 @@ def resnet18(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
 
 
 def resnet50(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """Build torchvision's ResNet-50, randomly initialised, with a ``layout``: otherwise as :func:`resnet18`."""
+    """Build torchvision's ResNet-50, randomly initialised, with a ``layout``: otherwise as `resnet18`."""
     return _resnet("resnet50", num_classes, in_channels)
 
 

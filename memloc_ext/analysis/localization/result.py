@@ -69,11 +69,11 @@ class Localization(Sequence[Found]):
     def edited(self, model: nn.Module, example: int) -> AppliedAblation | AppliedChanges:
         """Do to a model what was found for an example, for as long as a ``with`` lasts or in a copy for good.
 
-        ::
-
-            with found.edited(model, i):
-                ...
-            edited = found.edited(model, i).copy()
+        ```python
+        with found.edited(model, i):
+            ...
+        edited = found.edited(model, i).copy()
+        ```
 
         Args:
             model: That was searched.

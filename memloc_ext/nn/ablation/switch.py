@@ -63,11 +63,11 @@ def apply_ablation(
 ) -> AppliedAblation:
     """Switch units of a model off, for as long as a ``with`` lasts or in a copy for good.
 
-    ::
-
-        with apply_ablation(model, units):
-            ...
-        edited = apply_ablation(model, units).copy()
+    ```python
+    with apply_ablation(model, units):
+        ...
+    edited = apply_ablation(model, units).copy()
+    ```
 
     Nothing happens before the ``with`` or the `AppliedAblation.copy`. Weights are not changed: hooks replace what the
     sites return, also where gradients are computed.

@@ -47,13 +47,13 @@ class Account:
 class GradientAccountant:
     r"""Per-example gradient norms, and gradients of groups of examples, of every parameter, from one backward pass.
 
-    ::
-
-        accountant = GradientAccountant(model)
-        with accountant:
-            loss = F.cross_entropy(model(x), y)
-            account = accountant.backward(loss, group_ids=noisy.long(), num_groups=2)
-        account.sqnorm["conv1.weight"]  # [batch]
+    ```python
+    accountant = GradientAccountant(model)
+    with accountant:
+        loss = F.cross_entropy(model(x), y)
+        account = accountant.backward(loss, group_ids=noisy.long(), num_groups=2)
+    account.sqnorm["conv1.weight"]  # [batch]
+    ```
 
     Nothing of the model is changed: no hooks, buffers, flags or gradients but the usual ones are left behind, and
     outside of the ``with`` it runs as ever. Each thread may open the same accountant.

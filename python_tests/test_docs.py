@@ -1,0 +1,31 @@
+"""The code of the documentation runs, in little: what a reader types must not rot."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+QUICK = {
+    "epochs=20": "epochs=2",
+    "width=0.5": "width=0.1",
+    "localized=20": "localized=3",
+    "epochs=[0, 2, 4, 8]": "epochs=[0, 1]",
+}
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_the_code_of_a_tutorial_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    for full, quick in QUICK.items():
+        code = code.replace(full, quick)
+    assert "epochs=2," in code
+    assert "width=0.1" in code
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, page.name, "exec"), {"__name__": "tutorial"})
+    assert capsys.readouterr().out
