@@ -64,7 +64,7 @@ def accounting(name: str, width: float, size: int, batch: int) -> dict[str, Any]
     work = Workload(model, inputs, labels, lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
     steps: dict[str, Callable[[], object]] = {"plain": lambda: work.loss().backward()}
     steps |= {kind: accounted(work, **settings) for kind, settings in KINDS.items()}
-    times = interleaved(steps, rounds=11, before=1)
+    times = interleaved(steps, rounds=15, before=1)
     over = {kind: ratios({kind: times[kind], "plain": times["plain"]}, kind)["plain"] for kind in KINDS}
     floors = {kind: round(floor, 3) for kind, floor in work.floors().items()}
     return {"case": f"{name}-{width:g}-{batch}x{size}x{size}", "time over plain": over, "multiply-adds": floors}
