@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import memloc_ext
+
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 QUICK = {
@@ -29,3 +31,15 @@ def test_the_code_of_a_tutorial_runs(
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, page.name, "exec"), {"__name__": "tutorial"})
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["ops", "nn", "analysis", "data", "models", "training"])
+def test_the_reference_has_every_public_function_and_class(module: str) -> None:
+    documented = set(re.findall(r"^::: .*?(\w+)$", (ROOT / "docs" / "api" / f"{module}.md").read_text(), re.MULTILINE))
+    public = getattr(memloc_ext, module)
+    missing = {
+        name
+        for name in public.__all__
+        if getattr(getattr(public, name), "__name__", None) == name and name not in documented  # constants have none
+    }
+    assert not missing
