@@ -5,6 +5,7 @@ from __future__ import annotations
 from memloc_ext.analysis import Retraining
 from memloc_ext.analysis.retraining import FITTED
 from memloc_ext.report.figures import percent
+from memloc_ext.report.section import Number
 
 PAPER = (
     "The paper: for most layer groups, accuracy on memorized examples comes back, so that these groups are redundant "
@@ -19,6 +20,14 @@ def answers(retraining: Retraining) -> list[str]:
     if not retraining.unchanged.noisy or not retraining.groups:
         return []
     return [_regained(retraining), _least(retraining), _fitted(retraining), _paper(retraining)]
+
+
+def numbers(retraining: Retraining) -> list[Number]:
+    """Return in how many groups the memorized examples come back."""
+    if not retraining.unchanged.noisy or not retraining.groups:
+        return []
+    share = len(regaining(retraining)) / len(retraining.groups)
+    return [Number("retraining: layer groups that end with 90 % of the memorized accuracy", share, "%", "most")]
 
 
 def regaining(retraining: Retraining) -> list[str]:

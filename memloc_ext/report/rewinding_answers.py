@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memloc_ext.analysis import Rewinding
 from memloc_ext.report.figures import percent
+from memloc_ext.report.section import Number
 
 PAPER = "The paper: most layer groups can be rewound a long way without losing the memorized examples."
 HALF, MOST = 0.5, 0.9
@@ -19,6 +20,21 @@ def answers(rewinding: Rewinding) -> list[str]:
     if any(result.has_buffers for result in rewinding.groups.values()):
         sentences.insert(2, _without_buffers(rewinding, first))
     return sentences
+
+
+def numbers(rewinding: Rewinding) -> list[Number]:
+    """Return in how many groups the memorized examples survive being put back to the first and to the last epoch."""
+    if not rewinding.unchanged.noisy or not rewinding.groups:
+        return []
+    return [
+        Number(
+            f"rewinding to {_when(epoch)}: layer groups that keep 90 % of the memorized accuracy",
+            len(keeping(rewinding, epoch, MOST)) / len(rewinding.groups),
+            "%",
+            "most, a long way",
+        )
+        for epoch in dict.fromkeys((rewinding.epochs[0], rewinding.epochs[-1]))
+    ]
 
 
 def keeping(rewinding: Rewinding, epoch: int, share: float, *, buffers: bool = True) -> list[str]:

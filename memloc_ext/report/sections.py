@@ -9,6 +9,10 @@ from memloc_ext.report import (
     figures,
     localization_answers,
     localization_figures,
+    retraining_answers,
+    retraining_figures,
+    rewinding_answers,
+    rewinding_figures,
 )
 from memloc_ext.report.section import Picture, Section
 from memloc_ext.report.text import is_mislabelled
@@ -17,7 +21,7 @@ from memloc_ext.study.run_directory import Run
 
 def sections(run: Run) -> list[Section]:
     """Return a section for everything that is finished of a run."""
-    found = [_memorization(run), _accounting(run), *_localizations(run), _dropout(run)]
+    found = [_memorization(run), _accounting(run), _rewinding(run), _retraining(run), _localization(run), _dropout(run)]
     return [section for section in found if section is not None]
 
 
@@ -81,9 +85,64 @@ def _accounting(run: Run) -> Section | None:
     )
 
 
-def _localizations(run: Run) -> list[Section]:
+def _rewinding(run: Run) -> Section | None:
+    if run.rewinding is None:
+        return None
+    drawn = rewinding_figures.all_figures(run.rewinding)
+    texts = {
+        "rewinding_accuracy": (
+            "Accuracy per layer group and epoch",
+            "Accuracy with one layer group put back to its weights after an epoch. Solid: its batch-norm statistics "
+            "too; dotted: without them. Faint: the model as it is. The paper: most groups can be rewound a long way "
+            "without losing the memorized examples.",
+        ),
+        "rewinding_memorized": (
+            "Accuracy on memorized examples",
+            "The same as numbers: accuracy on the memorized examples in percent, statistics put back too.",
+        ),
+    }
+    return Section(
+        name="rewinding",
+        title="Which layers can be turned back?",
+        method="The trained network with a single layer group put back to what it was after an earlier epoch. If the "
+        "memorized examples are lost, what the group learned since then is needed for them.",
+        answers=rewinding_answers.answers(run.rewinding),
+        pictures=[Picture(name, texts[name][0], figure, texts[name][1]) for name, figure in drawn.items()],
+    )
+
+
+def _retraining(run: Run) -> Section | None:
+    if run.retraining is None:
+        return None
+    accuracy, regained = retraining_figures.all_figures(run.retraining).values()
+    return Section(
+        name="retraining",
+        title="Which layers does memorization need?",
+        method="A single layer group is put back to its initial weights and trained again, alone, on the clean "
+        "examples only; everything else stays as it is. If the memorized labels come back, though none of them was seen, the "
+        "rest of the network holds them.",
+        answers=retraining_answers.answers(run.retraining),
+        pictures=[
+            Picture(
+                "retraining_accuracy",
+                "Accuracy per layer group and epoch",
+                accuracy,
+                "Accuracy while one layer group is trained again; epoch 0: at its initial weights. The paper: for most "
+                "groups noisy accuracy comes back.",
+            ),
+            Picture(
+                "retraining_regained",
+                "Accuracy before and after",
+                regained,
+                "Accuracy with the group at its initial weights, and after its training.",
+            ),
+        ],
+    )
+
+
+def _localization(run: Run) -> Section | None:
     if not run.localizations:
-        return []
+        return None
     found = run.localizations
     drawn = localization_figures.all_figures(found)
     texts = {
@@ -108,18 +167,16 @@ def _localizations(run: Run) -> list[Section]:
             "among those that the example keeps would be one as often as the third bar says.",
         ),
     }
-    return [
-        Section(
-            name="localization",
-            title="Which units flip an example?",
-            method="For single training examples, the channel or neuron whose removal raises the example's loss most, "
-            "and that of other examples least, is switched off, and again, until the prediction is no longer the "
-            "label the model was trained on.",
-            answers=localization_answers.answers(found),
-            pictures=[Picture(name, texts[name][0], figure, texts[name][1]) for name, figure in drawn.items()],
-            notes=localization_answers.notes(found),
-        )
-    ]
+    return Section(
+        name="localization",
+        title="Which units flip an example?",
+        method="For single training examples, the channel or neuron whose removal raises the example's loss most, and "
+        "that of other examples least, is switched off, and again, until the prediction is no longer the label the "
+        "model was trained on.",
+        answers=localization_answers.answers(found),
+        pictures=[Picture(name, texts[name][0], figure, texts[name][1]) for name, figure in drawn.items()],
+        notes=localization_answers.notes(found),
+    )
 
 
 def _dropout(run: Run) -> Section | None:

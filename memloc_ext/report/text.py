@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memloc_ext.report import accounting_answers, accuracy_answers, figures, localization_answers
+from memloc_ext.report import (
+    accounting_answers,
+    accuracy_answers,
+    figures,
+    localization_answers,
+    retraining_answers,
+    rewinding_answers,
+)
 from memloc_ext.report.figures import percent
 from memloc_ext.report.section import Number
 from memloc_ext.study.run_directory import Run
@@ -37,6 +44,10 @@ def numbers(run: Run) -> list[Number]:
     found = accuracy_answers.plain_numbers(run.metrics)
     if run.accounting:
         found += accounting_answers.numbers(run.accounting)
+    if run.rewinding:
+        found += rewinding_answers.numbers(run.rewinding)
+    if run.retraining:
+        found += retraining_answers.numbers(run.retraining)
     for model, localization in run.localizations.items():
         found += localization_answers.numbers(model, localization)
     return found + accuracy_answers.dropout_numbers(run.metrics, is_mislabelled(run))

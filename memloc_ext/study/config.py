@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memloc_ext import data
-from memloc_ext.analysis import LocalizationConfig
+from memloc_ext.analysis import LocalizationConfig, RetrainConfig, RewindConfig
 from memloc_ext.training import TrainConfig
 
 
@@ -90,6 +90,8 @@ class StudyConfig:
         model: The model.
         dropout: The dropouts.
         train: The training.
+        rewind: The layer groups that are put back to earlier epochs.
+        retrain: The layer groups that are trained anew.
         localization: The search for the units that flip examples.
         device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
     """
@@ -98,6 +100,8 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=20, batch_size=64, learning_rate=0.1))
+    rewind: RewindConfig = field(default_factory=RewindConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
     localization: LocalizationConfig = field(default_factory=LocalizationConfig)
     device: str = "auto"
 

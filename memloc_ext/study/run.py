@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc_ext.data import Dataset
-from memloc_ext.distributed import barrier, once, rank
+from memloc_ext.distributed import once, rank
 from memloc_ext.files import write_table
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import METRICS, Run, check_run, load_run, locked, open_run
@@ -81,20 +81,18 @@ def run_study(
     with contextlib.ExitStack() as stack:
         study = Study(config, path, _load(config), progress and rank() == 0, tensorboard)
         study.check(wanted)
+        once(lambda: check_run(path, settings, resume=resume))
         if rank() == 0:
-            check_run(path, settings, resume=resume)
             stack.enter_context(locked(path))
-            open_run(path, settings, resume=resume)
+        once(lambda: open_run(path, settings, resume=resume))
         todo = once(lambda: _plan(path, flat(settings), wanted))
         for number, (name, why) in enumerate(todo, 1):
             if rank() == 0:
                 say(f"[{number}/{len(todo)}] {name}: {why}")
             if why != _REUSED:
                 _do(study, STAGES[name], settings, "account" in wanted)
-        barrier()
         run = once(lambda: load_run(path))
-        if rank() == 0:
-            write_table(path, METRICS, run.metrics)
+        once(lambda: write_table(path, METRICS, run.metrics))
     return run
 
 
@@ -127,22 +125,23 @@ def _settings(stage: Stage, config: dict[str, Any], accounted: bool) -> dict[str
 
 
 def _do(study: Study, stage: Stage, settings: dict[str, Any], accounted: bool) -> None:
-    path = study.path
+    path, start = study.path, time.monotonic()
     record = once(lambda: read_record(path, stage.name)) or Record(_settings(stage, flat(settings), accounted))
-    if rank() == 0:
-        write_record(path, stage.name, record)
-    start = time.monotonic()
+
+    def write(finished: bool) -> None:
+        seconds = record.seconds + time.monotonic() - start
+        write_record(path, stage.name, replace(record, finished=finished, seconds=seconds))
+
+    once(lambda: write(False))
     try:
         WORK[stage.name](study, record.settings.get(ACCOUNTED, False))
     except BaseException:
         if rank() == 0:
             with contextlib.suppress(OSError):  # of a full disk; the first error is the one to tell
-                write_record(path, stage.name, replace(record, seconds=record.seconds + time.monotonic() - start))
+                write(False)
         raise
+    once(lambda: write(True))
     if rank() == 0:
-        write_record(
-            path, stage.name, replace(record, finished=True, seconds=record.seconds + time.monotonic() - start)
-        )
         drop_replaced(path, stage)
 
 

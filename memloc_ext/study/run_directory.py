@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from memloc_ext.accounting_files import Accounting, load_accounting
-from memloc_ext.analysis import DatasetLocalization
+from memloc_ext.analysis import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.files import read_json, write_json
 from memloc_ext.localization_files import load_localization
+from memloc_ext.retraining_files import load_retraining
+from memloc_ext.rewinding_files import load_rewinding
 from memloc_ext.study.stages import PLACE, StageName, finished, flat
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
@@ -47,6 +49,8 @@ class Run:
         accounting: Gradient accounting of the plain training; None if the run has none.
         localizations: Model to its localization, of plain training and of example-tied dropout; empty if the run has
             none.
+        rewinding: Of the layer groups of the plain model; None if the run has none.
+        retraining: Likewise.
         seconds: Finished stage to the time that it took.
     """
 
@@ -56,6 +60,8 @@ class Run:
     histories: dict[str, list[dict[str, float]]]
     accounting: Accounting | None = None
     localizations: dict[str, DatasetLocalization] = field(default_factory=dict)
+    rewinding: Rewinding | None = None
+    retraining: Retraining | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,6 +92,8 @@ def load_run(path: str | Path) -> Run:
         {variant: read_json(path / variant / f"{HISTORY}.json") for variant in variants},
         load_accounting(path / "plain") if "account" in stages else None,
         {variant: load_localization(path / variant) for variant, stage in LOCALIZED.items() if stage in stages},
+        load_rewinding(path / "plain") if "rewind" in stages else None,
+        load_retraining(path / "plain") if "retrain" in stages else None,
         {name: record.seconds for name, record in stages.items()},
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,15 @@ from torch import nn
 
 from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
 from memloc_ext.accounting_files import ACCOUNTS, COST
-from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset
+from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
 from memloc_ext.data import Dataset
-from memloc_ext.distributed import rank
+from memloc_ext.distributed import once
 from memloc_ext.files import write_json, write_table
-from memloc_ext.localization_files import save_localization
+from memloc_ext.localization_files import LOCALIZATION, save_localization
 from memloc_ext.nn import dropout_mode
+from memloc_ext.parts import PartFiles
+from memloc_ext.retraining_files import RETRAINING, save_retraining
+from memloc_ext.rewinding_files import REWINDING, save_rewinding
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import AS_TRAINED, HISTORY, METRICS, TRAINED, Variant
 from memloc_ext.study.setup import build_model
@@ -63,9 +68,9 @@ class Study:
         modes = (
             accuracy_by_mode(model, dataset) if variant == "example_tied" else {AS_TRAINED: accuracy(model, dataset)}
         )
-        if rank() == 0:
-            write_table(folder, HISTORY, history)
-            write_table(folder, METRICS, [{"model": variant, "mode": mode, **asdict(m)} for mode, m in modes.items()])
+        rows = [{"model": variant, "mode": mode, **asdict(found)} for mode, found in modes.items()]
+        once(lambda: write_table(folder, HISTORY, history))
+        once(lambda: write_table(folder, METRICS, rows))
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
@@ -91,24 +96,52 @@ class Study:
         """Return the folder of a model's checkpoints."""
         return self.path / variant / "checkpoints"
 
+    @contextlib.contextmanager
+    def parts(self, variant: Variant, name: str) -> Iterator[PartFiles]:
+        """Keep the parts of a stage on disk until all of its result is there, at the end of the ``with``."""
+        folder = self.path / variant / f"{name}_parts"
+        yield PartFiles(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # by every process, for those that have a disk of their own
+
 
 def _train(study: Study, accounted: bool) -> None:
     study.train("plain", accounted)
 
 
 def _account(study: Study, accounted: bool) -> None:
-    folder, settings = study.path / "plain", study.config.train
-    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings)
-    if rank() == 0:
-        write_accounting_tables(folder, settings.epochs)
-        write_json(folder / COST, cost)
+    folder, settings, split = study.path / "plain", study.config.train, study.dataset.train
+    model = study.trained("plain")
+    once(lambda: write_accounting_tables(folder, settings.epochs))
+    once(lambda: write_json(folder / COST, accounting_cost(model, split, settings)))
+
+
+def _rewind(study: Study, accounted: bool) -> None:
+    model, config = study.trained("plain"), study.config.rewind
+    with study.parts("plain", REWINDING) as parts:
+        found = rewind(
+            model,
+            study.checkpoints("plain"),
+            study.dataset,
+            groups=config.rewind_groups or None,
+            epochs=config.rewind_epochs or None,
+            parts=parts,
+        )
+        once(lambda: save_rewinding(study.path / "plain", found))
+
+
+def _retrain(study: Study, accounted: bool) -> None:
+    model, initial = study.trained("plain"), list_checkpoints(study.checkpoints("plain"))[0]
+    config, seed = study.config.retrain, study.config.train.seed
+    with study.parts("plain", RETRAINING) as parts:
+        found = retrain(model, initial, study.dataset, config=config, seed=seed, parts=parts)
+        once(lambda: save_retraining(study.path / "plain", found))
 
 
 def _localize(study: Study, accounted: bool, variant: Variant = "plain") -> None:
-    config = study.config
-    result = localize_dataset(study.trained(variant), study.dataset, config.localization, seed=config.train.seed)
-    if rank() == 0:
-        save_localization(study.path / variant, result)
+    model, config, seed = study.trained(variant), study.config.localization, study.config.train.seed
+    with study.parts(variant, LOCALIZATION) as parts:
+        found = localize_dataset(model, study.dataset, config, seed=seed, parts=parts)
+        once(lambda: save_localization(study.path / variant, found))
 
 
 def _dropout(study: Study, accounted: bool) -> None:
@@ -123,6 +156,8 @@ def _controls(study: Study, accounted: bool) -> None:
 WORK: dict[StageName, Callable[[Study, bool], None]] = {
     "train": _train,
     "account": _account,
+    "rewind": _rewind,
+    "retrain": _retrain,
     "localize": _localize,
     "dropout": _dropout,
     "controls": _controls,

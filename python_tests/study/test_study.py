@@ -20,6 +20,8 @@ from memloc_ext.report import text_table, write_report
 from memloc_ext.report.accounting_answers import answers, cost
 from memloc_ext.report.accuracy_answers import dropout_answers, plain_answers
 from memloc_ext.report.localization_answers import notes
+from memloc_ext.report.sections import sections
+from memloc_ext.report.text import numbers
 from memloc_ext.study import (
     DataConfig,
     DropoutConfig,
@@ -40,6 +42,8 @@ TRAININGS: tuple[StageName, ...] = ("train", "dropout", "controls")
 QUICK = ["--model", "lenet", "--epochs", "1", "--batch-size", "256"]
 FEW = ["--localized", "5", "--max-units", "3", "--edited", "2"]
 
+SHORT = ["--retrain-epochs", "1", "--rewind-epochs", "0"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -50,6 +54,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def accounted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "account"
     main(["account", *QUICK, "--epochs", "2", "--output", str(folder)])
+    return memloc_ext.load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("study") / "whole"
+    main(["run", *QUICK, *FEW, *SHORT, "--output", str(folder)])
     return memloc_ext.load_run(folder)
 
 
@@ -365,6 +376,56 @@ def test_a_part_of_the_examples_keeps_its_numbers() -> None:
     assert torch.equal(load_data(part).train.indices, numbers)
     other = load_data(replace(part, train=replace(part.train, seed=1)))
     assert not torch.equal(other.train.indices, numbers)
+
+
+def test_the_whole_study_holds_every_probe(whole) -> None:
+    assert memloc_ext.load_run(whole.path) == whole
+    groups = ["conv1", "conv2", "fc1", "fc2", "head"]
+    assert whole.rewinding is not None
+    assert whole.retraining is not None
+    assert list(whole.rewinding.groups) == list(whole.retraining.groups) == groups
+    assert whole.rewinding.epochs == [0]
+    plain = next(row for row in whole.metrics if row["model"] == "plain")
+    assert whole.rewinding.unchanged.clean == whole.retraining.unchanged.clean == plain["clean"]
+    assert [len(found.epochs) for found in whole.retraining.groups.values()] == [2] * 5
+    assert list(whole.localizations) == ["plain", "example_tied"]
+    assert whole.accounting is not None
+    assert set(whole.seconds) == set(STAGES) - {"report"}
+    assert not list(whole.path.rglob("*_parts"))
+
+
+def test_the_report_of_the_whole_study_has_every_section(whole) -> None:
+    page = (whole.path / "report.html").read_text()
+    titles = re.findall("<h3>(.*)</h3>", page)
+    assert titles == [section.title for section in sections(whole)]
+    assert [section.name for section in sections(whole)] == [
+        "memorization", "accounting", "rewinding", "retraining", "localization", "dropout"
+    ]  # fmt: skip
+    for number in numbers(whole):
+        assert f"<td>{number.what}</td><td>{number.text(number.value)}</td><td>{number.paper}</td>" in page
+    for section in sections(whole):
+        for sentence in section.answers:
+            assert sentence.split("(")[0] in page.replace("&#39;", "'")
+
+
+def test_atypical_examples_go_through_every_probe(tmp_path: Path) -> None:
+    (tmp_path / "scores.txt").write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
+    arguments = ["--memorized", str(tmp_path / "scores.txt"), "--below", "0.5", "--examples", "300"]
+    main(["run", *QUICK, *FEW, *SHORT, *arguments, "--output", str(tmp_path / "run")])
+    run = memloc_ext.load_run(tmp_path / "run")
+    dataset = load_data(replace(SMALL, data=DataConfig(memorized=tmp_path / "scores.txt", below=0.5, examples=300)))
+    count = int(dataset.train.memorized.sum())
+    assert 0 < count < 40
+    assert run.accounting is not None
+    assert run.accounting.epoch(1).memorized.sum() == count
+    assert run.localizations["plain"].kinds["noisy"].total == count
+    assert run.rewinding is not None
+    assert run.retraining is not None
+    for row in (run.rewinding.unchanged, run.retraining.unchanged):
+        assert row.noisy == row.noisy_true is not None
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "of the memorized examples.</li>" in page
+    assert "true label" not in page.split("The probes")[1].split("Accuracy of every model")[0]
 
 
 def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
