@@ -119,8 +119,8 @@ def _retraining(run: Run) -> Section | None:
         name="retraining",
         title="Which layers does memorization need?",
         method="A single layer group is put back to its initial weights and trained again, alone, on the clean "
-        "examples only; everything else stays as it is. If the memorized labels come back, though none of them was seen, the "
-        "rest of the network holds them.",
+        "examples only; everything else stays as it is. If the memorized labels come back, though none "
+        "of them was seen, the rest of the network holds them.",
         answers=retraining_answers.answers(run.retraining),
         pictures=[
             Picture(
