@@ -32,7 +32,7 @@ class Number:
         """Return a value of its kind for a reader."""
         if value is None:
             return "-"
-        return f"{percent(value)} %" if self.unit == "%" else f"{value:.2f}"
+        return f"{percent(value)} %" if self.unit == "%" else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from memloc_ext.accounting_files import Accounting, load_accounting
 from memloc_ext.analysis import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.files import read_json, write_json
-from memloc_ext.localization_files import load_localization
-from memloc_ext.retraining_files import load_retraining
-from memloc_ext.rewinding_files import load_rewinding
+from memloc_ext.study.accounting_files import Accounting, load_accounting
+from memloc_ext.study.localization_files import load_localization
+from memloc_ext.study.retraining_files import load_retraining
+from memloc_ext.study.rewinding_files import load_rewinding
 from memloc_ext.study.stages import PLACE, StageName, finished, flat
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]

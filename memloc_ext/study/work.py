@@ -11,18 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
-from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
-from memloc_ext.accounting_files import ACCOUNTS, COST
 from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
 from memloc_ext.files import write_json, write_table
-from memloc_ext.localization_files import LOCALIZATION, save_localization
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
-from memloc_ext.retraining_files import RETRAINING, save_retraining
-from memloc_ext.rewinding_files import REWINDING, save_rewinding
+from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
+from memloc_ext.study.accounting_files import ACCOUNTS, COST
 from memloc_ext.study.config import StudyConfig
+from memloc_ext.study.localization_files import LOCALIZATION, save_localization
+from memloc_ext.study.retraining_files import RETRAINING, save_retraining
+from memloc_ext.study.rewinding_files import REWINDING, save_rewinding
 from memloc_ext.study.run_directory import AS_TRAINED, HISTORY, METRICS, TRAINED, Variant
 from memloc_ext.study.setup import build_model
 from memloc_ext.study.stages import StageName

@@ -7,7 +7,7 @@ import pytest
 from made_probes import made_rewinding
 
 from memloc_ext.analysis import Accuracy, Rewinding
-from memloc_ext.rewinding_files import load_rewinding, save_rewinding
+from memloc_ext.study.rewinding_files import load_rewinding, save_rewinding
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from made_localization import NOTHING, make_localization
 
-from memloc_ext.localization_files import load_localization, save_localization
+from memloc_ext.study.localization_files import load_localization, save_localization
 
 
 @pytest.mark.parametrize("change", [{}, NOTHING])

@@ -41,7 +41,7 @@ class Accounting:
         folder: Of the epochs' files.
         rows: ``epoch``, ``group`` and the numbers of a `GroupAccount`; group ``"(model)"`` is all parameters together.
         parameters: ``epoch``, ``parameter`` and the numbers of a `ParameterAccount`.
-        cost: What it cost, see `memloc_ext.accounted_training.accounting_cost`.
+        cost: What it cost, see `memloc_ext.study.accounted_training.accounting_cost`.
     """
 
     folder: Path

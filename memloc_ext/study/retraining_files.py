@@ -11,7 +11,7 @@ from typing import Any
 from memloc_ext.analysis import GroupRetraining, RetrainedEpoch, Retraining
 from memloc_ext.analysis.retraining import STOPPED
 from memloc_ext.files import read_json, write_table
-from memloc_ext.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, parsed_count, split_rows
+from memloc_ext.study.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, parsed_count, split_rows
 
 RETRAINING = "retraining"
 """Name of the table."""

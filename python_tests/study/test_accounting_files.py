@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from memloc_ext.accounting_files import MODEL, Accounting, account_path, load_account, load_accounting, save_account
 from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
+from memloc_ext.study.accounting_files import (
+    MODEL,
+    Accounting,
+    account_path,
+    load_account,
+    load_accounting,
+    save_account,
+)
 
 
 def make_account(num: int = 5) -> EpochAccount:

@@ -7,7 +7,7 @@ import pytest
 from made_probes import made_retraining
 
 from memloc_ext.analysis import Accuracy, Retraining
-from memloc_ext.retraining_files import load_retraining, save_retraining
+from memloc_ext.study.retraining_files import load_retraining, save_retraining
 
 
 @pytest.mark.parametrize(

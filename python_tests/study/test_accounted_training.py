@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
-from memloc_ext.accounting_files import account_path, load_account
 from memloc_ext.data import Split, digits, with_label_noise
 from memloc_ext.models import lenet
+from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
+from memloc_ext.study.accounting_files import account_path, load_account
 from memloc_ext.training import TrainConfig, list_checkpoints, load_checkpoint, train
 from memloc_ext.training.epoch import epoch_rng
 
