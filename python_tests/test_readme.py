@@ -1,15 +1,19 @@
+import dataclasses
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import memloc_ext
+from memloc_ext import data
 from memloc_ext.reference.example_tied_dropout import keep_mask
+from memloc_ext.training import TrainConfig, train
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-OPERATOR, TRAINING, ACCOUNTING, LOCALIZATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERATOR, TRAINING, ACCOUNTING, LAYERS, LOCALIZATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_operator_and_its_plain_equivalent_agree() -> None:
@@ -54,6 +58,23 @@ def test_the_accounting_example_runs() -> None:
     account, weight = names["account"], model.get_parameter("conv1.0.weight")
     assert account.sqnorm["conv1.0.weight"].shape == (6,)
     torch.testing.assert_close(account.group_grad["conv1.0.weight"].sum(0), weight.grad)
+
+
+def test_the_example_of_the_layer_probes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = data.with_label_noise(data.digits(), 0.1)
+    dataset = dataclasses.replace(dataset, train=dataset.train.subset(torch.arange(40)))
+    model = memloc_ext.models.build("resnet9", num_classes=10, in_channels=1, image_size=8, width=0.1)
+    train(model, dataset.train, TrainConfig(epochs=1), checkpoints=tmp_path / "checkpoints", progress=False)
+    monkeypatch.chdir(tmp_path)
+    names = {"memloc_ext": memloc_ext, "model": model, "dataset": dataset}
+    exec(LAYERS, names)
+    assert list(names["rewound"].groups) == list(names["retrained"].groups) == list(model.layout.groups)
+
+
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) == 4
+    assert all((Path(__file__).parents[1] / picture).is_file() for picture in pictures)
 
 
 def test_the_localization_example_runs() -> None:
