@@ -8,7 +8,7 @@ PYTHON := $(ACTIVATE) python3
 SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC_HOST)|$(CUDA_HOME)
 READY := build/.ready$(if $(VENV),,-current)
 
-.PHONY: demo test bench docs lint wheel cuda-check cuda-test build clean FORCE
+.PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-test build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
@@ -28,6 +28,12 @@ docs: $(if $(VENV),$(VENV)/.installed,)  ## the site, in build/docs; fails on a 
 	$(if $(VENV),$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 	@echo build/docs/index.html
+
+sanitize: $(READY)  ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the CPU kernels
+	MEMLOC_SANITIZE=1 MEMLOC_CUDA=0 MEMLOC_HOST=0 $(PYTHON) setup.py --quiet build --build-base build/sanitize
+	cd build/sanitize && PYTHONPATH="$$(echo "$$PWD"/lib*)" LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(ACTIVATE) pytest -q -p no:cacheprovider --capture=sys $(abspath python_tests/ops) -m 'not cuda'
 
 lint: $(READY)
 	$(ACTIVATE) ruff check .

@@ -28,6 +28,10 @@ COMMON = ["-O3", "-std=c++17", f"-I{ROOT}/csrc", "-DTORCH_TARGET_VERSION=0x020a0
 PREFIXES = [f"-fmacro-prefix-map={path}/=" for path in (ROOT, os.path.dirname(torch.__file__))]
 HOST = ["-g0", "-fvisibility=hidden", "-Wall", *PREFIXES]
 STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
+if os.environ.get("MEMLOC_SANITIZE") == "1":  # for `make sanitize`, which also loads the runtime before Python
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    COMMON[0], HOST[0], STRIP = "-O1", "-g1", SANITIZE
+    HOST += [*SANITIZE, "-fno-omit-frame-pointer"]
 
 extensions = [
     cpp_extension.CppExtension(

@@ -1,0 +1,167 @@
+"""Every operator called directly, below all Python checks, with arguments that nobody should pass.
+
+Either it returns tensors or it raises an error with a message; it neither crashes nor changes what it was given. Under
+``make sanitize`` the same calls also show every access out of bounds.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import memloc_ext  # noqa: F401
+
+LARGEST, SMALLEST = 2**63 - 1, -(2**63)
+NUMBERS = (SMALLEST, -(2**40), -2, -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**40, LARGEST - 1, LARGEST)
+FLOATS = (math.nan, math.inf, -math.inf, -1.0, -0.0, 0.3, 1.0, 1.0 + 2**-52, 1e308)
+DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool,
+    torch.complex64, torch.float8_e4m3fn,
+)  # fmt: skip
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+VALID: dict[str, Callable[[], list[Any]]] = {
+    "example_tied_dropout": lambda: [torch.randn(3, 5, 2, 2), ids(4, 0, 2), 2, 0.3, 0, 0, 1],
+    "linear_grad_sqnorm": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
+    "conv2d_grad_sqnorm": lambda: [
+        torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2
+    ],
+    "linear_grad_sqnorm_groups": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2), ids(1, 0, 1), 2],
+    "conv2d_grad_sqnorm_groups": lambda: [
+        torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), ids(1, 0), 2, [3, 3], [2, 2], [1, 1], [1, 1], 2
+    ],
+    "channel_saliency": lambda: [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), 1],
+    "linear_ablation_loss": lambda: [
+        torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), ids(0, 4, 2), torch.randn(4)
+    ],
+    "normalization_grads": lambda: [
+        torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 1), torch.rand(3, 2, 1)
+    ],
+    "conv2d_ablation": lambda: [
+        torch.randn(2, 3, 4, 4), torch.randn(5, 2, 4, 4), torch.randn(3, 6, 3, 3), ids(0, 5, 1, 2, 3),
+        [1, 1], [1, 1], [1, 1], torch.randn(3), torch.randn(3), torch.randn(5, 2, 3, 4, 4), True, None,
+    ],
+    "linear_ablation": lambda: [
+        torch.randn(2, 3), torch.randn(5, 2), torch.randn(3, 6), ids(0, 5, 1, 2, 3),
+        torch.randn(3), torch.randn(3), torch.randn(5, 2, 3), True, None,
+    ],
+    "ablate_channels": lambda: [torch.randn(2, 4, 3), ids(0, 1, 3), ids(2, 0, 3), torch.randn(4), 1],
+    "ablate_channels_": lambda: [torch.randn(2, 4, 3), ids(0, 1, 3), ids(2, 0, 3), torch.randn(4), 1],
+}  # fmt: skip
+OPERATORS = sorted(
+    {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("memloc_ext::")}
+)
+
+
+@st.composite
+def spoilt_tensor(draw: st.DrawFn, like: Tensor) -> Any:
+    """Another tensor in the place of one: of other sizes, strides, dtype, values, layout or device."""
+    how = draw(st.sampled_from(("sizes", "empty", "view", "dtype", "values", "kind")))
+    if how == "sizes":
+        sizes = draw(st.lists(st.sampled_from((0, 1, 2, 3, 4, 5, 9)), max_size=6))
+        return torch.zeros(sizes, dtype=like.dtype)
+    if how == "empty":  # huge, but for a 0
+        sizes = draw(st.permutations([0, 2**40, 2**20, 1, 1][: max(1, like.dim())]))
+        return torch.empty_strided(sizes, [1] * len(sizes), dtype=like.dtype)
+    if how == "view":
+        views: list[Callable[[Tensor], Tensor]] = [
+            lambda t: t.reshape(-1)[:1].expand(t.shape) if t.numel() else t,  # every element the same memory
+            lambda t: torch.stack([t, t], -1)[..., 1],
+            lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t,
+            lambda t: t.as_strided(t.shape, [1] * t.dim()) if t.numel() >= sum(t.shape) else t,  # overlapping
+            lambda t: t[1:] if t.dim() and len(t) else t,
+            lambda t: t.unsqueeze(0),
+            lambda t: t.to(torch.complex64).conj().imag if t.is_floating_point() else t,  # negative bit
+        ]
+        return draw(st.sampled_from(views))(like)
+    if how == "dtype":
+        return like.to(draw(st.sampled_from(DTYPES)))
+    if how == "values":
+        if like.dtype == torch.int64:
+            return torch.full_like(like, draw(st.sampled_from(NUMBERS)))
+        return (
+            like.flip(0) if not like.is_floating_point() else torch.full_like(like, draw(st.sampled_from(FLOATS[:-1])))
+        )
+    kinds: list[Callable[[Tensor], Any]] = [
+        lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: t.requires_grad_() if t.is_floating_point() else t,
+        lambda t: None, lambda t: [t], lambda t: 3,
+    ]  # fmt: skip
+    return draw(st.sampled_from(kinds))(like)
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, value: Any) -> Any:
+    """Another argument in the place of one."""
+    if isinstance(value, Tensor):
+        return draw(spoilt_tensor(value))
+    if isinstance(value, list):
+        return draw(st.lists(st.sampled_from(NUMBERS), max_size=3))
+    if isinstance(value, bool):
+        return not value
+    if value is None:
+        return draw(st.one_of(st.none(), st.sampled_from(NUMBERS).map(ids), st.just(torch.randn(2, 3))))
+    return draw(st.sampled_from(FLOATS if isinstance(value, float) else NUMBERS))
+
+
+@st.composite
+def arguments(draw: st.DrawFn, name: str) -> list[Any]:
+    torch.manual_seed(draw(st.integers(0, 3)))
+    values = VALID[name]()
+    places = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=3, unique=True))
+    for place in places:
+        values[place] = draw(spoilt(values[place]))
+    return values
+
+
+def test_every_operator_is_tried() -> None:
+    assert sorted(VALID) == OPERATORS
+    for name, make in VALID.items():
+        getattr(torch.ops.memloc_ext, name)(*make())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_only_errors_with_a_message_come_out(name: str, data: st.DataObject) -> None:
+    values = data.draw(arguments(name))
+    read = [v for v in values[1 if name.endswith("_") else 0 :] if isinstance(v, Tensor) and is_readable(v)]
+    before = [v.detach().clone() for v in read]
+    try:
+        result = getattr(torch.ops.memloc_ext, name)(*values)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, AttributeError):  # PyTorch hands None on where the schema has a tensor
+            assert None in values
+        message, result = str(error), None
+    else:
+        message = "none"
+    assert message.strip()
+    for t in result if isinstance(result, tuple) else () if result is None else (result,):
+        assert isinstance(t, Tensor)
+        if is_readable(t):
+            t.detach().clone()  # all of it can be read
+    for t, own in zip(read, before, strict=True):
+        assert same(t.detach(), own)
+
+
+@pytest.mark.parametrize("method", ["", "bogus", "AUTO", "a" * 10_000, "\0"])
+def test_an_unknown_method_is_refused(method: str) -> None:
+    for name in ("linear_grad_sqnorm", "conv2d_grad_sqnorm"):
+        with pytest.raises(RuntimeError, match="method must be"):
+            getattr(torch.ops.memloc_ext, name)(*VALID[name](), method=method)
+
+
+def is_readable(t: Tensor) -> bool:
+    return t.layout == torch.strided and t.device.type == "cpu" and t.numel() < 2**20
+
+
+def same(t: Tensor, other: Tensor) -> bool:
+    return not t.numel() or bool(((t == other) | ((t != t) & (other != other))).all())
