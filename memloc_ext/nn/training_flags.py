@@ -1,10 +1,11 @@
-"""Borrow a model: change its training flags and have them put back."""
+"""Borrow a model: run it, or change its training flags, and have everything put back."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,21 @@ def kept_training_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextlib.contextmanager
+def kept_state(model: nn.Module) -> Iterator[None]:
+    """Give ``model`` its training flags and buffers, and the generators their states, back after the ``with``."""
+    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        with kept_training_flags(model), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for names, name, buffer in held:  # another tensor may have been put in its place
+            names[name] = buffer
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)

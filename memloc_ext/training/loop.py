@@ -17,6 +17,7 @@ from memloc_ext.data.split import Split
 from memloc_ext.nn.training_flags import kept_training_flags
 from memloc_ext.training.backward import Backward
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
+from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import epoch_rng, train_epoch
 from memloc_ext.training.report import progress_bar, tensorboard_log
@@ -71,8 +72,9 @@ def train(
 
     Raises:
         ValueError: If the model is on another device, or compiled although ``backward`` is given, the split is empty,
-            a batch has fewer examples than there are processes, ``evaluate`` uses one of those names, or the newest
-            checkpoint is damaged or comes from another config, model or split; no file changes then.
+            a batch has fewer examples than there are processes, ``evaluate`` uses one of those names, the model has
+            wrong gradients once it is compiled, or the newest checkpoint is damaged or comes from another config, model
+            or split; no file changes then.
         FloatingPointError: If the loss or a weight is no longer finite; the checkpoints before stay.
         ImportError: If ``progress`` or ``tensorboard`` needs a package that is not installed.
     """
@@ -92,6 +94,8 @@ def train(
         stack.callback(original.zero_grad)
         history = restore(checkpoints, original, optimizer, scaler, config, data)
         distributed.copy_from_first([*original.parameters(), *original.buffers()])
+        if forward is not original and len(history) <= config.epochs:
+            check_gradients(original, forward, split, config)
         if backward is None and distributed.world_size() > 1 and len(history) <= config.epochs:
             forward = DistributedDataParallel(forward)
         backward = backward or Backward()

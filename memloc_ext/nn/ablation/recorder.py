@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
-from memloc_ext.nn.training_flags import kept_training_flags
+from memloc_ext.nn.training_flags import kept_state
 
 aten = torch.ops.aten
 
@@ -233,20 +233,9 @@ def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
-    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    try:
-        with kept_training_flags(model), torch.random.fork_rng(devices=devices):
-            model.eval()
-            yield
-    finally:
-        for names, name, buffer in held:  # another tensor may have been put in its place
-            names[name] = buffer
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                if not torch.equal(buffer, kept):
-                    buffer.copy_(kept)
+    with kept_state(model):
+        model.eval()
+        yield
 
 
 @contextlib.contextmanager

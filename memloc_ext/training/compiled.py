@@ -1,0 +1,90 @@
+"""Whether a compiled model can be trained: compilers have returned zeros as gradients of convolutions, silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc_ext import distributed
+from memloc_ext.data.split import Split
+from memloc_ext.nn.example_ids import example_ids
+from memloc_ext.nn.training_flags import kept_state
+from memloc_ext.training.config import TrainConfig
+
+_TOLERANCE = 0.1
+"""Largest error of a gradient, relative to its norm: far above the rounding of float32, far below a wrong one's 1."""
+_SMALL = 0.01
+"""Share of the norm of all gradients together below which one's own does not count: it may be rounding alone."""
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def check_gradients(model: nn.Module, compiled: Forward, split: Split, config: TrainConfig) -> None:
+    """Compare the gradients of a compiled model with those of the model itself, in training mode.
+
+    Under autocast both are compared with those in float32, and the compiled ones may err twice as much.
+    This is done for both sizes of batch that a training has, since each is compiled by itself. A model that draws
+    random numbers is not checked: compiled it draws others. Parameters, buffers and generators stay as they are.
+
+    Args:
+        model: Not compiled.
+        compiled: The same, compiled.
+        split: Has at least as many examples as there are processes, each of which looks at its own slice.
+        config: Of the training: size of its batches, and precision.
+
+    Raises:
+        ValueError: If a gradient differs by more than rounding; names it.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    whole = min(config.batch_size, len(split))
+    for examples in dict.fromkeys((whole, len(split) % whole)):
+        rows = torch.arange(examples).tensor_split(distributed.world_size())[distributed.rank()]
+        errors = _errors(model, compiled, split, rows, config) if names and len(rows) else torch.zeros(1)
+        worst = int(errors.argmax())
+        if errors[worst] > _TOLERANCE:
+            raise ValueError(
+                "train: compile must be False (leave out --compile) for this model with this torch: compiled, in a "
+                f"batch of {len(rows)}, the gradient of {names[worst]} is off by {float(errors[worst]):.2g} times its "
+                "norm; another batch_size may do"
+            )
+
+
+def _errors(model: nn.Module, compiled: Forward, split: Split, rows: Tensor, config: TrainConfig) -> Tensor:
+    """Return each parameter's relative error, less what is allowed for the precision; 0 where nothing can be said."""
+    exact, draws = _gradients(model, model, split, rows, "float32")
+    norms = torch.stack([gradient.norm() for gradient in exact])
+    if draws or not norms.isfinite().all() or not norms.any():  # not finite: the training itself says so
+        return torch.zeros(len(norms))
+    scale, plain = norms.clamp(min=_SMALL * norms.norm()), exact
+    if config.precision != "float32":
+        plain, _ = _gradients(model, model, split, rows, config.precision)
+    actual, _ = _gradients(model, compiled, split, rows, config.precision)
+    allowed, errors = (
+        torch.stack([(g - e).norm() for g, e in zip(gradients, exact, strict=True)]) / scale
+        for gradients in (plain, actual)
+    )
+    return torch.where(allowed.isfinite(), (errors - 2 * allowed).nan_to_num(torch.inf), 0.0)
+
+
+def _gradients(
+    model: nn.Module, forward: Forward, split: Split, rows: Tensor, precision: str
+) -> tuple[list[Tensor], bool]:
+    """Return those of the loss summed over some examples, zeros where there is none, and whether the model drew."""
+    inputs, labels, ids = split.batch(rows)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with kept_state(model), torch.enable_grad(), example_ids(ids):
+        model.train()
+        drawn = _generators(split.device)
+        with torch.autocast(split.device.type, getattr(torch, precision), enabled=precision != "float32"):
+            loss = F.cross_entropy(forward(inputs).float(), labels, reduction="sum")
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        draws = any(not torch.equal(*pair) for pair in zip(_generators(split.device), drawn, strict=True))
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], draws
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
