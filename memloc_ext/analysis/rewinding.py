@@ -125,7 +125,7 @@ def rewind(
     The model is evaluated as by `memloc_ext.analysis.accuracy`, in evaluation mode but in the dropout mode it is in;
     test examples, which have no masks of their own, are left out in mode ``train``. It is left as it was. What does
     not depend on the group is computed once per batch for all epochs (see `memloc_ext.nn.parameter_variants`), and
-    accuracy is that of a model that was loaded so, exactly.
+    accuracy is that of a model that was loaded so, exactly; with PyTorch's own transformer layers, to rounding.
 
     Each checkpoint is read once, and of all of them the tensors of the groups are held. Several processes (see
     `memloc_ext.distributed`) share the groups.

@@ -2,7 +2,8 @@
 
 The pass of a batch is recorded as a list of ATen calls, whose inputs are the examples and every tensor of the model. A
 variant runs again just the calls that depend on what it replaces, with the same operators on the same shapes as a plain
-pass has, so that it gives the same logits bit for bit, whatever the model does.
+pass has, so that it gives the same logits bit for bit, whatever the model does. Transformer layers run as they are
+written, not by PyTorch's operator for a whole layer in inference, which rounds in another order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.batch_recorder import record_batch
-from memloc_ext.nn.ablation.recorder import as_list, evaluating
+from memloc_ext.nn.ablation.recorder import as_list, evaluating, without_fast_path
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
 from memloc_ext.nn.example_ids import current_example_ids
 
@@ -72,7 +73,7 @@ class ParameterVariants:
         return self._programs[key].run(given, tensors, variants)
 
     def _whole(self, x: Tensor, variant: Mapping[str, Tensor]) -> Tensor:
-        with evaluating(self._model), replaced_tensors(self._model, variant):
+        with evaluating(self._model), without_fast_path(), replaced_tensors(self._model, variant):
             return self._model(x)
 
 
@@ -202,7 +203,13 @@ def _fitting(tensors: Mapping[str, Tensor], variant: Mapping[str, Tensor]) -> di
         if value.shape != tensors[name].shape:
             shapes = f"{list(tensors[name].shape)}, got {list(value.shape)}"
             raise ValueError(f"ParameterVariants: {name} must have shape {shapes}")
-    return {name: value.detach().to(tensors[name]) for name, value in variant.items()}
+    return {name: _like(value.detach(), tensors[name]) for name, value in variant.items()}
+
+
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return a value with the type, device and memory format of a tensor: a convolution's result takes that format."""
+    value = value.to(tensor)
+    return value if value.stride() == tensor.stride() else torch.empty_like(tensor).copy_(value)
 
 
 @contextlib.contextmanager

@@ -235,6 +235,28 @@ def test_under_autocast_each_weight_is_cast_anew() -> None:
         assert torch.equal(found, loaded(model, {"0.weight": values["0.weight"]}, x))
 
 
+def test_variants_take_the_memory_format_of_what_they_replace() -> None:
+    def function(model: Any, x: Tensor) -> Tensor:
+        return model.linear(
+            model.conv(x).permute(0, 2, 3, 1).view(len(x), -1)
+        )  # there is no such view in another format
+
+    model = Model(function, conv=nn.Conv2d(3, 4, 3), linear=nn.Linear(144, 5)).to(memory_format=torch.channels_last)
+    x, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+    (found,) = ParameterVariants(model).outputs(x, [{"conv.weight": weight}])
+    assert torch.equal(found, loaded(model, {"conv.weight": weight}, x))
+
+
+def test_transformer_layers_round_alike_whether_recorded_or_not() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    recorded = Model(lambda model, x: model.layer(x).mean(1), layer=layer)
+    whole = Model(lambda model, x: model.layer(x).mean(1) + 0 * x.sum().item(), layer=layer)
+    x, variant = torch.rand(3, 5, 8), {"layer.linear1.bias": torch.rand(16)}
+    with pytest.warns(UserWarning, match="running the whole model once per variant"):
+        (expected,) = ParameterVariants(whole).outputs(x, [variant])
+    assert torch.equal(ParameterVariants(recorded).outputs(x, [variant])[0], expected)
+
+
 def test_a_compiled_model_is_run_as_it_was_written() -> None:
     model = line()
     compiled = torch.compile(model, backend="eager")
