@@ -121,6 +121,8 @@ def test_instance_norm() -> None:
 def test_examples_that_meet() -> None:
     model = Model(lambda m, x: m.head(m.conv(x) - m.conv(x).mean(0)), conv=nn.Conv2d(2, 4, 3), head=head())
     check(model, images(), ["conv"], slow="examples meet")
+    model = Model(lambda m, x: m.head(m.conv(x) * len(x)), conv=nn.Conv2d(2, 4, 3), head=head())
+    check(model, images(), ["conv"], slow="examples meet")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
