@@ -5,7 +5,6 @@ Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, accuracy_of, masks_test_examples
 from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, dataset_digest, read_state
 from memloc_ext.data import Dataset, Split
+from memloc_ext.distributed import once
 from memloc_ext.files import parsed
 from memloc_ext.nn import example_ids
 from memloc_ext.nn.parameter_variants import ParameterVariants
@@ -158,25 +158,29 @@ def rewind(
     if len(dataset.train) == 0:
         raise ValueError("rewind: dataset must hold at least one training example, got none")
     chosen = chosen_groups("rewind", model, groups)
-    sources: Mapping[int, Any] = checkpoints if isinstance(checkpoints, Mapping) else list_checkpoints(checkpoints)
+    sources: Mapping[int, Any] = checkpoints if isinstance(checkpoints, Mapping) else _found(checkpoints)
     if not sources:
         raise ValueError(f"rewind: checkpoints must hold at least one checkpoint, got none in {checkpoints}")
     when = _epochs(sources, epochs)
     names = {name for group in chosen.values() for name in group.names}
     test, variants = not masks_test_examples(model), ParameterVariants(model)
-
-    @functools.cache  # not read where all is kept
-    def states() -> dict[int, dict[str, Tensor]]:
-        return {epoch: _part(read_state("rewind", sources[epoch], model), names) for epoch in when}
+    states = {epoch: _part(read_state("rewind", sources[epoch], model), names) for epoch in when}
 
     def one(group: LayerGroup) -> dict[str, Any]:
-        return asdict(_rewind_group(variants, dataset, group, states(), batch_size, test))
+        return asdict(_rewind_group(variants, dataset, group, states, batch_size, test))
 
     unchanged = accuracy(model, dataset, test=test, batch_size=batch_size)
     common = fingerprint(__version__, model.state_dict(), dataset_digest(dataset), when, batch_size)
-    work = {f"rewind_{fingerprint(common, group.names)}": group for group in chosen.values()}
+    work = {}
+    for group in chosen.values():
+        values = [state[name] for state in states.values() for name in group.names]
+        work[f"rewind_{fingerprint(common, group.names, values)}"] = group
     results = [parsed(GroupRewinding, result) for result in spread_parts(one, work, parts)]
     return Rewinding(unchanged, dict(zip(chosen, results, strict=True)))
+
+
+def _found(folder: str | Path) -> dict[int, Path]:
+    return once(lambda: list_checkpoints(folder))  # another machine may not see the newest yet
 
 
 def _rewind_group(

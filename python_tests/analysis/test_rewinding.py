@@ -177,10 +177,15 @@ def test_an_interrupted_grid_goes_on() -> None:
     assert len(store) == 7
 
 
-def test_a_finished_grid_reads_no_checkpoint(tmp_path: Path) -> None:
+def test_parts_of_other_checkpoints_are_not_taken() -> None:
     model, store = small_model("lenet"), Store()
-    result = memloc_ext.rewind(model, history(model, 0), made(), epochs=[0], parts=store)
-    assert memloc_ext.rewind(model, {0: {}}, made(), epochs=[0], parts=store) == result
+    states = history(model, 0, 1)
+    for state in ({0: states[0]}, {0: states[1]}):
+        result = memloc_ext.rewind(model, state, made(), epochs=[0], parts=store)
+        assert result == memloc_ext.rewind(model, state, made(), epochs=[0])
+    assert len(store) == 2 * 5
+    memloc_ext.rewind(model, {0: states[1]}, made(), epochs=[0], parts=store)
+    assert len(store) == 2 * 5
 
 
 def test_examples_may_be_missing() -> None:
