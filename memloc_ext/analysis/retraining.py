@@ -19,6 +19,7 @@ from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy, masks_test_examples
 from memloc_ext.analysis.layer_states import Groups, LayerGroup, chosen_groups, dataset_digest, read_state
 from memloc_ext.data import Dataset, Split
+from memloc_ext.distributed import world_size
 from memloc_ext.files import parsed
 from memloc_ext.nn import ExampleTiedDropout
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
@@ -164,7 +165,7 @@ def retrain(
 
     Raises:
         ValueError: If a group is not there, ``initial`` is damaged or of another model, or there are no clean training
-            examples.
+            examples, or the model holds a ``torch.nn.SyncBatchNorm`` and there are several processes.
         TypeError: If ``groups`` is a single string.
         OSError: If the checkpoint cannot be read.
         FloatingPointError: If a loss is not finite.
@@ -176,6 +177,11 @@ def retrain(
     clean = dataset.train.subset(~dataset.train.memorized)
     if len(clean) == 0:
         raise ValueError("retrain: dataset must hold at least one clean training example, got none")
+    if world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "retrain: model must hold no SyncBatchNorm in several processes, each of which trains other groups; "
+            "call it in one process"
+        )
     state, test = read_state("retrain", initial, model), not masks_test_examples(model)
     settings = config.as_training(seed)
 

@@ -226,6 +226,13 @@ def test_errors_name_what_arrived() -> None:
         memloc_ext.retrain(model, initial, noisy)
 
 
+def test_several_processes_do_not_meet_in_a_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memloc_ext.analysis.retraining.world_size", lambda: 2)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model("resnet9"))
+    with pytest.raises(ValueError, match="retrain: model must hold no SyncBatchNorm in several processes"):
+        memloc_ext.retrain(model, model.state_dict(), made_dataset())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
