@@ -1,66 +1,84 @@
 """The command line under torchrun: two processes make what one makes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import memloc_ext
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
 ARGUMENTS = ["--model", "lenet", "--epochs", "1", "--batch-size", "64", "--examples", "200", "--learning-rate", "0.02"]
 ARGUMENTS += ["--localized", "3", "--max-units", "3", "--edited", "1", "--retrain-epochs", "1", "--skip", "controls"]
+ARGUMENTS += ["--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+PROBES = {"rewind": "rewinding", "retrain": "retraining", "localize": "localization"}
+"""Stage to its table."""
 
 
-def memloc(start: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*start, "-m", "memloc_ext", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def memloc(start: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [*start, "-m", "memloc_ext", *map(str, arguments)]
+    return subprocess.run(
+        command, env={**os.environ, **paths}, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
-def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
-    runs = []
-    for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        done = memloc(start, "run", *ARGUMENTS, "--output", str(tmp_path / name))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("report: ") == 1
-        assert done.stderr.count("[1/7] train: begins") == 1
-        runs.append(memloc_ext.load_run(tmp_path / name))
-    one, two = runs
+def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    return done
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    finished(memloc([sys.executable], "run", *ARGUMENTS, "--output", folder))
+    return folder
+
+
+def test_two_processes_make_the_run_of_one(one: Path, tmp_path: Path) -> None:
+    done = finished(memloc(TORCHRUN, "run", *ARGUMENTS, "--output", tmp_path / "two"))
+    assert done.stderr.count("[1/7] train: begins") == 1
+    single, several = runs = [memloc_ext.load_run(path) for path in (one, tmp_path / "two")]
     files = [sorted(str(file.relative_to(run.path)) for file in run.path.rglob("*")) for run in runs]
     assert files[0] == files[1]
-    for model, history in one.histories.items():
-        for record, other in zip(history, two.histories[model], strict=True):
+    for model, history in single.histories.items():
+        for record, other in zip(history, several.histories[model], strict=True):
             assert record == pytest.approx(other, rel=1e-4, abs=2 / 200)
-    assert one.accounting is not None
-    assert two.accounting is not None
-    assert one.accounting.column("clean") == pytest.approx(two.accounting.column("clean"), rel=1e-3)
-    assert one.accounting.epoch(1).total_norms == pytest.approx(two.accounting.epoch(1).total_norms, rel=1e-3)
-    assert one.rewinding is not None
-    assert two.rewinding is not None
-    assert one.rewinding.groups.keys() == two.rewinding.groups.keys()
-    again = memloc(TORCHRUN, "run", *ARGUMENTS, "--output", str(tmp_path / "one"))
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("finished before, reused") == 7
+    assert single.accounting is not None
+    assert several.accounting is not None
+    assert single.accounting.column("clean") == pytest.approx(several.accounting.column("clean"), rel=1e-3)
+    norms = [run.accounting.epoch(1).total_norms for run in (single, several) if run.accounting is not None]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert single.rewinding is not None
+    assert several.rewinding is not None
+    assert single.rewinding.groups.keys() == several.rewinding.groups.keys()
 
 
-def test_probes_of_one_model_are_the_same_bits(tmp_path: Path) -> None:
-    train = memloc([sys.executable], "train", *ARGUMENTS[:-2], "--output", str(tmp_path / "one"))
-    assert train.returncode == 0, train.stderr
-    subprocess.run(["cp", "-r", tmp_path / "one", tmp_path / "two"], check=True)
-    for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        only = ["--only", "rewind", "retrain", "localize", "--resume", "--output", str(tmp_path / name)]
-        done = memloc(start, "run", *ARGUMENTS[:-2], *only)
-        assert done.returncode == 0, done.stderr
-    for table in ("rewinding.json", "retraining.json", "localization.json"):
-        assert (tmp_path / "one" / "plain" / table).read_bytes() == (tmp_path / "two" / "plain" / table).read_bytes()
+def test_two_processes_go_on_and_probe_a_model_to_the_same_bits(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(one, folder)
+    for stage, table in PROBES.items():
+        (folder / "stages" / f"{stage}.json").unlink()
+        for file in (folder / "plain").glob(f"{table}*"):
+            file.unlink()
+    done = finished(memloc(TORCHRUN, "run", *ARGUMENTS, "--output", folder))
+    assert done.stderr.count(": begins") == len(PROBES)
+    assert done.stderr.count("finished before, reused") == 7 - len(PROBES)
+    for table in PROBES.values():
+        assert (folder / "plain" / f"{table}.json").read_bytes() == (one / "plain" / f"{table}.json").read_bytes()
 
 
 def test_a_wrong_setting_ends_all_processes(tmp_path: Path) -> None:
-    done = memloc(TORCHRUN, "train", "--noise", "2", "--output", str(tmp_path / "run"))
+    done = memloc(TORCHRUN, "train", "--noise", "2", "--device", "cpu", "--output", tmp_path / "run")
     assert done.returncode != 0
     assert "fraction must be in" in done.stderr
     assert not (tmp_path / "run").exists()
