@@ -1,4 +1,5 @@
 import csv
+import html
 import json
 import os
 import re
@@ -395,7 +396,7 @@ def test_the_whole_study_holds_every_probe(whole) -> None:
 
 
 def test_the_report_of_the_whole_study_has_every_section(whole) -> None:
-    page = (whole.path / "report.html").read_text()
+    page = html.unescape((whole.path / "report.html").read_text())
     titles = re.findall("<h3>(.*)</h3>", page)
     assert titles == [section.title for section in sections(whole)]
     assert [section.name for section in sections(whole)] == [
