@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memloc_ext._version import __version__
 from memloc_ext.files import write_atomically, write_table
@@ -21,6 +21,7 @@ from memloc_ext.study.run_directory import FIGURES, METRICS, REPORT, Run
 from memloc_ext.study.stages import PLACE, STAGES, flat
 
 NUMBERS = "numbers"
+T = TypeVar("T")
 
 
 def write_report(run: Run) -> Path:
@@ -38,7 +39,7 @@ def write_report(run: Run) -> Path:
     parts = _drawn(run)
     table = [(figures.row_name(row), [percent(row[column]) for column in COLUMNS]) for row in run.metrics]
     rows = [(n.what, [n.text(n.value)], n.paper) for n in numbers(run)]
-    _write_table(run.path, [numbers(run)])
+    _write_table(run.path, {number.what: [number] for number in numbers(run)})
     return _write(
         run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"], command=command([run])
     )
@@ -59,15 +60,16 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    every = [numbers(run) for run in runs]
+    every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
     rows = []
-    for values in zip(*every, strict=True):
-        first = values[0]
-        rows.append((first.what, [spread(values), *(first.text(n.value) for n in values)], first.paper))
+    for what, found in every.items():
+        first = next(number for number in found if number is not None)
+        cells = ["-" if number is None else first.text(number.value) for number in found]
+        rows.append((what, [spread(found), *cells], first.paper))
     table = []
-    for lines in zip(*(run.metrics for run in runs), strict=True):
-        cells = [spread([Number("", row[column]) for row in lines]).replace(" %", "") for column in COLUMNS]
-        table.append((figures.row_name(lines[0]), cells))
+    for lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
+        shares = {column: [Number("", row[column]) for row in lines[1] if row is not None] for column in COLUMNS}
+        table.append((lines[0], [spread(values).replace(" %", "") for values in shares.values()]))
     seeds = [run.config["train"]["seed"] for run in runs]
     write_table(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
     _write_table(path, every)
@@ -76,14 +78,21 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads, command=command(runs))
 
 
-def spread(values: Sequence[Number]) -> str:
-    """Return mean and standard deviation (of the sample, n - 1) of a number over runs, for a reader."""
-    present = [number.value for number in values if number.value is not None]
+def spread(values: Sequence[Number | None]) -> str:
+    """Return mean and standard deviation (of the sample, n - 1) of a number over runs that have it, for a reader."""
+    there = [number for number in values if number is not None]
+    present = [number.value for number in there if number.value is not None]
     if not present:
         return "-"
     mean, deviation = statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
-    text = values[0].text
+    text = there[0].text
     return f"{text(mean).removesuffix(' %')} ± {text(deviation)}"
+
+
+def _aligned(tables: Sequence[Mapping[str, T]]) -> dict[str, list[T | None]]:
+    """Return what each of some tables has under every name; None where it has not."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: [table.get(name) for table in tables] for name in names}
 
 
 def command(runs: Sequence[Run]) -> str:
@@ -101,18 +110,19 @@ def command(runs: Sequence[Run]) -> str:
     return " ".join([*words, *([f"--seeds {len(runs)}"] if len(runs) > 1 else [])])
 
 
-def _write_table(path: Path, every: Sequence[Sequence[Number]]) -> None:
+def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> None:
     rows = []
-    for values in zip(*every, strict=True):
-        present = [n.value for n in values if n.value is not None]
+    for what, found in every.items():
+        there = [number for number in found if number is not None]
+        present = [number.value for number in there if number.value is not None]
         rows.append(
             {
-                "what": values[0].what,
+                "what": what,
                 "mean": statistics.fmean(present) if present else None,
                 "deviation": statistics.stdev(present) if len(present) > 1 else None,
                 "runs": len(present),
-                "unit": "share" if values[0].unit == "%" else "",
-                "paper": values[0].paper,
+                "unit": "share" if there[0].unit == "%" else "",
+                "paper": there[0].paper,
             }
         )
     write_table(path, NUMBERS, rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from memloc_ext import models
 from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
@@ -46,10 +47,23 @@ class Study:
         self._trained: dict[Variant, nn.Module] = {}
 
     def check(self, stages: Collection[StageName]) -> None:
-        """Raise what is wrong with the settings of the models of some stages, before anything is written."""
+        """Raise what is wrong with the settings of some stages, before anything is written."""
         for variant, stage in TRAINED.items():
             if stage in stages:
                 build_model(self.config, self.dataset, variant)
+        groups, config = models.layer_groups(build_model(self.config, self.dataset, "plain")), self.config
+        asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
+        for stage in stages:
+            for group in asked.get(stage, ()):
+                if group not in groups:
+                    raise ValueError(f"{stage}_groups must be among {', '.join(groups)}, got {group!r}")
+        if "rewind" in stages and any(epoch > config.train.epochs for epoch in config.rewind.rewind_epochs):
+            latest = max(config.rewind.rewind_epochs)
+            raise ValueError(
+                f"rewind_epochs must be at most {config.train.epochs}, the epochs of training, got {latest}"
+            )
+        if "retrain" in stages and bool(self.dataset.train.memorized.all()):
+            raise ValueError("retrain needs a clean training example, and all are memorized: give --skip retrain")
 
     def train(self, variant: Variant, accounted: bool = False) -> None:
         """Train a model and evaluate it in every mode."""

@@ -17,7 +17,7 @@ import torch
 import memloc_ext
 from memloc_ext.cli import main
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
-from memloc_ext.report import text_table, write_report
+from memloc_ext.report import text_table, write_report, write_seeds_report
 from memloc_ext.report.accounting_answers import answers, cost
 from memloc_ext.report.accuracy_answers import dropout_answers, plain_answers
 from memloc_ext.report.localization_answers import notes
@@ -359,6 +359,24 @@ def test_seeds_have_a_folder_each_and_one_report(tmp_path: Path, capsys: pytest.
         assert [row["seed"] for row in csv.DictReader(file)] == ["3"] * 4 + ["4"] * 4
 
 
+def test_seeds_may_differ_in_what_they_found(whole, finished, tmp_path: Path) -> None:
+    page = write_seeds_report(tmp_path / "both", [whole, finished]).read_text()
+    rows = {row["what"]: row["runs"] for row in json.loads((tmp_path / "both" / "numbers.json").read_text())}
+    assert rows["plain training: test accuracy"] == 2
+    assert rows["cosine of clean and memorized gradient, mean over the epochs"] == 1
+    assert re.search(r"mean over the epochs</td><td>\S+ ± 0</td><td>\S+</td><td>-</td>", page)
+
+
+def test_a_study_without_memorized_examples_ends_in_a_report(tmp_path: Path) -> None:
+    arguments = ["--noise", "0", "--examples", "200", "--seeds", "2", "--output", str(tmp_path)]
+    main(["run", *QUICK, *FEW, *SHORT, *arguments])
+    page = (tmp_path / "report.html").read_text()
+    assert len(re.findall("<h3>", page)) == 2 * 6
+    assert "nan" not in page.split("base64")[0]
+    run = memloc_ext.load_run(tmp_path / "seed1")
+    assert list(run.localizations["plain"].kinds) == ["clean"]
+
+
 def test_the_report_says_how_to_make_it_again(finished) -> None:
     (line,) = re.findall("<pre>(.*)</pre>", (finished.path / "report.html").read_text())
     settings = "--model lenet --batch-size 256 --epochs 1 --learning-rate 0.05"
@@ -455,6 +473,10 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--device", "cuda:99"], "device must be"),
         (["--examples", "2000"], "examples must be at most 1437"),
         (["--test-examples", "2000"], "test_examples must be at most 360"),
+        (["--rewind-epochs", "0", "99"], "rewind_epochs must be at most 20, the epochs of training, got 99"),
+        (["--rewind-groups", "conv9"], "rewind_groups must be among conv1, conv2"),
+        (["--retrain-groups", "conv9"], "retrain_groups must be among conv1, conv2"),
+        (["--noise", "1"], "retrain needs a clean training example"),
         (["--width", "inf"], "width must be positive and finite"),
         (["--memorized", "nothing.npy"], "nothing.npy"),
     ],
