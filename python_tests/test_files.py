@@ -1,5 +1,6 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,3 +107,16 @@ def test_a_corrupt_file_is_named(tmp_path, content):
 def test_a_missing_file_is_not_corrupt(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "a.json")
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "table.json", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/table\.json'"):
+        write_atomically(tmp_path / "table.json", b"new")
+    assert (tmp_path / "table.json").read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
