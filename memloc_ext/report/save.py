@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 from memloc_ext.files import write_atomically
@@ -38,3 +40,16 @@ def save_figures(
         paths.append(folder / f"{picture.name}.{file_format}")
         write_atomically(paths[-1], encoded(picture.figure, file_format))
     return paths
+
+
+def draw(section: str) -> None:
+    """Draw the figures of a section, of the run that the command line of ``scripts/figure_<section>.py`` names."""
+    parser = argparse.ArgumentParser(description=f"Draw the figures of {section} of a run.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
+    parser.add_argument("--format", default="png", help="png, pdf or svg")
+    options = parser.parse_args()
+    try:
+        print(*save_figures(options.run, section, options.output, options.format), sep="\n")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
