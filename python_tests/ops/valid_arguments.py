@@ -1,0 +1,41 @@
+"""Small arguments that each operator takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+VALID: dict[str, Callable[[], list[Any]]] = {
+    "example_tied_dropout": lambda: [torch.randn(3, 5, 2, 2), ids(4, 0, 2), 2, 0.3, 0, 0, 1],
+    "linear_grad_sqnorm": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
+    "conv2d_grad_sqnorm": lambda: [
+        torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2
+    ],
+    "linear_grad_sqnorm_groups": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2), ids(1, 0, 1), 2],
+    "conv2d_grad_sqnorm_groups": lambda: [
+        torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), ids(1, 0), 2, [3, 3], [2, 2], [1, 1], [1, 1], 2
+    ],
+    "channel_saliency": lambda: [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), 1],
+    "linear_ablation_loss": lambda: [
+        torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), ids(0, 4, 2), torch.randn(4)
+    ],
+    "normalization_grads": lambda: [
+        torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 1), torch.rand(3, 2, 1)
+    ],
+    "conv2d_ablation": lambda: [
+        torch.randn(2, 3, 4, 4), torch.randn(5, 2, 4, 4), torch.randn(3, 6, 3, 3), ids(0, 5, 1, 2, 3),
+        [1, 1], [1, 1], [1, 1], torch.randn(3), torch.randn(3), torch.randn(5, 2, 3, 4, 4), True, None,
+    ],
+    "linear_ablation": lambda: [
+        torch.randn(2, 3), torch.randn(5, 2), torch.randn(3, 6), ids(0, 5, 1, 2, 3),
+        torch.randn(3), torch.randn(3), torch.randn(5, 2, 3), True, None,
+    ],
+    "ablate_channels": lambda: [torch.randn(2, 4, 3), ids(0, 1, 3), ids(2, 0, 3), torch.randn(4), 1],
+    "ablate_channels_": lambda: [torch.randn(2, 4, 3), ids(0, 1, 3), ids(2, 0, 3), torch.randn(4), 1],
+}  # fmt: skip
