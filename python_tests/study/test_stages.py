@@ -164,5 +164,8 @@ def test_a_killed_run_goes_on(finished: Run, tmp_path: Path) -> None:
     run = run_study(CONFIG, tmp_path, stages=STAGED)
     for model in ("plain", "example_tied"):
         assert run.histories[model] == finished.histories[model]
-    assert run.localizations["plain"].examples == finished.localizations["plain"].examples
+    ours, theirs = run.localizations["plain"].examples, finished.localizations["plain"].examples
+    assert [replace(row, loss=0) for row in ours] == [replace(row, loss=0) for row in theirs]
+    # to rounding: a process in which somebody set the number of threads divides matrix products in another way
+    assert [row.loss for row in ours] == pytest.approx([row.loss for row in theirs], rel=1e-5)
     assert json.loads((tmp_path / "config.json").read_text()) == finished.config
