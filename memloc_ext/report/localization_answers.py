@@ -18,7 +18,9 @@ def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
     lines = []
     for model, localization in localizations.items():
         parts = [
-            f"{_mean(result)} units flip a {KIND_NAMES[kind]} example (median {_median(result)})"
+            f"no {KIND_NAMES[kind]} example is fitted, {statuses(result)}"
+            if result.median is None
+            else f"{_mean(result)} units flip a {KIND_NAMES[kind]} example (median {result.median:g})"
             for kind, result in localization.kinds.items()
         ]
         lines.append(f"Localization, {NAMES[model]}: {', '.join(parts)}; {_times(localization)}.")
@@ -57,7 +59,9 @@ def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
 
 def _counts(localization: DatasetLocalization) -> str:
     parts = [
-        f"{_mean(result)} on average for {KIND_NAMES[kind]} examples (median {_median(result)}; {statuses(result)})"
+        f"{_mean(result)} for {KIND_NAMES[kind]} examples ({statuses(result)})"
+        if result.median is None
+        else f"{_mean(result)} on average for {KIND_NAMES[kind]} examples (median {result.median:g}; {statuses(result)})"
         for kind, result in localization.kinds.items()
     ]
     return (
@@ -163,8 +167,4 @@ def _times(localization: DatasetLocalization) -> str:
 
 
 def _mean(result: KindLocalization) -> str:
-    return "no number of" if result.mean is None else f"{result.mean:.2f}"
-
-
-def _median(result: KindLocalization) -> str:
-    return "-" if result.median is None else f"{result.median:g}"
+    return "unknown" if result.mean is None else f"{result.mean:.2f}"

@@ -39,9 +39,9 @@ def test_example_tied_dropout_answers_whether_the_units_are_memorization_channel
 def test_a_search_that_found_nothing_has_no_numbers() -> None:
     localization = make_localization(**NOTHING)
     (line,) = summary({"plain": localization})
-    assert "no number of units flip a memorized example (median -)" in line
+    assert "no memorized example is fitted, 0 of 3 flipped, 3 wrong already, no clean" in line
     (counts,) = answers({"plain": localization})
-    assert "0 of 3 flipped, 3 wrong already" in counts
+    assert "is unknown for memorized examples (0 of 3 flipped, 3 wrong already) and unknown for clean" in counts
     assert answers({"example_tied": localization}) == []
 
 
