@@ -61,7 +61,8 @@ def _counts(localization: DatasetLocalization) -> str:
     parts = [
         f"{_mean(result)} for {KIND_NAMES[kind]} examples ({statuses(result)})"
         if result.median is None
-        else f"{_mean(result)} on average for {KIND_NAMES[kind]} examples (median {result.median:g}; {statuses(result)})"
+        else f"{_mean(result)} on average for {KIND_NAMES[kind]} examples "
+        f"(median {result.median:g}; {statuses(result)})"
         for kind, result in localization.kinds.items()
     ]
     return (
