@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         who = f"memloc: process {distributed.get_rank()} of {distributed.get_world_size()}"
         print(f"{who}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise
+    gc.collect()  # wrapped models that are garbage in a cycle hold the group, whose threads must end before the process
     distributed.destroy_process_group()
 
 
