@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from memloc_ext.analysis import Accuracy
 
 NAMES: dict[str, str] = {
     "plain": "plain training",
@@ -29,6 +32,9 @@ COLUMNS = {
     "test": "test examples",
 }
 COLORS = {"clean": "#4c78a8", "noisy": "#e45756", "noisy_true": "#f2a541", "test": "#54a24b"}
+
+_ACROSS = 3
+"""Panels in a row of `accuracy_panels`."""
 
 
 def percent(value: float | None) -> str:
@@ -57,6 +63,31 @@ def epoch_axis(axes: Axes) -> None:
     axes.set_xlabel("epoch")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def share_percent(accuracy: Accuracy, column: str) -> float:
+    """Return a share of an accuracy in percent, NaN where there is none."""
+    share = getattr(accuracy, column)
+    return float("nan") if share is None else 100 * share
+
+
+def accuracy_panels(groups: Sequence[str], xlabel: str) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with a panel per layer group, for accuracy in percent over epochs, in order of the groups."""
+    down = math.ceil(len(groups) / _ACROSS)
+    figure = new_figure(9, 1.7 * down + 0.9)
+    panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
+    for axes, group in zip(panels.flat, groups, strict=False):
+        axes.set_title(group, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_axis_off()
+    panels[0, 0].set_ylim(-3, 103)
+    panels[0, 0].locator_params(axis="x", integer=True)
+    for axes in panels.flat[max(len(groups) - _ACROSS, 0) : len(groups)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    return figure, dict(zip(groups, panels.flat, strict=False))
 
 
 def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:

@@ -38,11 +38,10 @@ def write_report(run: Run) -> Path:
     """
     parts = _drawn(run)
     table = [(figures.row_name(row), [percent(row[column]) for column in COLUMNS]) for row in run.metrics]
-    rows = [(n.what, [n.text(n.value)], n.paper) for n in numbers(run)]
-    _write_table(run.path, {number.what: [number] for number in numbers(run)})
-    return _write(
-        run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"], command=command([run])
-    )
+    found = numbers(run)
+    rows = [(number.what, [number.text(number.value)], number.paper) for number in found]
+    _write_table(run.path, {number.what: [number] for number in found})
+    return _write(run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"])
 
 
 def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
@@ -63,7 +62,7 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
     rows = []
     for what, found in every.items():
-        first = next(number for number in found if number is not None)
+        first = _first(found)
         cells = ["-" if number is None else first.text(number.value) for number in found]
         rows.append((what, [spread(found), *cells], first.paper))
     table = []
@@ -75,18 +74,27 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     _write_table(path, every)
     parts = [(f"Seed {seed}", _drawn(run)) for seed, run in zip(seeds, runs, strict=True)]
     heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)]
-    return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads, command=command(runs))
+    return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads)
 
 
 def spread(values: Sequence[Number | None]) -> str:
     """Return mean and standard deviation (of the sample, n - 1) of a number over runs that have it, for a reader."""
-    there = [number for number in values if number is not None]
-    present = [number.value for number in there if number.value is not None]
-    if not present:
+    mean, deviation, _ = _moments(values)
+    if mean is None:
         return "-"
-    mean, deviation = statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
-    text = there[0].text
-    return f"{text(mean).removesuffix(' %')} ± {text(deviation)}"
+    text = _first(values).text
+    return f"{text(mean).removesuffix(' %')} ± {text(deviation or 0.0)}"
+
+
+def _moments(values: Sequence[Number | None]) -> tuple[float | None, float | None, int]:
+    """Return mean, standard deviation and count of the runs that have a number; None where there are too few."""
+    present = [number.value for number in values if number is not None and number.value is not None]
+    mean = statistics.fmean(present) if present else None
+    return mean, statistics.stdev(present) if len(present) > 1 else None, len(present)
+
+
+def _first(values: Sequence[Number | None]) -> Number:
+    return next(number for number in values if number is not None)
 
 
 def _aligned(tables: Sequence[Mapping[str, T]]) -> dict[str, list[T | None]]:
@@ -113,16 +121,15 @@ def command(runs: Sequence[Run]) -> str:
 def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> None:
     rows = []
     for what, found in every.items():
-        there = [number for number in found if number is not None]
-        present = [number.value for number in there if number.value is not None]
+        first, (mean, deviation, count) = _first(found), _moments(found)
         rows.append(
             {
                 "what": what,
-                "mean": statistics.fmean(present) if present else None,
-                "deviation": statistics.stdev(present) if len(present) > 1 else None,
-                "runs": len(present),
-                "unit": "share" if there[0].unit == "%" else "",
-                "paper": there[0].paper,
+                "mean": mean,
+                "deviation": deviation,
+                "runs": count,
+                "unit": "share" if first.unit == "%" else "",
+                "paper": first.paper,
             }
         )
     write_table(path, NUMBERS, rows)
@@ -155,6 +162,7 @@ def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
         columns=COLUMNS,
         settings=flat(config),
         seconds=_total_seconds(runs),
+        command=command(runs),
         **values,
     )
     write_atomically(path / REPORT, page.encode())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memloc_ext.analysis import Accuracy, Retraining
-from memloc_ext.report.figures import COLORS, new_figure, percent
+from memloc_ext.analysis import Retraining
+from memloc_ext.report.figures import COLORS, accuracy_panels, new_figure, percent, share_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +19,6 @@ _LINES = {
     "test": "test examples",
 }
 _BARS = {"noisy": "memorized examples, given label", "clean": "clean training examples"}
-_ACROSS = 3
 
 
 def all_figures(retraining: Retraining) -> dict[str, Figure]:
@@ -30,27 +28,16 @@ def all_figures(retraining: Retraining) -> dict[str, Figure]:
 
 def accuracy_per_group(retraining: Retraining) -> Figure:
     """Draw accuracy in percent over the epochs in which a layer group is trained anew, a panel per group."""
-    down = math.ceil(len(retraining.groups) / _ACROSS)
-    figure = new_figure(9, 1.7 * down + 0.9)
-    panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
-    for axes, (group, result) in zip(panels.flat, retraining.groups.items(), strict=False):
+    figure, panels = accuracy_panels(list(retraining.groups), "epochs of training the layer group on clean examples")
+    for group, result in retraining.groups.items():
+        axes = panels[group]
         epochs = [record.epoch for record in result.epochs]
         for column, label in _LINES.items():
-            values = [_percent(record.accuracy, column) for record in result.epochs]
+            values = [share_percent(record.accuracy, column) for record in result.epochs]
             axes.plot(epochs, values, color=COLORS[column], label=label, marker=".", markersize=4)
-        whole = _percent(retraining.unchanged, "noisy")
+        whole = share_percent(retraining.unchanged, "noisy")
         axes.axhline(whole, color=COLORS["noisy"], linewidth=0.8, alpha=0.35, label="memorized, before rewinding")
-        axes.set_title(group, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels.flat[len(retraining.groups) :]:
-        axes.set_axis_off()
-    first = panels[0, 0]
-    first.set_ylim(-3, 103)
-    first.locator_params(axis="x", integer=True)
-    for axes in panels.flat[max(len(retraining.groups) - _ACROSS, 0) : len(retraining.groups)]:
-        axes.tick_params(labelbottom=True)
-    figure.supxlabel("epochs of training the layer group on clean examples", fontsize=10)
-    figure.supylabel("accuracy (%)", fontsize=10)
+    first = next(iter(panels.values()))
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
@@ -65,8 +52,8 @@ def regained(retraining: Retraining) -> Figure:
     for number, (column, label) in enumerate(_BARS.items()):
         places = np.arange(len(groups)) + (number - 0.5) * height
         results = retraining.groups.values()
-        before = [_percent(result.epochs[0].accuracy, column) for result in results]
-        after = [_percent(result.epochs[-1].accuracy, column) for result in results]
+        before = [share_percent(result.epochs[0].accuracy, column) for result in results]
+        after = [share_percent(result.epochs[-1].accuracy, column) for result in results]
         bars = axes.barh(
             places, np.nan_to_num(after), height * 0.9, color=COLORS[column], label=f"{label}, after training"
         )
@@ -74,7 +61,7 @@ def regained(retraining: Retraining) -> Figure:
         axes.bar_label(bars, texts, padding=3, fontsize=8, color="#444", backgroundcolor="white", zorder=1)
         rewound = "back at its initial weights" if number == 0 else None
         axes.plot(before, places, color="black", marker="|", markersize=9, linestyle="none", label=rewound)
-        whole = _percent(retraining.unchanged, column)
+        whole = share_percent(retraining.unchanged, column)
         axes.axvline(whole, color=COLORS[column], linestyle=":", linewidth=1)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
@@ -84,8 +71,3 @@ def regained(retraining: Retraining) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
-
-
-def _percent(accuracy: Accuracy, column: str) -> float:
-    share = getattr(accuracy, column)
-    return float("nan") if share is None else 100 * share

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memloc_ext.analysis import Accuracy, GroupRewinding, Rewinding
-from memloc_ext.report.figures import COLORS, new_figure, percent
+from memloc_ext.analysis import GroupRewinding, Rewinding
+from memloc_ext.report.figures import COLORS, accuracy_panels, new_figure, percent, share_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LINES = {"clean": "clean training examples", "noisy": "memorized examples, given label", "test": "test examples"}
-_ACROSS = 3
 
 
 def all_figures(rewinding: Rewinding) -> dict[str, Figure]:
@@ -31,24 +29,13 @@ def accuracy_per_group(rewinding: Rewinding) -> Figure:
 
     Solid: the group's batch-norm statistics are put back too; dotted: they stay. Faint: the model as it is.
     """
-    down = math.ceil(len(rewinding.groups) / _ACROSS)
-    figure = new_figure(9, 1.7 * down + 0.9)
-    panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
-    for axes, (group, result) in zip(panels.flat, rewinding.groups.items(), strict=False):
+    figure, panels = accuracy_panels(list(rewinding.groups), "epoch that the layer group is put back to")
+    for group, result in rewinding.groups.items():
+        axes = panels[group]
         for column, label in _LINES.items():
-            axes.axhline(_percent(rewinding.unchanged, column), color=COLORS[column], linewidth=0.8, alpha=0.35)
+            axes.axhline(share_percent(rewinding.unchanged, column), color=COLORS[column], linewidth=0.8, alpha=0.35)
             _line(axes, result, column, label)
-        axes.set_title(group, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels.flat[len(rewinding.groups) :]:
-        axes.set_axis_off()
-    first = panels[0, 0]
-    first.set_ylim(-3, 103)
-    first.locator_params(axis="x", integer=True)
-    for axes in panels.flat[max(len(rewinding.groups) - _ACROSS, 0) : len(rewinding.groups)]:
-        axes.tick_params(labelbottom=True)
-    figure.supxlabel("epoch that the layer group is put back to", fontsize=10)
-    figure.supylabel("accuracy (%)", fontsize=10)
+    first = next(iter(panels.values()))
     handles, labels = first.get_legend_handles_labels()
     (dotted,) = first.plot([], [], ":", color="#444")
     (faint,) = first.plot([], [], color="#444", linewidth=0.8, alpha=0.35)
@@ -65,7 +52,10 @@ def memorized_accuracy(rewinding: Rewinding) -> Figure:
     figure = new_figure(9, 0.34 * len(groups) + 1.3)
     axes = figure.add_subplot()
     table = np.array(
-        [[_percent(found.with_buffers, "noisy") for found in result.epochs] for result in rewinding.groups.values()]
+        [
+            [share_percent(found.with_buffers, "noisy") for found in result.epochs]
+            for result in rewinding.groups.values()
+        ]
     )
     picture = axes.imshow(table, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(table):
@@ -83,13 +73,8 @@ def memorized_accuracy(rewinding: Rewinding) -> Figure:
 
 def _line(axes: Axes, result: GroupRewinding, column: str, label: str) -> None:
     epochs = [found.epoch for found in result.epochs]
-    full = [_percent(found.with_buffers, column) for found in result.epochs]
+    full = [share_percent(found.with_buffers, column) for found in result.epochs]
     axes.plot(epochs, full, color=COLORS[column], label=label, marker=".", markersize=4)
     if result.has_buffers:
-        bare = [_percent(found.without_buffers, column) for found in result.epochs]
+        bare = [share_percent(found.without_buffers, column) for found in result.epochs]
         axes.plot(epochs, bare, ":", color=COLORS[column])
-
-
-def _percent(accuracy: Accuracy, column: str) -> float:
-    share = getattr(accuracy, column)
-    return float("nan") if share is None else 100 * share
