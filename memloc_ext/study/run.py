@@ -98,9 +98,8 @@ def run_study(
 
 def _plan(path: Path, config: dict[str, Any], wanted: Collection[StageName]) -> list[tuple[StageName, str]]:
     """Return what is to be done with each stage that is wanted; move away what is in its place."""
-    records: dict[StageName, Record | None] = {
-        name: read_record(path, name) for name in wanted
-    }  # before any of them is moved away
+    # all of them before any is moved away
+    records: dict[StageName, Record | None] = {name: read_record(path, name) for name in wanted}
     todo = dict[StageName, str]()
     for name, record in records.items():
         stage = STAGES[name]

@@ -44,17 +44,19 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path, dataset: Dataset, progress: bool, tensorboard: bool) -> None:
         self.config, self.path, self.dataset = config, path, dataset
         self.progress, self.tensorboard = progress, tensorboard
+        self._built: dict[Variant, nn.Module] = {}
         self._trained: dict[Variant, nn.Module] = {}
 
     def check(self, stages: Collection[StageName]) -> None:
         """Raise what is wrong with the settings of some stages, before anything is written."""
         for variant, stage in TRAINED.items():
             if stage in stages:
-                build_model(self.config, self.dataset, variant)
-        groups, config = models.layer_groups(build_model(self.config, self.dataset, "plain")), self.config
+                self._built[variant] = build_model(self.config, self.dataset, variant)
+        config = self.config
         asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
-        for stage in stages:
-            for group in asked.get(stage, ()):
+        for stage, names in asked.items():
+            groups = models.layer_groups(self._built["plain"]) if stage in stages else names
+            for group in names:
                 if group not in groups:
                     raise ValueError(f"{stage}_groups must be among {', '.join(groups)}, got {group!r}")
         if "rewind" in stages and any(epoch > config.train.epochs for epoch in config.rewind.rewind_epochs):
@@ -68,7 +70,7 @@ class Study:
     def train(self, variant: Variant, accounted: bool = False) -> None:
         """Train a model and evaluate it in every mode."""
         folder, dataset, settings = self.path / variant, self.dataset, self.config.train
-        model = build_model(self.config, dataset, variant)
+        model = self._model(variant)
         history = train(
             model,
             dataset.train,
@@ -95,7 +97,7 @@ class Study:
             ValueError: If it is damaged, or of another model.
         """
         if variant not in self._trained:
-            model, epochs = build_model(self.config, self.dataset, variant), self.config.train.epochs
+            model, epochs = self._model(variant), self.config.train.epochs
             found = list_checkpoints(self.checkpoints(variant))
             if epochs not in found:
                 raise FileNotFoundError(
@@ -105,6 +107,12 @@ class Study:
             model.load_state_dict(load_checkpoint(found[epochs], self.dataset.train.device).model)
             self._trained[variant] = model
         return self._trained[variant]
+
+    def _model(self, variant: Variant) -> nn.Module:
+        """Return a model with its initial weights, the one that `check` built if it did."""
+        if variant not in self._built:
+            return build_model(self.config, self.dataset, variant)
+        return self._built.pop(variant)
 
     def checkpoints(self, variant: Variant) -> Path:
         """Return the folder of a model's checkpoints."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from memloc_ext import distributed
 from memloc_ext.data.split import Split
 from memloc_ext.nn.example_ids import example_ids
-from memloc_ext.nn.training_flags import kept_state
+from memloc_ext.nn.training_flags import generator_states, kept_state
 from memloc_ext.training.config import TrainConfig
 
 _TOLERANCE = 0.1
@@ -77,14 +77,9 @@ def _gradients(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with kept_state(model), torch.enable_grad(), example_ids(ids):
         model.train()
-        drawn = _generators(split.device)
+        drawn = generator_states(split.device)
         with torch.autocast(split.device.type, getattr(torch, precision), enabled=precision != "float32"):
             loss = F.cross_entropy(forward(inputs).float(), labels, reduction="sum")
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        draws = any(not torch.equal(*pair) for pair in zip(_generators(split.device), drawn, strict=True))
+        draws = any(not torch.equal(*pair) for pair in zip(generator_states(split.device), drawn, strict=True))
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], draws
-
-
-def _generators(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -14,6 +14,7 @@ from memloc_ext.nn.ablation.recorder import Readers, Recorder, as_list, evaluati
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+from memloc_ext.nn.training_flags import generator_states
 
 aten = torch.ops.aten
 
@@ -98,7 +99,7 @@ def record_batch(model: nn.Module, given: Sequence[Tensor], tensors: Sequence[Te
             stack.enter_context(example_ids(given[1]))
         stack.enter_context(without_fast_path())
         recorder.recording.inputs = [recorder.put(t) for t in (*given, *tensors)]
-        drawn = _generators(device)
+        drawn = generator_states(device)
         with _DataReaders(recorder), recorder:
             output = model(given[0])
             if recorder.value(output) is not None:
@@ -106,12 +107,7 @@ def record_batch(model: nn.Module, given: Sequence[Tensor], tensors: Sequence[Te
         value = recorder.value(output)
         if value is None:
             raise UnsupportedError("the model must return one tensor that depends on its input")
-        if any(not torch.equal(now, before) for now, before in zip(_generators(device), drawn, strict=True)):
+        if any(not torch.equal(now, before) for now, before in zip(generator_states(device), drawn, strict=True)):
             raise UnsupportedError("the model draws random numbers in evaluation mode")
         recorder.recording.output = value
     return recorder.recording
-
-
-def _generators(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
