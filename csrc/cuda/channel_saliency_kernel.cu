@@ -2,10 +2,9 @@
 // plane of positions lies:
 //   planes    positions beside each other (NCHW): a team of 1 to 32 lanes per plane, or a block per large one
 //   channels  channels beside each other (NHWC, tokens): a block takes some channels of one example, its columns 16
-//   bytes
-//             of them each, its rows every so many positions
+//             bytes of them each, its rows every so many positions
 //   strided   anything else: a warp per plane
-// A thread adds up in the type of computation, threads are added up in double, always in the same order.
+// A thread adds up kRun products in the type of computation, and those sums in double, always in the same order.
 #include "cuda/channel_saliency_kernel.h"
 #include "cuda/grad_sqnorm_reduce.h"
 
@@ -13,9 +12,10 @@ namespace memloc {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 4;              // to a multiprocessor, at least: leaves a thread 64 registers
+constexpr int kBlocks = 4;              // to a multiprocessor, at least: leaves a thread 64 registers, one less 80
 constexpr int64_t kBlockVectors = 512;  // of 16 bytes: planes of so many or more are a block's
 constexpr int kFewestColumns = 8, kMostColumns = 32;
+constexpr int kRun = 32;
 
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Piece {
@@ -30,24 +30,30 @@ template <typename T>
 __device__ __forceinline__ double dot(const T* a, const T* g, int64_t n, int thread, int threads) {
   constexpr int kLanes = kVector<T>;
   using Vector = Piece<T, kLanes>;
-  Compute<T> sum[kLanes] = {};
+  double total = 0;
   const auto address_a = reinterpret_cast<uintptr_t>(a), address_g = reinterpret_cast<uintptr_t>(g);
   int64_t head = min(n, static_cast<int64_t>((16 - address_a % 16) % 16 / sizeof(T)));
   if ((address_a - address_g) % 16 != 0) head = n;
   const int64_t vectors = (n - head) / kLanes;
-  for (int64_t i = thread; i < head; i += threads) sum[0] += compute(a[i]) * compute(g[i]);
+  const auto add_scalars = [&](int64_t first, int64_t end) {
+    for (int64_t i = first + thread; i < end; i += threads) total += compute(a[i]) * compute(g[i]);
+  };
+  add_scalars(0, head);
   const Vector* const from_a = reinterpret_cast<const Vector*>(a + head);
   const Vector* const from_g = reinterpret_cast<const Vector*>(g + head);
+  for (int64_t run = thread; run < vectors; run += int64_t{kRun} * threads) {
+    const int64_t end = min(run + int64_t{kRun} * threads, vectors);
+    Compute<T> sum[kLanes] = {};
 #pragma unroll 2
-  for (int64_t i = thread; i < vectors; i += threads) {
-    const Vector x = from_a[i], y = from_g[i];
+    for (int64_t i = run; i < end; i += threads) {
+      const Vector x = from_a[i], y = from_g[i];
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+      for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) total += sum[j];
   }
-  for (int64_t i = head + vectors * kLanes + thread; i < n; i += threads) sum[0] += compute(a[i]) * compute(g[i]);
-  double total = 0;
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j) total += sum[j];
+  add_scalars(head + vectors * kLanes, n);
   return total;
 }
 
@@ -79,39 +85,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // kLanes channels to a column of the block: 16 bytes of them where the layout allows, else one.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks - 1)
     channels_kernel(const T* __restrict__ a, const T* __restrict__ g, const SaliencyLayout layout, int64_t lines,
                     Compute<T>* __restrict__ out) {
   using Vector = Piece<T, kLanes>;
-  __shared__ double parts[kThreads][kLanes];
+  __shared__ double parts[kLanes][kThreads];
   const SaliencyLoop inner = layout.inner();
   const int64_t channels = layout.channel.size, pieces = channels / kLanes;
   const int64_t tiles = (pieces + blockDim.x - 1) / blockDim.x;
   const int self = threadIdx.y * blockDim.x + threadIdx.x;
   for (int64_t item = blockIdx.x; item < layout.batch.size * tiles; item += gridDim.x) {
     const int64_t b = item / tiles, piece = item % tiles * blockDim.x + threadIdx.x;
-    Compute<T> sum[kLanes] = {};
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) parts[j][self] = 0;
     for (int64_t line = 0; piece < pieces && line < lines; ++line) {
       int64_t at_a, at_g;
       layout.start_of(line, &at_a, &at_g);
       const T* const from_a = a + b * layout.batch.a + piece * kLanes + at_a;
       const T* const from_g = g + b * layout.batch.g + piece * kLanes + at_g;
+      for (int64_t position = threadIdx.y; position < inner.size;) {
+        Compute<T> sum[kLanes] = {};
 #pragma unroll 2
-      for (int64_t position = threadIdx.y; position < inner.size; position += blockDim.y) {
-        const Vector x = *reinterpret_cast<const Vector*>(from_a + position * inner.a);
-        const Vector y = *reinterpret_cast<const Vector*>(from_g + position * inner.g);
+        for (int i = 0; i < kRun && position < inner.size; ++i, position += blockDim.y) {
+          const Vector x = *reinterpret_cast<const Vector*>(from_a + position * inner.a);
+          const Vector y = *reinterpret_cast<const Vector*>(from_g + position * inner.g);
 #pragma unroll
-        for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+          for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) parts[j][self] += sum[j];
       }
     }
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) parts[self][j] = sum[j];
     __syncthreads();
     if (threadIdx.y == 0 && piece < pieces) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         double total = 0;
-        for (int row = 0; row < blockDim.y; ++row) total += parts[row * blockDim.x + threadIdx.x][j];
+        for (int row = 0; row < blockDim.y; ++row) total += parts[j][row * blockDim.x + threadIdx.x];
         out[b * channels + piece * kLanes + j] = static_cast<Compute<T>>(total);
       }
     }
