@@ -1,10 +1,14 @@
-"""What operators that are given numbers of channels check of them before they run."""
+"""What is checked of the values of an operator's arguments on a CUDA device, before it runs there without a wait."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -15,7 +19,11 @@ def readable(tensor: object) -> bool:
     """
     if not isinstance(tensor, Tensor) or not tensor.is_cuda or torch.compiler.is_compiling():
         return False
-    return not (isinstance(tensor, FakeTensor) or is_batchedtensor(tensor) or torch.cuda.is_current_stream_capturing())
+    while is_functorch_wrapped_tensor(tensor):  # grad inside vmap wraps what vmap has wrapped
+        if is_batchedtensor(tensor):
+            return False
+        tensor = get_unwrapped(tensor)
+    return not (isinstance(tensor, FakeTensor) or torch.cuda.is_current_stream_capturing())
 
 
 def check_channels(name: str, channels: object, count: int, argument: str = "channels") -> None:

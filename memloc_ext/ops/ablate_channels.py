@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ops import _errors
-from memloc_ext.ops._channels import check_channels, readable
+from memloc_ext.ops._values import check_channels, readable
 
 _op = torch.ops.memloc_ext.ablate_channels.default
 _op_ = torch.ops.memloc_ext.ablate_channels_.default

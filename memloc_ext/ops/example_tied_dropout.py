@@ -6,12 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from memloc_ext.ops import _errors
+from memloc_ext.ops._values import readable
 
 _op = torch.ops.memloc_ext.example_tied_dropout.default
 
@@ -66,16 +65,8 @@ def call(*arguments: Any) -> Tensor:
 
 
 def check_example_ids(example_ids: Tensor) -> None:
-    """Raise ValueError if an id on a CUDA device is negative; the operator itself checks ids on the CPU.
-
-    Reading them waits for the device, so nothing is checked where that is not possible: while a graph is captured or
-    compiled, inside ``vmap``, and on fake tensors.
-    """
-    if not example_ids.is_cuda or example_ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if isinstance(example_ids, FakeTensor):
-        return
-    if torch.cuda.is_current_stream_capturing() or is_batchedtensor(example_ids):
+    """Raise ValueError if an id on a CUDA device is negative; the operator itself checks ids on the CPU."""
+    if not readable(example_ids) or example_ids.numel() == 0:
         return
     smallest = int(example_ids.min())
     if smallest < 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ops import _errors
-from memloc_ext.ops._channels import check_channels
+from memloc_ext.ops._values import check_channels
 from memloc_ext.ops.grad_sqnorm import detached
 
 _op = torch.ops.memloc_ext.linear_ablation.default

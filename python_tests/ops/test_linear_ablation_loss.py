@@ -241,6 +241,11 @@ def test_cuda_gives_nan_for_a_target_out_of_range() -> None:
     assert loss[:, [1, 2]].isnan().all()
     assert torch.equal(loss[:, [0, 3]], expected[:, [0, 3]])
     assert torch.equal(predicted, classes)
+
+
+@pytest.mark.cuda
+def test_cuda_refuses_targets_elsewhere() -> None:
+    features, weight, bias, targets, baseline = moved(example(4, 6, 3), "cuda")
     with pytest.raises(ValueError, match="targets must be on the device of features"):
         linear_ablation_loss(features, weight, bias, targets.cpu(), baseline)
 
