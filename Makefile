@@ -6,9 +6,12 @@ ACTIVATE := $(if $(VENV),PATH="$(abspath $(VENV))/bin:$$PATH",)
 PYTHON := $(ACTIVATE) python3
 # a build with other switches is another build
 SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC_HOST)|$(CUDA_HOME)
+# the runtimes of the sanitizers, loaded before Python, which is built without
+SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 READY := build/.ready$(if $(VENV),,-current)
 
-.PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-test build clean FORCE
+.PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
@@ -31,14 +34,13 @@ docs: $(if $(VENV),$(VENV)/.installed,)  ## the site, in build/docs; fails on a 
 
 sanitize: $(READY)  ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the CPU kernels
 	MEMLOC_SANITIZE=1 MEMLOC_CUDA=0 MEMLOC_HOST=0 $(PYTHON) setup.py --quiet build --build-base build/sanitize
-	cd build/sanitize && PYTHONPATH="$$(echo "$$PWD"/lib*)" LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd build/sanitize && PYTHONPATH="$$(echo "$$PWD"/lib*)" LD_PRELOAD="$(SANITIZERS)" $(SANITIZER_OPTIONS) \
 		$(ACTIVATE) pytest -q -p no:cacheprovider --capture=sys $(abspath python_tests/ops) -m 'not cuda'
 
 lint: $(READY)
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
-	$(ACTIVATE) clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(ACTIVATE) clang-format --dry-run --Werror $$(find csrc tools python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(ACTIVATE) pyright
 
 wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where torch and the toolkit have CUDA
@@ -48,6 +50,17 @@ wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where
 
 cuda-check: $(READY)  ## compile and link every .cu without a GPU, report registers, fail on a spill
 	$(PYTHON) tools/cuda_check.py
+
+cuda-sanitize: $(READY)  ## the operators' tests on a GPU under compute-sanitizer: memory, races, uninitialized reads, barriers
+	for tool in $(or $(TOOL),memcheck racecheck initcheck synccheck); do \
+		echo "compute-sanitizer --tool $$tool"; \
+		MEMLOC_REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ACTIVATE) compute-sanitizer --tool $$tool --error-exitcode 9 \
+			python3 -m pytest -q -m cuda -k 'not graph and not 32_bits and not compile and not opcheck' python_tests/ops || exit 1; \
+	done
+
+cuda-on-cpu: $(READY)  ## the tests that need a GPU, with the CUDA kernels run on the CPU, sanitizers in them; see tools/cuda_on_cpu
+	LD_PRELOAD="$(SANITIZERS)" $(SANITIZER_OPTIONS) $(PYTHON) -m pytest -q --capture=sys -p tools.cuda_on_cpu.plugin \
+		-k 'cuda and not elsewhere and not two_devices and not 70000 or hostile' python_tests/ops
 
 build: $(READY)
 

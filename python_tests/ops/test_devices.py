@@ -1,0 +1,85 @@
+"""Every operator where a user of GPUs may call it: on another stream, on a second device, in a graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from valid_arguments import VALID
+
+import memloc_ext  # noqa: F401
+
+CPU_ONLY = {"linear_grad_sqnorm_groups", "conv2d_grad_sqnorm_groups"}
+NAMES = sorted(set(VALID) - CPU_ONLY)
+pytestmark = pytest.mark.cuda
+
+
+def arguments(name: str, device: str) -> tuple[list[Any], list[Any]]:
+    """Return the same arguments on the CPU and on a device."""
+    torch.manual_seed(0)
+    values = VALID[name]()
+    return values, [value.to(device, copy=True) if isinstance(value, Tensor) else value for value in values]
+
+
+def call(name: str, values: list[Any]) -> list[Tensor]:
+    """Return the results, or what was written to."""
+    result = getattr(torch.ops.memloc_ext, name)(*values)
+    if name.endswith("_"):
+        return [values[0]]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def check(name: str, actual: list[Tensor], values: list[Any], device: str) -> None:
+    for ours, expected in zip(actual, call(name, values), strict=True):
+        assert ours.device == torch.empty(0, device=device).device
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_as_on_the_cpu(name: str) -> None:
+    values, moved = arguments(name, "cuda")
+    check(name, call(name, moved), values, "cuda")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_another_stream_right_after_what_it_needs(name: str) -> None:
+    values, moved = arguments(name, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # cycles: on any other stream the operator would be done before this
+        late = [value.clone() if isinstance(value, Tensor) else value for value in moved]
+        actual = call(name, late)
+    torch.cuda.current_stream().wait_stream(stream)
+    check(name, actual, values, "cuda")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_second_device_that_is_not_the_current_one(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    values, moved = arguments(name, "cuda:1")
+    with torch.cuda.device(0):
+        actual = call(name, moved)
+        assert torch.cuda.current_device() == 0
+    check(name, actual, values, "cuda:1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_graph_that_is_replayed_on_other_values(name: str) -> None:
+    values, moved = arguments(name, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(name, [value.clone() if isinstance(value, Tensor) else value for value in moved])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            actual = call(name, moved)
+    torch.cuda.current_stream().wait_stream(stream)
+    for value, own in zip(moved, values, strict=True):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            own.mul_(0.5)
+            value.copy_(own)
+    graph.replay()
+    torch.cuda.synchronize()
+    check(name, actual, values, "cuda")

@@ -1,0 +1,62 @@
+"""``pytest -p tools.cuda_on_cpu.plugin -m cuda``: the tests that need a GPU, with the CUDA operators on the CPU.
+
+A tensor on the device "cuda" is one of the CPU there. Tests of streams, graphs and device memory are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import memloc_ext  # noqa: F401  (declares the operators)
+from tools.cuda_on_cpu.build import build
+
+aten = torch.library.Library("aten", "IMPL")
+
+
+def _bmm_into(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """``aten::bmm.dtype_out``, which torch has for CUDA alone."""
+    return torch.bmm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Makes tensors on the CPU where "cuda" is asked for."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def on_cpu(value: Any) -> Any:
+            is_cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+            return torch.device("cpu") if is_cuda else value
+
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        return func(*map(on_cpu, args), **{name: on_cpu(value) for name, value in (kwargs or {}).items()})
+
+
+def _needs_a_device(*_: object, **__: object) -> NoReturn:
+    pytest.skip("needs a CUDA device")
+
+
+def pytest_configure() -> None:
+    """Put the CUDA operators in the place of the CPU's, before the tests are collected."""
+    build(sanitize="libasan" in os.environ.pop("LD_PRELOAD", ""))  # which compilers started from here do without
+    aten.impl("bmm.dtype_out", _bmm_into, "CPU")
+    for name in ("Stream", "CUDAGraph", "mem_get_info", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, _needs_a_device)
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+@pytest.fixture(autouse=True)
+def cuda_is_cpu() -> Iterator[None]:
+    """Let a test name the device "cuda"."""
+    with _CudaIsCpu():
+        yield
