@@ -1,4 +1,4 @@
-"""Write files so that nobody, whatever happens, finds half of one."""
+"""Write files so that nobody, whatever happens, finds half of one; read those of strangers, and name the bad ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+_SEAL = 32
+"""Length of the last line of a sealed file."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -51,12 +57,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.close(folder)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left in a folder that only this one writes to, at any depth."""
+    for path in folder.rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, sealed: bool = False) -> None:
     """Write a value as indented JSON with sorted keys, by `write_atomically`: equal values give equal bytes.
 
     Args:
         path: The file; its folder must exist.
         value: Dictionaries with string keys, lists, strings, finite numbers, booleans and None.
+        sealed: Add a line of 32 blanks, space for 0 and tab for 1: the CRC-32 of the text before it. JSON may end in
+            blanks, so every program reads the file as before, and `read_json` notices a flipped bit in a number.
 
     Raises:
         TypeError: If ``value`` holds something else.
@@ -68,7 +83,8 @@ def write_json(path: str | Path, value: Any) -> None:
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"write_json: value for {path} must be JSON: {error}") from error
-    write_atomically(path, text + b"\n")
+    text += b"\n"
+    write_atomically(path, text + _seal(text) + b"\n" if sealed else text)
 
 
 def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -79,20 +95,56 @@ def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Non
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path / f"{name}.csv", text.getvalue().encode())
-    write_json(path / f"{name}.json", list(rows))
+    write_json(path / f"{name}.json", list(rows), sealed=True)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        ValueError: If it is a folder, a pipe, which one could wait for in vain, or a device; names it.
+        OSError: If it cannot be read, such as FileNotFoundError.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: must be a file")
+    return path.read_bytes()
 
 
 def read_json(path: str | Path) -> Any:
-    """Read what `write_json` wrote.
+    """Read what `write_json` wrote, or other JSON.
 
     Raises:
-        ValueError: If the file is not JSON, or holds NaN or an infinity; names it.
+        ValueError: If the file is not JSON, holds NaN or an infinity, or was damaged since it was sealed; names it.
         OSError: If it cannot be read.
     """
+    stored = read_bytes(path)
     try:
-        return json.loads(Path(path).read_bytes(), parse_constant=_refuse)
+        text, newline, last = stored.removesuffix(b"\n").rpartition(b"\n")
+        if len(last) == _SEAL and not last.strip() and last != _seal(text + newline):
+            raise ValueError("its last line holds the checksum of another text")
+        return json.loads(stored, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from error
+
+
+def read_as(path: str | Path, what: str, parse: Callable[[Any], T]) -> T:
+    """Read JSON and return what a function makes of it.
+
+    Args:
+        path: The file.
+        what: What it must be, for the error, such as ``"a table of epochs"``.
+        parse: Takes the value that `read_json` returns, and raises nearly anything if it is something else.
+
+    Raises:
+        ValueError: If the file is damaged or ``parse`` raises; names the file and says why.
+        OSError: If it cannot be read.
+    """
+    value = read_json(path)
+    try:
+        return parse(value)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: must be {what}: {error}") from error
 
 
 def parsed(kind: Any, value: Any) -> Any:
@@ -127,6 +179,14 @@ def parsed(kind: Any, value: Any) -> Any:
     if kind not in rules or not rules[kind]():
         raise ValueError(f"got {value!r}")
     return value
+
+
+def _seal(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):0{_SEAL}b}".encode().translate(bytes.maketrans(b"01", b" \t"))
+
+
+def _finite(number: str) -> float:
+    return value if math.isfinite(value := float(number)) else _refuse(number)
 
 
 def _refuse(constant: str) -> NoReturn:

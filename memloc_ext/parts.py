@@ -14,6 +14,7 @@ from memloc_ext.distributed import spread
 from memloc_ext.files import read_json, write_json
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Parts(Protocol):
@@ -50,35 +51,49 @@ class PartFiles:
     def put(self, name: str, result: Any) -> None:
         """Write a part as a whole or, if that fails with an OSError, not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path(name), result)
+        write_json(self._path(name), result, sealed=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.json"
 
 
-def spread_parts(function: Callable[[T], Any], work: Mapping[str, T], parts: Parts | None) -> list[Any]:
+def spread_parts(
+    function: Callable[[T], Any], work: Mapping[str, T], parts: Parts | None, parse: Callable[[Any], R]
+) -> list[R]:
     """Call a function for each part that is not kept yet, see `memloc_ext.distributed.spread`, and keep the results.
 
     Args:
         function: Takes the work of a part and returns JSON, which depends on nothing that is not in its name.
         work: By the name of the part; the same in every process.
         parts: Where the results are kept; None keeps none.
+        parse: Takes a result, which a stranger may have put there, and returns what is made of it; raises otherwise.
 
     Returns:
-        A result per part, in their order.
+        What ``parse`` made of each part, in their order.
+
+    Raises:
+        ValueError: If a kept part is damaged or something else; names it.
     """
     if parts is None:
-        return spread(function, list(work.values()))
+        return spread(lambda item: parse(function(item)), list(work.values()))
 
-    def done(name: str) -> Any:
+    def done(name: str) -> R:
         result = function(work[name])
         parts.put(name, result)
-        return result
+        return parse(result)
 
-    kept = dict(zip(work, spread(parts.get, list(work)), strict=True))
-    missing = [name for name, result in kept.items() if result is None]
+    def found(name: str) -> R | None:
+        result = parts.get(name)
+        try:
+            return None if result is None else parse(result)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}.json: must be a part of this stage: {error}; delete it to do it again") from error
+
+    everything = zip(work, spread(found, list(work)), strict=True)
+    kept = {name: result for name, result in everything if result is not None}
+    missing = [name for name in work if name not in kept]
     kept.update(zip(missing, spread(done, missing), strict=True))
-    return list(kept.values())
+    return [kept[name] for name in work]
 
 
 def fingerprint(*values: Any) -> str:

@@ -19,10 +19,10 @@ def test_what_is_kept_is_not_done_again(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "parts"
     PartFiles(folder).put("b", ["kept"])
     for _ in range(2):
-        assert spread_parts(square, WORK, PartFiles(folder)) == [[1, 0.1], ["kept"], [9, 0.1]]
+        assert spread_parts(square, WORK, PartFiles(folder), list) == [[1, 0.1], ["kept"], [9, 0.1]]
     assert done == [1, 3]
-    assert spread_parts(square, WORK, None) == [[1, 0.1], [4, 0.1], [9, 0.1]]
-    assert spread_parts(square, {}, PartFiles(folder)) == []
+    assert spread_parts(square, WORK, None, list) == [[1, 0.1], [4, 0.1], [9, 0.1]]
+    assert spread_parts(square, {}, PartFiles(folder), list) == []
 
 
 def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,16 +36,18 @@ def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        spread_parts(str, WORK, PartFiles(tmp_path))
+        spread_parts(str, WORK, PartFiles(tmp_path), str)
     done = []
-    assert spread_parts(lambda number: done.append(number) or str(number), WORK, PartFiles(tmp_path)) == ["1", "2", "3"]
+    work = spread_parts(lambda number: done.append(number) or str(number), WORK, PartFiles(tmp_path), str)
+    assert work == ["1", "2", "3"]
     assert done == [2, 3]
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"half')
-    with pytest.raises(ValueError, match=r"a\.json: must be JSON"):
-        spread_parts(str, WORK, PartFiles(tmp_path))
+    for text, message in (('{"half', "must be JSON"), ('"one"', "must be a part of this stage: invalid literal .*one")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"a\.json: {message}"):
+            spread_parts(str, WORK, PartFiles(tmp_path), int)
 
 
 def test_a_fingerprint_stands_for_every_value() -> None:

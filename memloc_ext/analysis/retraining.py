@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def retrain(
     for group in chosen.values():
         initial_values = [state[name] for name in group.names]
         work[f"retrain_{fingerprint(common, group.names, initial_values)}"] = group
-    results = [parsed(GroupRetraining, result) for result in spread_parts(one, work, parts)]
+    results = spread_parts(one, work, parts, partial(parsed, GroupRetraining))
     return Retraining(unchanged, dict(zip(chosen, results, strict=True)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def rewind(
     for group in chosen.values():
         values = [state[name] for state in states.values() for name in group.names]
         work[f"rewind_{fingerprint(common, group.names, values)}"] = group
-    results = [parsed(GroupRewinding, result) for result in spread_parts(one, work, parts)]
+    results = spread_parts(one, work, parts, partial(parsed, GroupRewinding))
     return Rewinding(unchanged, dict(zip(chosen, results, strict=True)))
 
 

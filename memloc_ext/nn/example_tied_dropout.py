@@ -124,12 +124,12 @@ class ExampleTiedDropout(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` wrote; ValueError if it is something else."""
         try:
-            values = json.loads(bytes(state.tolist()))
+            values = json.loads(state.numpy(force=True).tobytes())
             p_gen, p_mem, seed, site = (values[name] for name in ("p_gen", "p_mem", "seed", "site"))
             check_settings(p_gen, p_mem, seed, site, self.channel_dim)
             _check_rescale(self.rescale, p_gen)
             self.mode = values["mode"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"ExampleTiedDropout: the saved state cannot be read: {error}") from error
         self.p_gen, self.p_mem, self.seed, self.site = p_gen, p_mem, seed, site
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ import numpy as np
 import torch
 
 from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
-from memloc_ext.files import read_json, write_atomically
+from memloc_ext.files import parsed, read_as, read_bytes, write_atomically
 
 ACCOUNTS = "accounting"
 """Folder of the epochs' files, and name of the table per epoch and layer group."""
 PARAMETERS = "accounting_parameters"
 """Name of the table per epoch and parameter."""
 COST = "accounting_cost.json"
+COSTS = ("plain_step", "accounted_step", "step_ratio", "epoch_end", "ratio", "pairs")
+"""What is in that file, see `memloc_ext.study.accounted_training.accounting_cost`."""
 MODEL = "(model)"
 """The layer group, in the table, of all parameters together."""
 _ARRAYS = {
@@ -107,7 +108,7 @@ def load_account(path: Path) -> EpochAccount:
         ValueError: If the file is damaged or something else; names it.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
-    stored = path.read_bytes()
+    stored = read_bytes(path)
     try:
         with np.load(io.BytesIO(stored), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in _ARRAYS}
@@ -148,28 +149,32 @@ def load_accounting(folder: Path) -> Accounting:
     """
     rows = _read_table(folder / f"{ACCOUNTS}.json", "group", GroupAccount)
     parameters = _read_table(folder / f"{PARAMETERS}.json", "parameter", ParameterAccount)
-    cost = read_json(folder / COST)
-    if not isinstance(cost, dict) or not all(type(value) in (int, float) for value in cost.values()):
-        raise ValueError(f"{folder / COST}: must say what the accounting cost")
+    cost = read_as(folder / COST, "what the accounting cost", _cost)
     return Accounting(folder / ACCOUNTS, rows, parameters, cost)
 
 
 def _read_table(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
-    rows, columns = read_json(path), ["epoch", key, *(field.name for field in fields(kind))]
-    if not isinstance(rows, list) or not rows or not all(_is_row(row, key, columns) for row in rows):
-        raise ValueError(f"{path}: must be a table of {', '.join(columns)}")
-    return rows
+    columns = ["epoch", key, *(field.name for field in fields(kind))]
+    kinds = {"epoch": int, key: str}
+
+    def table(rows: Any) -> list[dict[str, Any]]:
+        for row in rows:
+            if set(row) != set(columns):
+                raise ValueError(f"got the row {row!r}")
+            for name in columns:
+                parsed(kinds.get(name, float | None), row[name])
+        epochs, names = ({row[name]: None for row in rows} for name in ("epoch", key))
+        if not rows or [(row["epoch"], row[key]) for row in rows] != [(e, n) for e in epochs for n in names]:
+            raise ValueError(f"every epoch must have every {key}")
+        return rows
+
+    return read_as(path, f"a table of {', '.join(columns)}", table)
 
 
-def _is_row(row: Any, key: str, columns: Sequence[str]) -> bool:
-    if not isinstance(row, Mapping) or set(row) != set(columns):
-        return False
-    numbers = [row[name] for name in columns if name not in ("epoch", key)]
-    return (
-        type(row["epoch"]) is int
-        and isinstance(row[key], str)
-        and all(number is None or type(number) in (int, float) for number in numbers)
-    )
+def _cost(stored: Any) -> dict[str, float]:
+    if set(stored) != set(COSTS):
+        raise ValueError(f"got {', '.join(stored)}, not {', '.join(COSTS)}")
+    return parsed(dict[str, float], stored)
 
 
 def _none_for_nan(row: np.ndarray) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from memloc_ext.analysis.localization.dataset import (
     LocalizedExample,
     LocalizedSite,
 )
-from memloc_ext.files import parsed, read_json, write_json, write_table
+from memloc_ext.files import parsed, read_as, write_json, write_table
 
 LOCALIZATION = "localization"
 """Name of the table of the examples."""
@@ -43,7 +43,7 @@ def save_localization(folder: Path, localization: DatasetLocalization) -> None:
     write_table(folder, LOCALIZATION, rows)
     summary = asdict(localization)
     del summary["examples"]
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary, sealed=True)
 
 
 def load_localization(folder: Path) -> DatasetLocalization:
@@ -53,28 +53,27 @@ def load_localization(folder: Path) -> DatasetLocalization:
         ValueError: If a file is damaged; names it.
         OSError: If one cannot be read, such as FileNotFoundError.
     """
-    summary = folder / SUMMARY
-    stored = read_json(summary)
-    try:
-        sites = [parsed(LocalizedSite, site) for site in stored["sites"]]
-        kinds = {kind: parsed(KindLocalization, stored["kinds"][kind]) for kind in KINDS if kind in stored["kinds"]}
-        seconds = parsed(float, stored["seconds"])
-        names = {site.name for site in sites}
-        if (
-            not sites
-            or not kinds
-            or any(set(kind.statuses) != set(STATUSES) or set(kind.sites) != names for kind in kinds.values())
-        ):
-            raise ValueError("a part is missing")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{summary}: must be the summary of a localization: {error}") from error
-    table = folder / f"{LOCALIZATION}.json"
-    rows = read_json(table)
-    try:
-        examples = [_example(row, {site.name: site.units for site in sites}) for row in rows]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{table}: must be a table of {', '.join(_COLUMNS)}: {error}") from error
-    return DatasetLocalization(examples, sites, kinds, seconds)
+    summary = read_as(folder / SUMMARY, "the summary of a localization", _summary)
+    sizes = {site.name: site.units for site in summary.sites}
+    examples = read_as(
+        folder / f"{LOCALIZATION}.json",
+        f"a table of {', '.join(_COLUMNS)}",
+        lambda rows: [_example(row, sizes) for row in rows],
+    )
+    return replace(summary, examples=examples)
+
+
+def _summary(stored: Any) -> DatasetLocalization:
+    sites = parsed(list[LocalizedSite], stored["sites"])
+    kinds = {kind: parsed(KindLocalization, stored["kinds"][kind]) for kind in KINDS if kind in stored["kinds"]}
+    names = {site.name for site in sites}
+    if (
+        not sites
+        or not kinds
+        or any(set(kind.statuses) != set(STATUSES) or set(kind.sites) != names for kind in kinds.values())
+    ):
+        raise ValueError("a part is missing")
+    return DatasetLocalization([], sites, kinds, parsed(float, stored["seconds"]))
 
 
 def _example(row: Any, sizes: dict[str, int]) -> LocalizedExample:
@@ -82,5 +81,5 @@ def _example(row: Any, sizes: dict[str, int]) -> LocalizedExample:
         raise ValueError(f"got the row {row}")
     units = [(site, int(unit)) for site, unit in (pair.rsplit(":", 1) for pair in row["units"].split())]
     if len(units) != row["num_units"] or any(not 0 <= unit < sizes[site] for site, unit in units):
-        raise ValueError(f"got the units {row['units']}")
+        raise ValueError(f"got the units {row['units']!r}")
     return LocalizedExample(parsed(int, row["example"]), row["kind"], row["status"], units, parsed(float, row["loss"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from memloc_ext.analysis import GroupRetraining, RetrainedEpoch, Retraining
 from memloc_ext.analysis.retraining import STOPPED
-from memloc_ext.files import read_json, write_table
+from memloc_ext.files import read_as, write_table
 from memloc_ext.study.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, parsed_count, split_rows
 
 RETRAINING = "retraining"
@@ -42,13 +42,12 @@ def load_retraining(folder: Path) -> Retraining:
         ValueError: If the file is damaged; names it.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
-    path = folder / f"{RETRAINING}.json"
-    rows = read_json(path)
-    try:
-        unchanged, groups = split_rows(rows, _COLUMNS)
-        return Retraining(unchanged, {group: _group(found) for group, found in groups.items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: must be a table of {', '.join(_COLUMNS)}: {error}") from error
+    return read_as(folder / f"{RETRAINING}.json", f"a table of {', '.join(_COLUMNS)}", _retraining)
+
+
+def _retraining(rows: Any) -> Retraining:
+    unchanged, groups = split_rows(rows, _COLUMNS)
+    return Retraining(unchanged, {group: _group(found) for group, found in groups.items()})
 
 
 def _group(rows: list[Mapping[str, Any]]) -> GroupRetraining:

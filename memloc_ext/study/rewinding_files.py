@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc_ext.analysis import Accuracy, GroupRewinding, Rewinding, RewoundAccuracy
-from memloc_ext.files import read_json, write_table
+from memloc_ext.files import read_as, write_table
 
 REWINDING = "rewinding"
 """Name of the table."""
@@ -43,12 +43,7 @@ def load_rewinding(folder: Path) -> Rewinding:
         ValueError: If the file is damaged; names it.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
-    path = folder / f"{REWINDING}.json"
-    rows = read_json(path)
-    try:
-        return _rewinding(rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: must be a table of {', '.join(_COLUMNS)}: {error}") from error
+    return read_as(folder / f"{REWINDING}.json", f"a table of {', '.join(_COLUMNS)}", _rewinding)
 
 
 def parsed_accuracy(row: Mapping[str, Any]) -> Accuracy:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from memloc_ext.analysis import DatasetLocalization, Retraining, Rewinding
-from memloc_ext.files import read_json, write_json
+from memloc_ext.files import parsed, read_as, remove_temporaries, write_json
 from memloc_ext.study.accounting_files import Accounting, load_accounting
+from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.localization_files import load_localization
 from memloc_ext.study.retraining_files import load_retraining
-from memloc_ext.study.rewinding_files import load_rewinding
+from memloc_ext.study.rewinding_files import SHARES, load_rewinding, parsed_accuracy
 from memloc_ext.study.stages import PLACE, StageName, finished, flat
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
@@ -35,6 +37,8 @@ REPORT = "report.html"
 AS_TRAINED = "as trained"
 """The mode, in the table, of a model that has only one."""
 _LOCK = ".lock"
+_KINDS = {bool: bool, int: int, float: (int, float), str: str, list: list}
+"""Kind of a default setting to what the setting of a run may be."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,13 @@ def load_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: If it holds no trained model.
-        ValueError: If a file in it is damaged; names the file.
+        ValueError: If a file in it is damaged, or a link leads out of it; names the file.
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"load_run: {path} holds no run, {CONFIG} is missing")
-    config = read_json(path / CONFIG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG}: must be the settings of a run")
+    check_inside(path)
+    config = read_as(path / CONFIG, "the settings of a run", _whole)
     stages = finished(path, flat(config))
     variants = [variant for variant, stage in TRAINED.items() if stage in stages]
     if not variants:
@@ -89,7 +92,7 @@ def load_run(path: str | Path) -> Run:
         path,
         config,
         [row for variant in variants for row in _metrics(path / variant, variant)],
-        {variant: read_json(path / variant / f"{HISTORY}.json") for variant in variants},
+        {variant: read_as(path / variant / f"{HISTORY}.json", "records of epochs", _history) for variant in variants},
         load_accounting(path / "plain") if "account" in stages else None,
         {variant: load_localization(path / variant) for variant, stage in LOCALIZED.items() if stage in stages},
         load_rewinding(path / "plain") if "rewind" in stages else None,
@@ -100,7 +103,7 @@ def load_run(path: str | Path) -> Run:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep a run directory, which is created if missing, from other processes.
+    """Keep a run directory, which is created if missing, from other processes, and clear it of what a kill left.
 
     Raises:
         ValueError: If another process writes to it.
@@ -110,6 +113,7 @@ def locked(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(path / _LOCK, blocking=False):
+            remove_temporaries(path)
             yield
     except filelock.Timeout:
         raise ValueError(f"{path} is in use by another run; wait for it, or give another --output") from None
@@ -124,9 +128,9 @@ def check_run(path: str | Path, config: Mapping[str, Any], *, resume: bool = Fal
         resume: Whether the settings may differ from those of a run that is there.
     """
     path = Path(path)
-    file = path / CONFIG
-    if file.exists():
-        stored, given = flat(read_json(file)), flat(config)
+    check_inside(path)
+    if (path / CONFIG).exists():
+        stored, given = flat(_read_config(path)), flat(config)
         for name in {**given, **stored}:
             if not resume and name not in PLACE and stored.get(name) != given.get(name):
                 raise ValueError(
@@ -142,21 +146,54 @@ def open_run(path: str | Path, config: Mapping[str, Any], *, resume: bool = Fals
     path = Path(path)
     check_run(path, config, resume=resume)
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / CONFIG).exists() or read_json(path / CONFIG) != config:
-        write_json(path / CONFIG, dict(config))
+    if not (path / CONFIG).exists() or _read_config(path) != config:
+        write_json(path / CONFIG, dict(config), sealed=True)
     return path
 
 
+def check_inside(path: Path) -> None:
+    """Raise a ValueError if a run directory, which may itself be a link, holds a link that leads out of it.
+
+    A run from a stranger could else have files read, emptied or written elsewhere, and folders of others removed.
+    """
+    inside = path.resolve()
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder, name) for name in (*folders, *files)):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                raise ValueError(f"{entry}: must not lead out of the run, to {entry.resolve()}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_as(path / CONFIG, "the settings of a run", lambda stored: {**stored})
+
+
+def _whole(stored: Any) -> dict[str, Any]:
+    given = flat(stored)
+    for name, default in flat(StudyConfig().as_json()).items():
+        if name not in given or (default is not None and not isinstance(given[name], _KINDS[type(default)])):
+            raise ValueError(f"got {given.get(name)!r} for {name}")
+    return stored
+
+
+def _history(stored: Any) -> list[dict[str, float]]:
+    records = parsed(list[dict[str, float]], stored)
+    if [record["epoch"] for record in records] != list(range(len(records))) or not records:
+        raise ValueError("the epochs must be numbered from 0 on")
+    return records
+
+
 def _metrics(folder: Path, variant: str) -> list[dict[str, Any]]:
-    file = folder / f"{METRICS}.json"
-    rows = read_json(file)
-    if not isinstance(rows, list) or not rows or not all(_is_row(row, variant) for row in rows):
-        raise ValueError(f"{file}: must be the table of a model")
-    return rows
+    def table(rows: Any) -> list[dict[str, Any]]:
+        for row in rows:
+            parsed_accuracy(row)
+            if row["model"] != variant or set(row) != {"model", "mode", *SHARES}:
+                raise ValueError(f"got the row {row!r}")
+            parsed(str, row["mode"])
+        if not rows:
+            raise ValueError("got no row")
+        return rows
 
-
-def _is_row(row: Any, variant: str) -> bool:
-    return isinstance(row, dict) and row.get("model") == variant and isinstance(row.get("mode"), str)
+    return read_as(folder / f"{METRICS}.json", "the table of a model", table)
 
 
 def _is_ours(entry: Path) -> bool:

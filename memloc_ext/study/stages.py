@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from memloc_ext.files import read_json, write_json
+from memloc_ext.files import parsed, read_as, write_json
 
 StageName = Literal[
     "train", "account", "rewind", "retrain", "localize", "dropout", "controls", "localize-dropout", "report"
@@ -100,20 +100,20 @@ def read_record(run: Path, name: str) -> Record | None:
     path = _path(run, name)
     if not path.is_file():
         return None
-    stored = read_json(path)
-    try:
-        record = Record(**stored)
-        if not isinstance(record.settings, dict) or type(record.finished) is not bool:
-            raise TypeError(f"got {stored}")
-        return Record(record.settings, record.finished, float(record.seconds))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: must be the record of a stage: {error}; delete it to do that stage again") from error
+    return read_as(path, "the record of a stage (delete it to do that stage again)", _record)
+
+
+def _record(stored: Any) -> Record:
+    record = Record(**stored)
+    if not isinstance(record.settings, dict):
+        raise TypeError(f"got {record.settings!r} for settings")
+    return Record(record.settings, parsed(bool, record.finished), parsed(float, record.seconds))
 
 
 def write_record(run: Path, name: str, record: Record) -> None:
     """Write the record of a stage into a run."""
     (run / RECORDS).mkdir(exist_ok=True)
-    write_json(_path(run, name), vars(record))
+    write_json(_path(run, name), vars(record), sealed=True)
 
 
 def finished(run: Path, config: Mapping[str, Any]) -> dict[StageName, Record]:

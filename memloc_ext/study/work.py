@@ -104,7 +104,11 @@ class Study:
                     f"{self.checkpoints(variant)} lacks the checkpoint of epoch {epochs}; delete "
                     f"{self.path / 'stages' / TRAINED[variant]}.json to train again"
                 )
-            model.load_state_dict(load_checkpoint(found[epochs], self.dataset.train.device).model)
+            state = load_checkpoint(found[epochs], self.dataset.train.device).model
+            try:
+                model.load_state_dict(state)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{found[epochs]}: must be of the model of this run: {error}") from error
             self._trained[variant] = model
         return self._trained[variant]
 
@@ -134,7 +138,8 @@ def _account(study: Study, accounted: bool) -> None:
     folder, settings, split = study.path / "plain", study.config.train, study.dataset.train
     model = study.trained("plain")
     once(lambda: write_accounting_tables(folder, settings.epochs))
-    once(lambda: write_json(folder / COST, accounting_cost(model, split, settings)))
+    cost = accounting_cost(model, split, settings)
+    once(lambda: write_json(folder / COST, cost, sealed=True))
 
 
 def _rewind(study: Study, accounted: bool) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from memloc_ext.files import write_atomically
+from memloc_ext.files import read_bytes, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Checkpoint:
 
 
 _TYPES = {"epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "history": list, "config": dict, "data": str}
+_PLAIN = (bool, int, float, str)
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -66,9 +68,11 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             the file.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
-    stored = Path(path).read_bytes()
+    stored = read_bytes(path)
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it holds compressed data, which could fill the memory")
             damaged = archive.testzip()  # torch.load does not compare checksums
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -82,7 +86,20 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     for name, kind in _TYPES.items():
         if not isinstance(values[name], kind):
             raise ValueError(f"{path}: {name} must be {kind.__name__}, got {type(values[name]).__name__}")
+    for name, value in values["model"].items():
+        is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
+        if not (is_extra or (isinstance(name, str) and is_dense(value))):
+            raise ValueError(f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {name!r}")
+    for name, records in (("history", values["history"]), ("config", [values["config"]])):
+        for record in records:
+            if not isinstance(record, dict) or any(type(value) not in _PLAIN for value in record.values()):
+                raise ValueError(f"{path}: {name} must hold plain numbers and strings, got {record!r}")
     return Checkpoint(**values)
+
+
+def is_dense(value: Any) -> bool:
+    """Return whether something is a tensor with all its elements in memory."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
 
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:

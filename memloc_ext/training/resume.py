@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memloc_ext import distributed
 from memloc_ext.data.split import Split
-from memloc_ext.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from memloc_ext.training.checkpoint import Checkpoint, is_dense, list_checkpoints, load_checkpoint
 from memloc_ext.training.config import TrainConfig
 
 _DATA = "the digest of split's labels and indices"
@@ -49,14 +49,19 @@ def restore(
     path, saved = newest
     given = _identity(asdict(config), model.state_dict(), data)
     stored = _identity(saved.config, saved.model, saved.data)
+    if len(saved.history) != saved.epoch + 1 or f"epoch_{saved.epoch:03d}.pt" != path.name:
+        raise ValueError(f"train: {path}: must be of its epoch, got {saved.epoch} and {len(saved.history)} records")
     for name in stored | given:
         if given.get(name) != stored.get(name):
             raise ValueError(
                 f"train: {name} must be {stored.get(name)} to continue {path}, got {given.get(name)}; "
                 "train with other settings in another folder"
             )
+    if not _is_momentum(saved.optimizer.get("state"), optimizer) or not _is_scaler(saved.scaler, scaler):
+        raise ValueError(f"train: {path}: must hold the momentum of every parameter, and the scale of the gradients")
     model.load_state_dict(saved.model)
-    optimizer.load_state_dict(saved.optimizer)
+    # its settings are those of the config
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved.optimizer["state"]})
     scaler.load_state_dict(saved.scaler)
     return saved.history
 
@@ -83,6 +88,26 @@ def digest(split: Split) -> str:
 def _identity(config: dict[str, Any], state: dict[str, Any], data: str) -> dict[str, Any]:
     settings = {f"config.{name}": value for name, value in config.items()}
     return settings | {f"model.{name}": _trait(name, value) for name, value in state.items()} | {_DATA: data}
+
+
+def _is_momentum(state: Any, optimizer: torch.optim.Optimizer) -> bool:
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    return isinstance(state, dict) and all(
+        number in parameters
+        and isinstance(kept, dict)
+        and set(kept) <= {"momentum_buffer"}
+        and all(value is None or _like(value, parameters[number]) for value in kept.values())
+        for number, kept in state.items()
+    )
+
+
+def _like(value: Any, tensor: Tensor) -> bool:
+    return is_dense(value) and (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+
+
+def _is_scaler(state: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
+    own = scaler.state_dict()
+    return state.keys() == own.keys() and all(type(value) in (int, float) for value in state.values())
 
 
 def _trait(name: str, value: Any) -> Any:

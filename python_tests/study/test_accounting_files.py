@@ -16,6 +16,8 @@ from memloc_ext.study.accounting_files import (
     save_account,
 )
 
+COST = {"plain_step": 1.0, "accounted_step": 1.1, "step_ratio": 1.1, "epoch_end": 0.0, "ratio": 1.1, "pairs": 3}
+
 
 def make_account(num: int = 5) -> EpochAccount:
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +104,7 @@ def folder(tmp_path: Path) -> Path:
     rows = [{"epoch": epoch, "group": name, **group} for epoch in (1, 2) for name in ("conv1", "head", MODEL)]
     (tmp_path / "accounting.json").write_text(json.dumps(rows))
     (tmp_path / "accounting_parameters.json").write_text(json.dumps([{"epoch": 1, "parameter": "head.weight", **row}]))
-    (tmp_path / "accounting_cost.json").write_text(json.dumps({"ratio": 1.1}))
+    (tmp_path / "accounting_cost.json").write_text(json.dumps(COST))
     return tmp_path
 
 
@@ -112,7 +114,7 @@ def test_the_tables_are_read(folder: Path) -> None:
     assert (accounting.groups, accounting.epochs) == (["conv1", "head"], [1, 2])
     assert accounting.column("clean") == accounting.column("clean", "head") == [1.0, 1.0]
     assert accounting.column("auc") == [None, None]
-    assert accounting.cost == {"ratio": 1.1}
+    assert accounting.cost == COST
 
 
 @pytest.mark.parametrize("name", ["accounting.json", "accounting_parameters.json", "accounting_cost.json"])

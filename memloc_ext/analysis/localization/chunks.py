@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from memloc_ext._version import __version__
 from memloc_ext.analysis.localization.search import Searches
 from memloc_ext.analysis.localization.settings import Settings
 from memloc_ext.data import Split
+from memloc_ext.files import parsed
 from memloc_ext.nn import example_ids
 from memloc_ext.parts import Parts, fingerprint, spread_parts
 
@@ -103,16 +106,20 @@ def search_in_chunks(
 
     common = fingerprint(__version__, model.state_dict(), population, tied, max_units, seed)
     names = [f"search_{place:04d}_{fingerprint(common, split.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
-    results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts)
+    results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts, _chunk)
     found: list[list[FoundUnits]] = [[] for _ in lists]
     for (number, _), result in zip(chunks, results, strict=True):
-        found[number] += [
-            FoundUnits(status, [(site, unit) for site, unit in units], loss) for status, units, loss in result["found"]
-        ]
-    sites = results[0]["sites"]
-    return ChunkedSearch(
-        found,
-        {name: units for name, units, _ in sites},
-        {name: dim for name, _, dim in sites},
-        sum(result["seconds"] for result in results),
-    )
+        found[number] += result.found[0]
+    return replace(results[0], found=found, seconds=sum(result.seconds for result in results))
+
+
+def _chunk(stored: Any) -> ChunkedSearch:
+    found = [
+        FoundUnits(
+            parsed(str, status), [(parsed(str, site), parsed(int, unit)) for site, unit in units], parsed(float, loss)
+        )
+        for status, units, loss in stored["found"]
+    ]
+    sizes = {parsed(str, name): parsed(int, units) for name, units, _ in stored["sites"]}
+    dims = {name: operator.index(dim) for name, _, dim in stored["sites"]}
+    return ChunkedSearch([found], sizes, dims, parsed(float, stored["seconds"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from memloc_ext._version import __version__
 from memloc_ext.analysis.accuracy import Accuracy, accuracy
 from memloc_ext.data import Dataset
+from memloc_ext.files import parsed
 from memloc_ext.nn import apply_ablation
 from memloc_ext.parts import Parts, fingerprint, spread_parts
 
@@ -70,7 +72,7 @@ def edited_accuracy(
 
     common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims)
     work = {f"edit_{place:04d}_{fingerprint(common, units)}": units for place, units in enumerate(edits)}
-    results = [[plain, *(Accuracy(**row) for row in rows)] for rows in spread_parts(follow, work, parts)]
+    results = [[plain, *rows] for rows in spread_parts(follow, work, parts, partial(parsed, list[Accuracy]))]
     longest = max(len(result) for result in results)
     curve = [_mean(k, [result[k] for result in results if len(result) > k]) for k in range(longest)]
     units = sum(len(result) - 1 for result in results) / len(results)
