@@ -46,7 +46,7 @@ class PartFiles:
     def get(self, name: str) -> Any | None:
         """Read a part; None if there is none. ValueError names a damaged file."""
         path = self._path(name)
-        return read_json(path) if path.is_file() else None
+        return read_json(path) if path.exists() else None
 
     def put(self, name: str, result: Any) -> None:
         """Write a part as a whole or, if that fails with an OSError, not at all."""

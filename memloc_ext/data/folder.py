@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from memloc_ext._torchvision import import_torchvision
 from memloc_ext.data._memory import fits
 from memloc_ext.data.dataset import Dataset
-from memloc_ext.data.images import LazyImages
+from memloc_ext.data.images import FORMATS, LazyImages
 from memloc_ext.data.split import Split
+from memloc_ext.files import read_bytes
 
 
 def folder(path: str | Path, image_size: int | None = None) -> Dataset:
@@ -63,7 +65,7 @@ def _images(paths: list[str], image_size: int | None) -> LazyImages:
     from PIL import Image
 
     try:
-        with Image.open(paths[0]) as image:
+        with Image.open(io.BytesIO(read_bytes(paths[0])), formats=FORMATS) as image:
             return LazyImages(tuple(paths), image.height, image.width)
     except Exception as error:  # a damaged file can raise nearly anything in a decoder
         raise ValueError(f"{paths[0]}: cannot be decoded: {error}") from error

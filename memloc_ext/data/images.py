@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from memloc_ext.files import read_bytes
+
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What an image may be, whatever its name: Pillow hands other formats, such as EPS, to other programs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +75,7 @@ class LazyImages:
 
         size = (self.width, self.height)
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(read_bytes(path)), formats=FORMATS) as image:
                 # conversion to RGB would clip these at 255
                 if image.mode[0] in "IF":
                     raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from memloc_ext._torchvision import import_torchvision
 from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.folder import folder
+from memloc_ext.data.idx import read_idx
 from memloc_ext.data.split import Split
 
 DIGITS_SEED = 0
@@ -49,18 +50,36 @@ def mnist(root: str | Path = "data", download: bool = False) -> Dataset:
         download: Fetch what is missing.
 
     Raises:
-        FileNotFoundError: If files are missing or damaged.
+        FileNotFoundError: If files are missing.
+        ValueError: If a file is damaged; names it.
         ImportError: If torchvision is not installed.
     """
-    make = import_torchvision("datasets").MNIST
-    with _complete("mnist", Path(root) / "MNIST" / "raw", "the four *-ubyte files", download):
-        found = [make(root, train=train, download=download) for train in (True, False)]
-    train, test = (Split.clean(part.data.unsqueeze(1), part.targets) for part in found)
+    place, parts = Path(root) / "MNIST" / "raw", ("train", "t10k")
+    files = dict.fromkeys(f"{part}-{kind}-ubyte" for part in parts for kind in ("images-idx3", "labels-idx1"))
+    with _complete("mnist", place, files, download):
+        if download:
+            import_torchvision("datasets").MNIST(root, download=True)
+        if _damaged(place, files):
+            raise ValueError("not all files are there")
+    train, test = (
+        _mnist_split(place / f"{part}-images-idx3-ubyte", place / f"{part}-labels-idx1-ubyte") for part in parts
+    )
     return Dataset("mnist", train, test, _TEN_DIGITS)
+
+
+def _mnist_split(images: Path, labels: Path) -> Split:
+    pixels, classes = read_idx(images, 3), read_idx(labels, 1).long()
+    if pixels.shape[1:] != (28, 28):
+        raise ValueError(f"{images}: must hold images of 28 x 28 pixels, got {list(pixels.shape)}")
+    if len(classes) != len(pixels) or (classes >= len(_TEN_DIGITS)).any():
+        raise ValueError(f"{labels}: must hold a label below 10 for each of the {len(pixels)} images")
+    return Split.clean(pixels.unsqueeze(1), classes)
 
 
 def cifar10(root: str | Path = "data", download: bool = False) -> Dataset:
     """Return CIFAR-10, ``[3, 32, 32]``: 50,000 to train on, 10,000 to test.
+
+    The data set is distributed as pickles. They are opened only if they have the MD5 sums of the originals.
 
     Args:
         root: Folder that holds ``cifar-10-batches-py/*``, the Python version of the data set.
@@ -71,8 +90,8 @@ def cifar10(root: str | Path = "data", download: bool = False) -> Dataset:
         ImportError: If torchvision is not installed.
     """
     make = import_torchvision("datasets").CIFAR10
-    place = Path(root) / "cifar-10-batches-py"
-    with _complete("cifar10", place, "data_batch_1 .. 5, test_batch and batches.meta", download):
+    files = {**dict(make.train_list), **dict(make.test_list), make.meta["filename"]: make.meta["md5"]}
+    with _complete("cifar10", Path(root) / "cifar-10-batches-py", files, download):
         found = [make(root, train=train, download=download) for train in (True, False)]
     train, test = (
         Split.clean(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -93,7 +112,8 @@ def svhn(root: str | Path = "data", download: bool = False) -> Dataset:
         ImportError: If torchvision is not installed.
     """
     make = import_torchvision("datasets").SVHN
-    with _complete("svhn", Path(root), "train_32x32.mat and test_32x32.mat", download):
+    files = {make.split_list[split][1]: make.split_list[split][2] for split in ("train", "test")}
+    with _complete("svhn", Path(root), files, download):
         found = [make(root, split, download=download) for split in ("train", "test")]
     train, test = (
         Split.clean(torch.from_numpy(np.ascontiguousarray(part.data)), torch.from_numpy(part.labels)) for part in found
@@ -129,13 +149,21 @@ def load(name: str, root: str | Path = "data", download: bool = False, image_siz
 
 
 @contextmanager
-def _complete(name: str, place: Path, files: str, download: bool) -> Iterator[None]:
-    """Say what to do about files that torchvision finds missing, damaged or truncated."""
+def _complete(name: str, place: Path, files: Mapping[str, str | None], download: bool) -> Iterator[None]:
+    """Say what to do about files, name to MD5 sum if it is known, that are missing, damaged or truncated."""
     try:
         yield
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError) as error:
         if download:
-            raise OSError(f"{name}: the download failed: {error}; put {files} into {place} by hand") from error
+            raise OSError(
+                f"{name}: the download failed: {error}; put {', '.join(files)} into {place} by hand"
+            ) from error
         raise FileNotFoundError(
-            f"{name}: no complete copy in {place}; pass --download (download=True) or put {files} there"
+            f"{name}: no complete copy in {place}; pass --download (download=True) or put "
+            f"{', '.join(_damaged(place, files))} there, which are missing or damaged"
         ) from error
+
+
+def _damaged(place: Path, files: Mapping[str, str | None]) -> list[str]:
+    check = import_torchvision("datasets.utils").check_integrity
+    return [name for name, md5 in files.items() if not check(str(place / name), md5)]

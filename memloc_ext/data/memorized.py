@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.data.dataset import Dataset
+from memloc_ext.files import read_bytes
 
 
 def memorized_mask(
@@ -102,8 +104,9 @@ def _read(path: Path) -> np.ndarray:
         return _read_text(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path}: must end in .npy, .npz, .csv or .txt, got {path.suffix!r}")
+    stored = read_bytes(path)
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(io.BytesIO(stored), allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
@@ -112,15 +115,13 @@ def _read(path: Path) -> np.ndarray:
                 keys = ", ".join(loaded.files) or "none"
                 raise ValueError(f"must hold one array, or one called scores or mask, got {keys}")
             return loaded[named[0]]
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a damaged archive can raise nearly anything, from zlib.error to MemoryError
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_text(path: Path) -> np.ndarray:
     try:
-        lines = path.read_text(encoding="utf-8-sig").strip().lower().splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").strip().lower().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,17 @@ def load_localization(folder: Path) -> DatasetLocalization:
     """
     summary = read_as(folder / SUMMARY, "the summary of a localization", _summary)
     sizes = {site.name: site.units for site in summary.sites}
-    examples = read_as(
-        folder / f"{LOCALIZATION}.json",
-        f"a table of {', '.join(_COLUMNS)}",
-        lambda rows: [_example(row, sizes) for row in rows],
+
+    def table(rows: Any) -> list[LocalizedExample]:
+        examples = [_example(row, sizes) for row in rows]
+        counts = Counter(row.kind for row in examples)
+        if counts != {name: kind.localized for name, kind in summary.kinds.items() if kind.localized}:
+            raise ValueError(f"{SUMMARY} counts other examples")
+        return examples
+
+    return replace(
+        summary, examples=read_as(folder / f"{LOCALIZATION}.json", f"a table of {', '.join(_COLUMNS)}", table)
     )
-    return replace(summary, examples=examples)
 
 
 def _summary(stored: Any) -> DatasetLocalization:

@@ -80,7 +80,7 @@ def load_run(path: str | Path) -> Run:
         ValueError: If a file in it is damaged, or a link leads out of it; names the file.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
+    if not (path / CONFIG).exists():
         raise FileNotFoundError(f"load_run: {path} holds no run, {CONFIG} is missing")
     check_inside(path)
     config = read_as(path / CONFIG, "the settings of a run", _whole)

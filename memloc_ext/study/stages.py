@@ -98,7 +98,7 @@ def read_record(run: Path, name: str) -> Record | None:
         ValueError: If the record is damaged; names its file.
     """
     path = _path(run, name)
-    if not path.is_file():
+    if not path.exists():
         return None
     return read_as(path, "the record of a stage (delete it to do that stage again)", _record)
 

@@ -40,7 +40,6 @@ class Checkpoint:
 
 
 _TYPES = {"epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "history": list, "config": dict, "data": str}
-_PLAIN = (bool, int, float, str)
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -90,10 +89,13 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
         if not (is_extra or (isinstance(name, str) and is_dense(value))):
             raise ValueError(f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {name!r}")
-    for name, records in (("history", values["history"]), ("config", [values["config"]])):
+    for name, records, kinds in (
+        ("history", values["history"], (int, float)),
+        ("config", [values["config"]], (bool, int, float, str)),
+    ):
         for record in records:
-            if not isinstance(record, dict) or any(type(value) not in _PLAIN for value in record.values()):
-                raise ValueError(f"{path}: {name} must hold plain numbers and strings, got {record!r}")
+            if not isinstance(record, dict) or any(type(value) not in kinds for value in record.values()):
+                raise ValueError(f"{path}: {name} must hold plain values by name, got {record!r}")
     return Checkpoint(**values)
 
 

@@ -96,11 +96,30 @@ def test_mnist(tmp_path):
     assert dataset.classes == tuple("0123456789")
 
 
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("damage", [b"", b"\0\0", bytes(16), b"\0\0\x0d\3" + bytes(12), b"\0\0\x08\3" + b"\xff" * 12])
+def test_damaged_mnist(tmp_path, name, damage):
+    raw, _ = write_mnist(tmp_path)
+    (raw / name).write_bytes(damage)
+    with pytest.raises(ValueError, match=rf"{name}: must "):
+        mnist(tmp_path)
+
+
 def test_truncated_mnist(tmp_path):
     raw, _ = write_mnist(tmp_path)
     images = raw / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-1])
-    with pytest.raises(FileNotFoundError, match="mnist: no complete copy in"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: must hold \(7, 28, 28\) bytes, got 5487"):
+        mnist(tmp_path)
+
+
+@pytest.mark.parametrize(("array", "file"), [
+    (np.full(7, 10), "labels-idx1"), (np.arange(6), "labels-idx1"), (np.zeros((7, 28, 27)), "images-idx3"),
+])  # fmt: skip
+def test_mnist_of_another_kind(tmp_path, array, file):
+    raw, _ = write_mnist(tmp_path)
+    write_idx(raw / f"t10k-{file}-ubyte", array.astype(np.uint8))
+    with pytest.raises(ValueError, match=rf"t10k-{file}-ubyte: must hold"):
         mnist(tmp_path)
 
 
@@ -122,6 +141,16 @@ def test_cifar10(tmp_path, monkeypatch):
     assert torch.equal(dataset.test.inputs, torch.from_numpy(pixels))
     assert dataset.train.labels.tolist() == [3, 9] * 5
     assert dataset.classes == tuple(names)
+
+
+def test_a_pickle_in_place_of_cifar10_is_not_opened(tmp_path):
+    reader, place = import_torchvision("datasets").CIFAR10, tmp_path / "cifar-10-batches-py"
+    place.mkdir()
+    for name, _ in reader.train_list + reader.test_list:
+        (place / name).write_bytes(b"cos\nmkdir\n(S'" + str(tmp_path / "made").encode() + b"'\ntR.")
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1, .*, batches\.meta there, which are missing or damaged"):
+        cifar10(tmp_path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_svhn(tmp_path, monkeypatch):

@@ -1,0 +1,269 @@
+"""Files of a run that are damaged, or made by somebody who means harm: an error that names the file, and no more."""
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import memloc_ext
+from memloc_ext.analysis import LocalizationConfig, RetrainConfig
+from memloc_ext.data import memorized_mask
+from memloc_ext.files import read_json, write_json
+from memloc_ext.parts import PartFiles
+from memloc_ext.study import DataConfig, ModelConfig, Run, StudyConfig, run_study
+from memloc_ext.study.accounting_files import load_account
+from memloc_ext.training import TrainConfig, load_checkpoint
+
+CONFIG = StudyConfig(
+    data=DataConfig(examples=120, test_examples=30),
+    model=ModelConfig("lenet"),
+    train=TrainConfig(epochs=1, batch_size=64, learning_rate=0.05),
+    retrain=RetrainConfig(retrain_epochs=1),
+    localization=LocalizationConfig(localized=2, max_units=2, edited=1),
+)
+READ = [
+    "config.json",
+    *(f"stages/{stage}.json" for stage in ("train", "account", "rewind", "retrain", "localize", "dropout")),
+    *(f"plain/{table}.json" for table in ("history", "metrics", "rewinding", "retraining", "localization")),
+    *(f"plain/accounting{table}.json" for table in ("", "_parameters", "_cost")),
+    "plain/localization_summary.json",
+    "example_tied/metrics.json",
+]
+"""Files that `load_run` reads."""
+NOT_THESE = [
+    b"", b"[", b"[]", b"{}", b"null", b'"text"', b"7", b"1" * 5000, b"[1e999]", b"[NaN]", b"[null]", b"[[]]", b"[{}]",
+    b'{"settings": 1, "finished": 1, "seconds": 1}', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000,
+]  # fmt: skip
+LEAVES = (None, True, "x", "", -1, 0.5, 10**400, 10**18, [], {}, [[]], {"x": 1})
+FLIPS = 25
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_study(CONFIG, tmp_path_factory.mktemp("hostile") / "run")
+
+
+@pytest.fixture
+def run(whole: Run, tmp_path: Path) -> Path:
+    return shutil.copytree(whole.path, tmp_path / "run")
+
+
+def damages(content: bytes, seed: int = 0) -> Iterator[bytes]:
+    """The content cut off at several points, and with one bit flipped at each of several random ones."""
+    for kept in {0, 1, 20, len(content) // 4, len(content) // 2, len(content) - 40, len(content) - 1}:
+        yield content[:kept]
+    draw = random.Random(seed)
+    for bit in draw.sample(range(8 * len(content)), FLIPS):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+
+
+def noticed(path: Path, content: bytes, read: Callable[[], Any], unharmed: Callable[[Any], bool]) -> bool:
+    """Put a content into a file and read it: whether that is an error, which must name it; else it must be unharmed."""
+    path.write_bytes(content)
+    try:
+        found = read()
+    except ValueError as error:
+        assert path.name in str(error)  # noqa: PT017
+        return True
+    assert unharmed(found), f"{path.name} was read as something else"
+    return False
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_damaged_file_of_a_run_is_named(whole: Run, run: Path, name: str) -> None:
+    path, expected = run / name, replace(whole, path=run)
+    expected = replace(expected, accounting=replace(whole.accounting, folder=run / "plain" / "accounting"))  # type: ignore[type-var]
+    content = path.read_bytes()
+    found = [noticed(path, damage, lambda: memloc_ext.load_run(run), expected.__eq__) for damage in damages(content)]
+    assert sum(found) >= len(found) - 1  # all but the one that cuts the checksum off and leaves the text
+    path.write_bytes(content)
+    assert memloc_ext.load_run(run) == expected
+
+
+def test_a_damaged_checkpoint_account_or_part_is_named(run: Path, tmp_path: Path) -> None:
+    PartFiles(tmp_path).put("part", {"rows": [{"share": i / 7} for i in range(20)]})
+    checkpoint, account = run / "plain/checkpoints/epoch_001.pt", run / "plain/accounting/epoch_001.npz"
+    cases = [
+        (checkpoint, lambda: load_checkpoint(checkpoint), lambda found: {**found.model, "optimizer": found.optimizer}),
+        (account, lambda: load_account(account), vars),
+        (tmp_path / "part.json", lambda: PartFiles(tmp_path).get("part"), lambda found: found),
+    ]
+    for path, read, parts in cases:
+        content, expected = path.read_bytes(), text(parts(read()))
+        found = [noticed(path, d, read, lambda r, p=parts, e=expected: text(p(r)) == e) for d in damages(content)]
+        assert sum(found) >= len(found) * 0.6  # a zip archive also holds dates, attributes and padding
+
+
+def text(value: Any) -> str:
+    """Everything in a value, tensors with all elements."""
+    with torch._tensor_str.printoptions(profile="full", precision=17):
+        return repr(value)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_of_another_kind_is_named(run: Path, name: str) -> None:
+    path = run / name
+    for content in NOT_THESE:
+        assert noticed(path, content, lambda: memloc_ext.load_run(run), lambda _: False)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=rf"{path.name}: must be a file"):
+        memloc_ext.load_run(run)
+    path.rmdir()
+    os.mkfifo(path)  # nobody writes to it
+    with pytest.raises(ValueError, match=rf"{path.name}: must be a file"):
+        memloc_ext.load_run(run)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_any_value_in_any_place_is_read_or_named(run: Path, name: str) -> None:
+    path = run / name
+    value = read_json(path)
+    places = list(inner(value))
+    for place in random.Random(0).sample(places, min(8, len(places))):
+        for leaf in LEAVES:
+            write_json(path, changed(value, place, leaf))
+            try:
+                memloc_ext.load_run(run)
+            except FileNotFoundError as error:
+                assert name in ("config.json", "stages/train.json"), error  # noqa: PT017 - no stage has these settings
+            except ValueError as error:
+                assert path.name in str(error)  # noqa: PT017
+
+
+def inner(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*place, key)
+        yield from inner(item, (*place, key))
+
+
+def changed(value: Any, place: tuple[Any, ...], leaf: Any) -> Any:
+    copy = json.loads(json.dumps(value))
+    at = copy
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = leaf
+    return copy
+
+
+@pytest.mark.parametrize("name", ["config.json", "stages/rewind.json", "plain/rewinding.json"])
+def test_resuming_a_damaged_run_changes_nothing(run: Path, name: str) -> None:
+    content = bytearray((run / name).read_bytes())
+    content[content.index(b": ") + 3] ^= 1
+    (run / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"{name}: must be"):
+        run_study(CONFIG, run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("link", [".lock", "figures", "replaced", "plain/checkpoints", "plain/metrics.json"])
+def test_a_link_out_of_a_run_is_refused(run: Path, tmp_path: Path, link: str) -> None:
+    outside, path = tmp_path / "outside", run / link
+    outside.write_text("mine")
+    if path.exists():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(os.path.relpath(outside, path.parent))
+    for function in (lambda: memloc_ext.load_run(run), lambda: run_study(CONFIG, run, resume=True)):
+        with pytest.raises(ValueError, match=rf"{link}: must not lead out of the run, to .*outside"):
+            function()
+    assert outside.read_text() == "mine"
+
+
+def test_a_run_may_be_a_link_and_hold_some(whole: Run, run: Path, tmp_path: Path) -> None:
+    (run / "plain" / "checkpoints").rename(run / "kept")
+    (run / "plain" / "checkpoints").symlink_to("../kept")
+    (tmp_path / "link").symlink_to(run)
+    assert memloc_ext.load_run(tmp_path / "link").metrics == whole.metrics
+
+
+class Harmful:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def array(value: Any, save: Callable[..., Any]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, np.array([value], dtype=object))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "read"),
+    [
+        ("epoch_000.pt", pickle.dumps, load_checkpoint),
+        ("epoch_000.pt", saved, load_checkpoint),
+        ("epoch_000.pt", lambda value: saved({"model": {"weight": value}}), load_checkpoint),
+        ("epoch_001.npz", pickle.dumps, load_account),
+        ("epoch_001.npz", lambda value: array(value, np.savez), load_account),
+        ("scores.npy", pickle.dumps, lambda path: memorized_mask(path, 1)),
+        ("scores.npy", lambda value: array(value, np.save), lambda path: memorized_mask(path, 1)),
+        ("scores.npz", lambda value: array(value, np.savez), lambda path: memorized_mask(path, 1)),
+    ],
+)
+def test_nothing_is_unpickled(
+    tmp_path: Path, name: str, make: Callable[[Any], bytes], read: Callable[[Path], Any]
+) -> None:
+    (tmp_path / name).write_bytes(make(Harmful(tmp_path / "made")))
+    with pytest.raises(ValueError, match=name):
+        read(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_that_unfolds_is_refused(run: Path) -> None:
+    path = run / "plain/checkpoints/epoch_001.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        archive.writestr("../../outside", b"")
+    with pytest.raises(ValueError, match=r"epoch_001\.pt: .* compressed data"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"conv1.0.weight": 1}}, "model must hold dense tensors by name, got int"),
+        ({"model": {1: torch.zeros(1)}}, "model must hold dense tensors by name"),
+        ({"model": {"a": torch.zeros(2, 2).to_sparse()}}, "model must hold dense tensors by name, got Tensor for 'a'"),
+        ({"history": [{"epoch": "0"}]}, "history must hold plain values by name"),
+        ({"config": {"seed": torch.zeros(2)}}, "config must hold plain values by name"),
+        ({"epoch": 3}, "must be of its epoch, got 3 and 1 records"),
+        ({"optimizer": {}}, "must hold the momentum of every parameter"),
+        ({"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}}, "must hold the momentum"),
+        ({"optimizer": {"state": {10**9: {}}}}, "must hold the momentum"),
+        ({"scaler": {"scale": "x"}}, "must hold the momentum of every parameter, and the scale"),
+    ],
+)
+def test_a_checkpoint_with_something_else_in_it_is_named(run: Path, change: dict[str, Any], message: str) -> None:
+    (run / "stages" / "train.json").unlink()
+    (run / "plain/checkpoints/epoch_001.pt").unlink()
+    path = run / "plain/checkpoints/epoch_000.pt"
+    path.write_bytes(saved(vars(load_checkpoint(path)) | change))
+    with pytest.raises(ValueError, match=rf"epoch_000\.pt: {message}"):
+        run_study(CONFIG, run, stages=("train", "account"))
