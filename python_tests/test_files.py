@@ -1,3 +1,4 @@
+import json
 import os
 import stat
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memloc_ext.files import read_json, write_atomically, write_json
+from memloc_ext.files import read_as, read_bytes, read_json, remove_temporaries, write_atomically, write_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
@@ -96,12 +97,66 @@ def test_what_json_cannot_hold_is_refused(tmp_path, value, error):
     assert read_json(path) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"NaN", b"[-Infinity]", b"\xff\xfe\xfa", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": 1', b"NaN", b"[-Infinity]", b"1e999", b"\xff\xfe\xfa", b"[" * 100_000]
+)
 def test_a_corrupt_file_is_named(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json: must be JSON: "):
         read_json(path)
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_found_and_others_read_it(tmp_path):
+    path, value = tmp_path / "a.json", [{"share": 0.125, "name": "conv1"}]
+    write_json(path, value, sealed=True)
+    stored = path.read_bytes()
+    assert json.loads(stored) == read_json(path) == value
+    for bit in range(8 * len(stored)):
+        path.write_bytes(bytes(byte ^ (bit // 8 == i) << bit % 8 for i, byte in enumerate(stored)))
+        with pytest.raises(ValueError, match=r"a\.json: must be JSON: "):
+            read_json(path)
+    for kept in range(len(stored)):
+        path.write_bytes(stored[:kept])
+        try:
+            assert read_json(path) == value
+            assert kept >= len(stored) - 34  # the text is whole
+        except ValueError as error:
+            assert "a.json: must be JSON" in str(error)  # noqa: PT017
+
+
+def test_a_file_that_nobody_sealed_may_end_in_blanks(tmp_path):
+    for text in ("[1]\n\n", "[1]\n   ", "[1]", "[1]\n\t\n"):
+        (tmp_path / "a.json").write_text(text)
+        assert read_json(tmp_path / "a.json") == [1]
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError])
+def test_what_cannot_be_parsed_is_named(tmp_path, error):
+    def fail(value):
+        raise error(f"got {value}")
+
+    write_json(tmp_path / "a.json", 7)
+    assert read_as(tmp_path / "a.json", "a number", lambda value: value + 1) == 8
+    with pytest.raises(ValueError, match=r"a\.json: must be a number: '?got 7"):
+        read_as(tmp_path / "a.json", "a number", fail)
+
+
+def test_pipes_and_folders_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=f"{path.name}: must be a file"):
+            read_bytes(path)
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    (tmp_path / "inner").mkdir()
+    names = [".a.json.0123456789abcdef.tmp", "inner/.epoch_000.pt.fedcba9876543210.tmp"]
+    kept = ["a.tmp", ".a.tmp", "inner/.a.json.0123456789abcdef.bak"]
+    for name in names + kept:
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
 def test_a_missing_file_is_not_corrupt(tmp_path):

@@ -37,7 +37,9 @@ run --model lenet --epochs 4 --batch-size 32 --examples 300 --learning-rate 0.1 
 """
 IMPORTED = ("memloc_ext.report", "jinja2", "matplotlib.backends.backend_agg", "sklearn.model_selection", "tqdm", "tyro")
 DISK = 0.03
-"""Seconds that bytes take to the disk, at least: with a slow one, a good part of the kills meet a write."""
+"""Seconds that bytes take to the disk, at least: on a slow one, more of the kills meet a write."""
+PER_RUN = 5
+"""Kills in the time of an undisturbed run, on average."""
 SECONDS = re.compile(rb'"seconds": [\d.e+-]+')
 SEAL = re.compile(rb"\n[ \t]{32}\n$")
 TIMED = ("plain/accounting_cost.json", "report.html")
@@ -105,11 +107,11 @@ def kill_study(study: Sequence[str], folder: Path, kills: int, moments: random.R
     wrong, done, runs, torn = [], 0, 0, 0
     while done < kills:
         run = folder / f"run{runs}"
-        # most moments are early, or the later ones of a run would come after its end; any is possible
-        while done < kills and killed(study, run, whole * moments.random() ** 2):
+        while done < kills and killed(study, run, moments.expovariate(PER_RUN / whole)):
             done += 1
             torn += any(run.rglob(".*.tmp"))
-        ended(start(study, run), run)
+        if done == kills:
+            ended(start(study, run), run)
         wrong += differences(run, expected)
         runs += 1
         print(f"{done} kills, {torn} of them during a write; {runs} runs, {len(wrong)} files differ", flush=True)

@@ -120,6 +120,13 @@ def test_a_damaged_image_is_named_when_its_batch_is_decoded(images, little_memor
         dataset.train.batch(torch.tensor([0, 3]))
 
 
+def test_a_format_that_other_programs_would_read_is_refused(images):
+    path, _ = images
+    Image.new("RGB", (6, 6)).save(path / "train" / "dog" / "zz.png", format="EPS")
+    with pytest.raises(ValueError, match=r"zz.png: cannot be decoded: cannot identify image file"):
+        folder(path)
+
+
 def test_deep_colour_is_refused_rather_than_clipped(images):
     path, _ = images
     Image.fromarray(np.full((6, 6), 40000, dtype=np.uint16)).save(path / "train" / "dog" / "zz.png")

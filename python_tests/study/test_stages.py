@@ -130,6 +130,13 @@ def test_a_run_in_use_is_refused(copy: Path) -> None:
     run_study(CONFIG, copy, stages=("train",))
 
 
+def test_what_a_killed_write_left_is_removed(copy: Path) -> None:
+    left = copy / "plain" / "checkpoints" / ".epoch_001.pt.0123456789abcdef.tmp"
+    left.write_bytes(b"half")
+    run_study(CONFIG, copy, stages=("train",))
+    assert not left.exists()
+
+
 def test_a_missing_checkpoint_is_named(copy: Path) -> None:
     (copy / "plain" / "checkpoints" / "epoch_001.pt").unlink()
     (copy / "stages" / "localize.json").unlink()
