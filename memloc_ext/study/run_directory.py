@@ -156,11 +156,12 @@ def check_inside(path: Path) -> None:
 
     A run from a stranger could else have files read, emptied or written elsewhere, and folders of others removed.
     """
-    inside = path.resolve()
+    inside = os.path.realpath(path)
     for folder, folders, files in os.walk(path):
         for entry in (Path(folder, name) for name in (*folders, *files)):
-            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
-                raise ValueError(f"{entry}: must not lead out of the run, to {entry.resolve()}")
+            target = Path(os.path.realpath(entry))  # of a loop too
+            if entry.is_symlink() and not target.is_relative_to(inside):
+                raise ValueError(f"{entry}: must not lead out of the run, to {target}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -187,6 +187,7 @@ def test_a_link_out_of_a_run_is_refused(run: Path, tmp_path: Path, link: str) ->
 def test_a_run_may_be_a_link_and_hold_some(whole: Run, run: Path, tmp_path: Path) -> None:
     (run / "plain" / "checkpoints").rename(run / "kept")
     (run / "plain" / "checkpoints").symlink_to("../kept")
+    (run / "loop").symlink_to("loop")
     (tmp_path / "link").symlink_to(run)
     assert memloc_ext.load_run(tmp_path / "link").metrics == whole.metrics
 
