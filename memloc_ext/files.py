@@ -122,7 +122,7 @@ def read_json(path: str | Path) -> Any:
     try:
         text, newline, last = stored.removesuffix(b"\n").rpartition(b"\n")
         if len(last) == _SEAL and not last.strip() and last != _seal(text + newline):
-            raise ValueError("its last line holds the checksum of another text")
+            raise ValueError("it was damaged or edited: its last line is the checksum of another text")
         return json.loads(stored, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from error

@@ -153,6 +153,7 @@ def test_a_damaged_checkpoint_is_named(copy: Path) -> None:
     assert list(memloc_ext.load_run(copy).histories) == ["plain", "example_tied"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes() -> None:
     tool = Path(__file__).parents[2] / "tools" / "kill_study.py"
     study = ["--epochs", "2", "--skip", "account", "rewind", "retrain", "controls", "localize-dropout", "report"]
