@@ -23,6 +23,7 @@ from memloc_ext.nn.gradient_accountant.one_by_one import account_examples, add_t
 from memloc_ext.nn.gradient_accountant.one_by_one import exact_groups as exact_groups_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
+from memloc_ext.nn.gradient_accountant.sharded import fully_sharded, watch
 from memloc_ext.nn.gradient_accountant.uses import accumulated
 from memloc_ext.ops import Groups
 
@@ -61,8 +62,10 @@ class GradientAccountant:
     Covered are linear layers and matrix products, convolutions, batch, layer, group, instance and RMS normalisation,
     embeddings, `torch.nn.MultiheadAttention`, and parameters that meet activations element by element; used any number
     of times, by modules or by functions. Any other parameter takes one backward pass per example, with a warning that
-    names it. Autocast, gradient checkpointing, frozen parameters and `DistributedDataParallel` work as usual; under
-    the last, group gradients are those of this process. What `torch.compile` compiled runs uncompiled here.
+    names it. Autocast, gradient checkpointing, frozen parameters, `DistributedDataParallel` and
+    `torch.distributed.fsdp.fully_shard` work as usual; under the last two, norms and group gradients are those of this
+    process's examples, and after `fully_shard` every parameter must be covered. What `torch.compile` compiled runs
+    uncompiled here.
 
     The layers it runs cannot be differentiated twice, as gradient penalties need. A hook on a parameter is called with
     None where ``weight_grads`` is False.
@@ -95,9 +98,9 @@ class GradientAccountant:
     def __enter__(self) -> Self:
         """Look at what the model does in this thread, until the end of the ``with``."""
         session, stack = Session(self._model, self._batch_dim, HANDLERS), ExitStack()
-        stack.enter_context(uncompiled())
         for hook in self._hooks(session):
             stack.callback(hook.remove)
+        stack.enter_context(uncompiled())
         stack.enter_context(session)
         self._sessions.append((session, stack))
         return self
@@ -110,6 +113,7 @@ class GradientAccountant:
 
     def _hooks(self, session: Session) -> list[RemovableHandle]:
         """Have the session told when this thread runs the model."""
+        sharded = fully_sharded(self._model)
 
         def mine() -> bool:
             return any(session is entered for entered, _ in self._sessions)
@@ -122,10 +126,11 @@ class GradientAccountant:
             if mine():
                 session.leave_model(output)
 
-        return [
+        hooks = [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
             self._model.register_forward_hook(after, always_call=True),
         ]
+        return hooks + [watch(session, name, module, sharded) for name, module in sharded.items()]
 
     @property
     def _sessions(self) -> list[tuple[Session, ExitStack]]:
@@ -182,6 +187,7 @@ class GradientAccountant:
             self._check_parallel(weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
+            self._check_sharded(session, found, exact_groups)
         exact = exact_groups and weight_grads
         calls = session.calls | found.uses  # the larger count of each
         several = batch_size is not None
@@ -210,7 +216,7 @@ class GradientAccountant:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact:
                 add_to_grads(found.all, run.group_grad)
-            return self._account(run, loss_reduction, groups if weight_grads else None)
+            return self._account(session, run, loss_reduction, groups if weight_grads else None)
 
     def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
         model = self._model
@@ -222,13 +228,24 @@ class GradientAccountant:
                         f"gradients, got {not rule}; call forward and backward inside model.no_sync()"
                     )
 
+    def _check_sharded(self, session: Session, found: Reached, exact_groups: bool) -> None:
+        """Refuse what takes several backward passes: processes with fewer would leave the others waiting."""
+        if session.whole and exact_groups:
+            raise ValueError("GradientAccountant: exact_groups must be False after fully_shard, got True")
+        names = [name for name, p in session.named_parameters() if id(p) in found.unseen]
+        if session.whole and names:
+            raise ValueError(
+                f"GradientAccountant: the layers of {', '.join(names)} are not covered, and fully_shard allows no "
+                "backward pass per example; freeze them, or use DistributedDataParallel"
+            )
+
     def _outputs(self, session: Session, root: Tensor, found: Reached, run: Run) -> Outputs:
         """Return tensors whose rows are the examples and through which the loss depends on the parameters."""
         returned = [t for forward_pass in session.outputs for t in forward_pass]
         outputs = minimal(root, session, returned, found.all)
         layouts = [session.output_layout(t) for t in outputs or ()]
         if not outputs or None in layouts:
-            names = [name for name, p in self._model.named_parameters() if id(p) in (found.unseen or found.all)]
+            names = [name for name, p in session.named_parameters() if id(p) in (found.unseen or found.all)]
             raise ValueError(
                 f"GradientAccountant: the loss depends on {', '.join(names)} in a way that cannot be told apart by "
                 "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
@@ -246,17 +263,17 @@ class GradientAccountant:
         unseen = run.slow
         if not unseen:
             return
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in session.named_parameters():
             if id(parameter) in unseen and name not in self._warned:
                 self._warned.add(name)
                 message = f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
                 warnings.warn(message, UserWarning, stacklevel=3)
         account_examples(session, run, outputs, unseen)
 
-    def _account(self, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
+    def _account(self, session: Session, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
         scale = run.batch**2 if loss_reduction == "mean" else 1
         sqnorm, group_grad = {}, {}
-        for name, p in self._model.named_parameters():
+        for name, p in session.named_parameters():
             if not p.requires_grad:
                 continue
             dtype, key = accumulated(p.dtype), id(p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,11 +54,12 @@ class Session(TorchFunctionMode):
     def __init__(self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler]) -> None:
         super().__init__()
         self.parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.run: Run | None = None
         self.outputs: deque[list[Tensor]] = deque(maxlen=_FORWARD_PASSES)
-        self._batch_dim, self._handlers = batch_dim, handlers
+        self._model, self._batch_dim, self._handlers = model, batch_dim, handlers
         self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
@@ -90,6 +91,17 @@ class Session(TorchFunctionMode):
         """Forget what the model returned in a forward pass that a backward pass went through."""
         kept = [outputs for outputs in self.outputs if not any(t.grad_fn in nodes for t in outputs)]
         self.outputs = deque(kept, maxlen=_FORWARD_PASSES)
+
+    def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Account these for the parameters of their names, of which the model keeps parts."""
+        self.whole.update(parameters)
+        self.parameters.update({id(parameter): parameter for parameter in parameters.values()})
+        self._fixed.update(map(id, parameters.values()))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the model's parameters, those that its layers run with."""
+        for name, parameter in self._model.named_parameters():
+            yield name, self.whole.get(name, parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function: by a handler if a parameter is among its arguments."""
