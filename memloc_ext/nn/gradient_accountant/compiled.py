@@ -16,15 +16,22 @@ _stance = ExitStack()
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Have compiled functions run uncompiled, in every thread, until no thread is inside any more."""
+    """Have compiled functions run uncompiled, in every thread, until no thread is inside any more.
+
+    Raises:
+        RuntimeError: If called from a compiled function.
+    """
     global _open
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
     with _lock:
+        if _open == 0:
+            try:
+                _stance.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:
+                raise RuntimeError("GradientAccountant: open it outside of what torch.compile compiles") from error
         _open += 1
-        if _open == 1:
-            _stance.enter_context(torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:

@@ -188,6 +188,22 @@ def test_compiled_models_are_compiled_as_before_outside() -> None:
     torch._dynamo.reset()
 
 
+def test_an_accountant_inside_of_what_is_compiled_is_an_error_and_leaves_nothing_behind() -> None:
+    torch._dynamo.reset()
+    model, x = small(), torch.randn(B, 3)
+
+    def step(x: Tensor) -> None:
+        with GradientAccountant(model) as accountant:
+            sums(accountant, total(model, x))
+
+    with pytest.raises(RuntimeError, match="open it outside of what torch.compile compiles"):
+        torch.compile(step, backend="eager")(x)
+    with GradientAccountant(model) as accountant:
+        account = sums(accountant, total(torch.compile(model, backend="eager"), x))
+    assert all(norm.all() for norm in account.sqnorm.values())
+    torch._dynamo.reset()
+
+
 # DistributedDataParallel
 
 
