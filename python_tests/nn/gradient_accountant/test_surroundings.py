@@ -196,7 +196,7 @@ def test_an_accountant_inside_of_what_is_compiled_is_an_error_and_leaves_nothing
         with GradientAccountant(model) as accountant:
             sums(accountant, total(model, x))
 
-    with pytest.raises(RuntimeError, match="open it outside of what torch.compile compiles"):
+    with pytest.raises(RuntimeError, match=r"open it outside of what torch\.compile compiles"):
         torch.compile(step, backend="eager")(x)
     with GradientAccountant(model) as accountant:
         account = sums(accountant, total(torch.compile(model, backend="eager"), x))
