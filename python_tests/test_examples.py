@@ -1,14 +1,11 @@
 """The example of a training loop of one's own: both files run, and the second is the first and a few lines."""
 
 import difflib
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from load_example import EXAMPLES, load_example
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 REPLACED = {
     "    loader = DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True)",  # gets the examples' numbers
     "        for inputs, labels in loader:",
@@ -19,18 +16,9 @@ REPLACED = {
 """Lines of the plain training that cannot stay as they are."""
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["plain", "with_memloc"])
 def test_an_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example = _load(name)
+    example = load_example(name)
     monkeypatch.setattr(example, "EPOCHS", 2)
     with torch.random.fork_rng(devices=[]):
         example.main()
