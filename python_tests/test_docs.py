@@ -43,3 +43,15 @@ def test_the_reference_has_every_public_function_and_class(module: str) -> None:
         if getattr(getattr(public, name), "__name__", None) == name and name not in documented  # constants have none
     }
     assert not missing
+
+
+def test_the_lines_on_integrations_are_those_of_the_examples() -> None:
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    sections = re.findall(r"^`examples/(\w+\.py)`(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 5
+    for name, section in sections:
+        lines = iter((ROOT / "examples" / name).read_text().splitlines())
+        shown = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)).splitlines()
+        assert shown
+        for line in shown:
+            assert line in lines, f"{name} has no {line!r}, or not in this order"
