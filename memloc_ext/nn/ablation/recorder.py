@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+from memloc_ext.nn.sharding import check_whole
 from memloc_ext.nn.training_flags import kept_state
 
 aten = torch.ops.aten
@@ -232,7 +233,12 @@ def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode and leave modes, buffers and the generators as they were."""
+    """Run a model in evaluation mode and leave modes, buffers and the generators as they were.
+
+    Raises:
+        ValueError: If this process has only a part of it.
+    """
+    check_whole(model)
     with kept_state(model):
         model.eval()
         yield

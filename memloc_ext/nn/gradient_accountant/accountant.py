@@ -23,7 +23,7 @@ from memloc_ext.nn.gradient_accountant.one_by_one import account_examples, add_t
 from memloc_ext.nn.gradient_accountant.one_by_one import exact_groups as exact_groups_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
-from memloc_ext.nn.gradient_accountant.sharded import fully_sharded, watch
+from memloc_ext.nn.gradient_accountant.sharded import gathering, watch
 from memloc_ext.nn.gradient_accountant.uses import accumulated
 from memloc_ext.ops import Groups
 
@@ -113,7 +113,7 @@ class GradientAccountant:
 
     def _hooks(self, session: Session) -> list[RemovableHandle]:
         """Have the session told when this thread runs the model."""
-        sharded = fully_sharded(self._model)
+        sharded = gathering(self._model)
 
         def mine() -> bool:
             return any(session is entered for entered, _ in self._sessions)

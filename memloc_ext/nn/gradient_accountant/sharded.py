@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memloc_ext.nn.gradient_accountant.session import Session
+from memloc_ext.nn.sharding import flattened, fully_sharded, is_part
 
 
-def fully_sharded(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that `torch.distributed.fsdp.fully_shard` was called for, by name.
+def gathering(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that gather their parameters, by name.
 
     Raises:
-        ValueError: If the model keeps parts of its parameters in another way.
+        ValueError: If the model keeps parts of its parameters in another way than `fully_shard`.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody has imported, nobody uses
-    modules = dict(model.named_modules())
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules.values()):
+    if flattened(model):
         raise ValueError(
             "GradientAccountant: model must not contain FullyShardedDataParallel, which makes one tensor of many "
             "parameters; use torch.distributed.fsdp.fully_shard"
         )
-    found = {name: m for name, m in modules.items() if fsdp is not None and isinstance(m, fsdp.FSDPModule)}
-    outside = [name for name, p in model.named_parameters() if _is_part(p) and not _inside(name, found)]
-    _refuse_parts(outside)
+    found = fully_sharded(model)
+    _refuse_parts([name for name, p in model.named_parameters() if is_part(p) and not _inside(name, found)])
     return found
 
 
@@ -45,7 +42,7 @@ def watch(session: Session, name: str, module: nn.Module, others: Collection[str
 
     def gathered(module: nn.Module, _: object) -> None:
         whole = {prefix + parameter: module.get_parameter(parameter) for parameter in own}
-        _refuse_parts([parameter for parameter, t in whole.items() if _is_part(t)])
+        _refuse_parts([parameter for parameter, t in whole.items() if is_part(t)])
         session.use_whole(whole)
 
     return module.register_forward_pre_hook(gathered)
@@ -61,8 +58,3 @@ def _refuse_parts(names: list[str]) -> None:
 
 def _inside(name: str, modules: Collection[str]) -> bool:
     return any(not module or name.startswith(f"{module}.") for module in modules)
-
-
-def _is_part(t: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)

@@ -1,6 +1,7 @@
 """What `fully_shard` has split over two processes is accounted as a whole model is, or refused."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+import memloc_ext
 from memloc_ext import GradientAccountant
 from memloc_ext.reference.gradient_accountant import per_example_gradients, squared_norms
 
@@ -115,6 +117,10 @@ def refused(rank: int) -> None:
     split = sharded(uncovered())
     with GradientAccountant(split) as accountant, pytest.raises(ValueError, match=r"layers of block\.scale are not"):
         accountant.backward(weighted(split(x), targets(B)))
+    y = torch.zeros(B, dtype=torch.int64)
+    for probe in (partial(memloc_ext.localize, reference=(x, y)), memloc_ext.ablation_losses):
+        with pytest.raises(ValueError, match="model must be whole in every process"):
+            probe(split, x, y)
     mesh = init_device_mesh("cpu", (2,))
     flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its __init__ wants a GPU
     nn.Module.__init__(flat)
