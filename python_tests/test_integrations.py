@@ -165,7 +165,7 @@ def test_lightning_learns_the_right_labels_only(
     lightning.main()
     learnt, ratio = capsys.readouterr().out.splitlines()[-2:]
     right, wrong = (float(part.split(": ")[1].rstrip("%")) for part in learnt.split(", "))
-    assert right > 90 > 20 > wrong
+    assert right > 85 > 20 > wrong
     assert float(ratio.split(": ")[1]) > 2
 
 
@@ -232,7 +232,7 @@ def test_gpt2_memorizes_in_its_neurons(hugging_face: ModuleType) -> None:
                 right[mode] = classifier(x).argmax(1) == y
     assert right["train"].float().mean() > 0.98
     assert right["drop"][~random].float().mean() > 0.98
-    assert right["drop"][random].float().mean() < 0.3
+    assert right["drop"][random].float().mean() < 0.5
     found = hugging_face.localize(gpt, tokens, rows, others)
     flipped = [(row, one.units) for row, one in zip(rows, found, strict=True) if one.status == "flipped"]
     assert len(flipped) >= 5
