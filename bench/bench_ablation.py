@@ -69,7 +69,7 @@ class Stacked:
         """Return the losses without the units from ``first`` on, ``[units, batch]``."""
 
         def mask(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            off = F.one_hot(torch.arange(first, first + self.together), output.shape[1])
+            off = F.one_hot(torch.arange(first, first + self.together, device=output.device), output.shape[1])
             keep = (1 - off).to(output.dtype).repeat_interleave(self.batch, 0)
             return output * keep.reshape(*keep.shape, *[1] * (output.dim() - 2))
 
@@ -93,11 +93,11 @@ def captum_losses(model: nn.Module, x: Tensor, y: Tensor, sites: Sequence[str]) 
     with torch.no_grad():
         base = loss(x, y)
         for site in sites:
-            units = _units(model, site)
+            count = units(model, site)
             effect = LayerFeatureAblation(loss, model.get_submodule(site)).attribute(
                 x,
                 additional_forward_args=(y,),
-                layer_mask=torch.arange(units).reshape(1, units, 1, 1),
+                layer_mask=torch.arange(count).reshape(1, count, 1, 1),
                 perturbations_per_eval=TOGETHER,
             )
             assert isinstance(effect, Tensor)
@@ -108,10 +108,9 @@ def captum_losses(model: nn.Module, x: Tensor, y: Tensor, sites: Sequence[str]) 
 @pytest.mark.parametrize("scan", SCANS, ids=str)
 def test_scan(scan: Scan, benchmark: Any) -> None:
     torch.manual_seed(0)
-    model, x, y = _resnet9(), torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    model, x, y = resnet9(), torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     stacked, single = Stacked(model, x, y, TOGETHER), Stacked(model, x, y, 1)
-    units = {site: _units(model, site) for site in scan.sites}
-    chunks = sum(count // TOGETHER for count in units.values())
+    chunks = sum(units(model, site) // TOGETHER for site in scan.sites)
     found = ablation_losses(model, x, y, scan.sites)
     _check(scan, model, x, y, {site: found[site].loss for site in scan.sites})
     last = scan.sites[-1]
@@ -228,10 +227,11 @@ def _without(model: nn.Module, units: Sequence[tuple[str, int]], x: Tensor) -> i
     return predicted
 
 
-def _resnet9() -> nn.Module:
+def resnet9() -> nn.Module:
+    """Return a ResNet-9 in evaluation mode, its normalisations as after training."""
     model = ResNet9()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after training, so that scale and shift are not trivial
+        if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             assert module.running_var is not None
             nn.init.normal_(module.running_mean, 0, 0.1)
@@ -239,5 +239,6 @@ def _resnet9() -> nn.Module:
     return model.eval()
 
 
-def _units(model: nn.Module, site: str) -> int:
+def units(model: nn.Module, site: str) -> int:
+    """Return the number of channels of a site."""
     return next(m for m in model.get_submodule(site).modules() if isinstance(m, nn.Conv2d)).out_channels

@@ -102,7 +102,7 @@ def test_example_tied_dropout(case: Case, benchmark: Any) -> None:
 
 def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
     """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first."""
-    for case in CASES:
+    for case in (*CASES, Case((256, 256, 16, 16), torch.bfloat16, "nhwc")):
         shape = (4 * case.shape[0], *case.shape[1:])  # larger than the L2 cache
         large = Case(shape, case.dtype, case.form)
         x, ids = large.inputs("cuda")

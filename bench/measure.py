@@ -44,6 +44,28 @@ def interleaved(
     return times
 
 
+def seconds(function: Callable[[], object], device: str, rounds: int = 30) -> tuple[float, float, float]:
+    """Return the quartiles of the time of a call, on a GPU between two events of its stream."""
+    on_gpu = torch.device(device).type == "cuda"
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        if on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+    low, median, high = statistics.quantiles(times, n=4)
+    return low, median, high
+
+
 def ratios(times: Mapping[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
     """Return the time of ``ours`` over that of every other function: the median over rounds, and its quartiles."""
     result = {}

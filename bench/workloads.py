@@ -27,6 +27,7 @@ class Workload:
         targets: What ``losses`` compares with.
         losses: Outputs and targets to ``[batch]``; the batch's loss is their sum.
         input_grad: Whether the gradient of ``inputs`` is wanted too, as inside of a network.
+        autocast: What the forward pass computes in where torch deems that safe; None for the model's own type.
     """
 
     model: nn.Module
@@ -34,12 +35,19 @@ class Workload:
     targets: Tensor
     losses: Callable[[Tensor, Tensor], Tensor]
     input_grad: bool = False
+    autocast: torch.dtype | None = None
+
+    def to(self, device: str) -> Workload:
+        """Return it with the model, which is moved, and the batch on a device."""
+        moved = (self.model.to(device), self.inputs.to(device), self.targets.to(device))
+        return replace(self, **dict(zip(("model", "inputs", "targets"), moved, strict=True)))
 
     def loss(self, model: nn.Module | None = None) -> Tensor:
         """Run the model, or one that wraps it, forward: the sum of the losses."""
         self.model.zero_grad()
         x = self.inputs.detach().requires_grad_(self.input_grad)
-        return self.losses((model or self.model)(x), self.targets).sum()
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.losses((model or self.model)(x), self.targets).sum()
 
     def floors(self) -> dict[str, float]:
         """Return the least multiply-adds of each kind of accounting, over those of a plain forward and backward pass.
@@ -78,11 +86,13 @@ class ScanFloor:
         naive: A forward pass per unit.
         prefix: What lies before the site is computed once.
         delta: And the layer behind it is computed anew for the one channel only.
+        forward: A forward pass, for comparison.
     """
 
     naive: int
     prefix: int
     delta: int
+    forward: int
 
 
 def scan_floor(model: nn.Module, x: Tensor, sites: Sequence[str]) -> ScanFloor:
@@ -114,22 +124,25 @@ def scan_floor(model: nn.Module, x: Tensor, sites: Sequence[str]) -> ScanFloor:
         naive += units * sum(costs)
         prefix += units * (following + rest)
         delta += following + units * rest  # one input channel of so many, for each of them
-    return ScanFloor(naive, prefix + sum(costs), delta + sum(costs))
+    return ScanFloor(naive, prefix + sum(costs), delta + sum(costs), sum(costs))
 
 
 class VisionTransformer(nn.Module):
-    """64 patches of 4 x 4 pixels, dim 256, depth 6, 8 heads, mlp 512; positions are not trained and outputs averaged.
+    """64 patches of 4 x 4 pixels, depth 6, 8 heads, mlp 512; positions are not trained and outputs averaged.
 
     Without a class token or trained positions, which some of the peers do not know.
+
+    Args:
+        dim: Channels of a token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 256) -> None:
         super().__init__()
-        self.embedding = nn.Linear(48, 256)
-        self.register_buffer("position", 0.02 * torch.randn(1, 64, 256))
-        self.blocks = nn.Sequential(*(Block(256, 8, 512, dropout=0.0) for _ in range(6)))
-        self.norm = nn.LayerNorm(256)
-        self.head = nn.Linear(256, 10)
+        self.embedding = nn.Linear(48, dim)
+        self.register_buffer("position", 0.02 * torch.randn(1, 64, dim))
+        self.blocks = nn.Sequential(*(Block(dim, 8, 512, dropout=0.0) for _ in range(6)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of ``[batch, 3, 32, 32]``."""
@@ -140,11 +153,11 @@ class VisionTransformer(nn.Module):
 def workloads() -> dict[str, Callable[[], Workload]]:
     """Return the workloads by name, each built when called."""
     return {
-        "resnet9-64x32x32": lambda: _classifier(
+        "resnet9-64x32x32": lambda: classifier(
             models.build("resnet9", num_classes=10, in_channels=3, image_size=32), 64
         ),
-        "vit-32x64-256": lambda: _classifier(VisionTransformer(), 32),
-        "mlp-512x784-512-512-10": lambda: replace(_classifier(_mlp(), 512), inputs=torch.randn(512, 784)),
+        "vit-32x64-256": lambda: classifier(VisionTransformer(), 32),
+        "mlp-512x784-512-512-10": lambda: replace(classifier(_mlp(), 512), inputs=torch.randn(512, 784)),
         "conv-64x16x16-128-to-128-k3s1": _convolution,
     }
 
@@ -161,7 +174,7 @@ def accounted(workload: Workload, **settings: Any) -> Step:
     """Return a step that accounts; with ``num_groups`` a fifth of the examples are in another group."""
     accountant = GradientAccountant(workload.model)
     if "num_groups" in settings:
-        settings["group_ids"] = (torch.arange(len(workload.inputs)) % 5 == 0).long()
+        settings["group_ids"] = (torch.arange(len(workload.inputs), device=workload.inputs.device) % 5 == 0).long()
 
     def step() -> dict[str, Tensor]:
         with accountant:
@@ -174,7 +187,9 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
-def _classifier(model: nn.Module, batch: int) -> Workload:
+def classifier(model: nn.Module, batch: int) -> Workload:
+    """Return a model of ten classes on random images of CIFAR-10's shape."""
+
     def losses(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
 
