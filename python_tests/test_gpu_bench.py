@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import gpu_goals, measure
 from bench.gpu_goals import Goal
+from bench.workloads import Step, Workload
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_accounting(name: str, precision: str) -> None:
 def test_norms_that_are_wrong_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gpu_goals.functorch
 
-    def doubled(workload: gpu_goals.Workload) -> gpu_goals.Step:
+    def doubled(workload: Workload) -> Step:
         return lambda: {name: 2 * norms for name, norms in wrong(workload)().items()}
 
     monkeypatch.setattr(gpu_goals, "functorch", doubled)
