@@ -33,7 +33,7 @@ def call(operator: Callable[..., Any], name: str, *arguments: object, **options:
             raise ValueError(f"{name}: an integer must fit in 64 bits, got {too_large[0]}") from None
         if "Expected a value of type" in message:
             raise TypeError(f"{name}: {message}") from None
-        if isinstance(error, NotImplementedError):
+        if isinstance(error, NotImplementedError) and message.startswith("Could not run"):  # the dispatcher's words
             kinds = {f"{a.layout} on {a.device.type}" for a in arguments if isinstance(a, torch.Tensor)}
             raise TypeError(
                 f"{name}: no kernel for {' with '.join(sorted(kinds))}; tensors must be strided, and `memloc info` "

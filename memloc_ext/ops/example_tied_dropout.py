@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from memloc_ext.ops import _errors
 from memloc_ext.ops._values import readable
@@ -83,8 +84,12 @@ def _(x: Tensor, example_ids: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-class _Autograd(torch.autograd.Function):
-    """The operator multiplies by a mask: its own derivative, in both directions."""
+class _Autograd(_SingleLevelFunction):
+    """The operator multiplies by a mask: its own derivative, in both directions.
+
+    It runs below a torch.func transform, which has already singled out the level that records: a Function would ask the
+    transform again.
+    """
 
     @staticmethod
     def forward(x: Tensor, example_ids: Tensor, *settings: Any) -> Tensor:
@@ -135,9 +140,8 @@ class _Autograd(torch.autograd.Function):
 
 
 def _autograd(*arguments: Any) -> Tensor:
-    # Here a torch.func transform has already singled out the level that records; Function.apply would ask it again.
     with enable_single_level_autograd_function():
-        return cast(Any, super(torch.autograd.Function, _Autograd)).apply(*arguments)
+        return cast(Any, _Autograd).apply(*arguments)
 
 
 # not torch.library.register_autograd: what it makes knows no torch.func transform and no forward mode
