@@ -28,7 +28,13 @@ __device__ __forceinline__ void finish(T* y, const T* output, const T* residual,
     if (relu) value = value < 0 ? 0 : value;  // what is not a number stays that
     result.element[i] = narrow<T>(value);
   }
-  *reinterpret_cast<P*>(y + at) = result;
+  if constexpr (sizeof(P) == sizeof(uint4)) {
+    uint4 words;
+    memcpy(&words, &result, sizeof(words));
+    __stwb(reinterpret_cast<uint4*>(y + at), words);  // a plain store is taken apart where a loop steps its address
+  } else {
+    *reinterpret_cast<P*>(y + at) = result;
+  }
 }
 
 template <typename T>

@@ -27,6 +27,12 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct __attribute__((aligned(16), may_alias)) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
+
 struct dim3 {
   unsigned x, y, z;
 
