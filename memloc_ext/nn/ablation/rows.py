@@ -50,7 +50,7 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]
     given = [read(leaves[i].index) for i in places]
 
-    function = aten.reshape.default if call.function is aten.view.default else call.function  # rows have other strides
+    function = _VMAPPED.get(call.function, call.function)
 
     def run(*tensors: Tensor) -> Any:
         for i, t in zip(places, tensors, strict=True):
@@ -81,6 +81,15 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
         t.unflatten(0, (len(given[0]), -1)) if index >= 0 and t.dim() and t.numel() else None
         for t, index in zip(results, call.outputs, strict=True)
     ]
+
+
+def _copy(to: Tensor, source: Tensor, *_: object) -> Tensor:
+    """Return what ``aten.copy`` does, for which vmap has no rule, without its loop over the rows."""
+    return source.to(to.dtype).expand_as(to)
+
+
+# view: rows have other strides
+_VMAPPED: dict[object, Callable[..., Any]] = {aten.view.default: aten.reshape.default, aten.copy.default: _copy}
 
 
 def _is_elementwise(call: Call, given: Sequence[Tensor]) -> bool:
