@@ -11,7 +11,7 @@ SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 READY := build/.ready$(if $(VENV),,-current)
 
-.PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
+.PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-report cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
@@ -48,8 +48,11 @@ wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where
 	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 
-cuda-check: $(READY)  ## compile and link every .cu without a GPU, report registers, fail on a spill
+cuda-check: $(READY)  ## compile and link every .cu without a GPU; fail on a register spill, or narrow loads where wide ones belong
 	$(PYTHON) tools/cuda_check.py
+
+cuda-report: $(READY)  ## the same for every architecture of bench/results/kernels.json, which it writes
+	$(PYTHON) tools/cuda_check.py --report
 
 cuda-sanitize: $(READY)  ## the operators' tests on a GPU under compute-sanitizer: memory, races, uninitialized reads, barriers
 	for tool in $(or $(TOOL),memcheck racecheck initcheck synccheck); do \
