@@ -95,6 +95,14 @@ class GradientAccountant:
         self._local = threading.local()
         self._warned: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is open here, so that a module that holds an accountant of its own can be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Have nothing open."""
+        self.__dict__.update(state, _local=threading.local())
+
     def __enter__(self) -> Self:
         """Look at what the model does in this thread, until the end of the ``with``."""
         session, stack = Session(self._model, self._batch_dim, HANDLERS), ExitStack()

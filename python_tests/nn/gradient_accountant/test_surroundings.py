@@ -158,6 +158,28 @@ def test_running_statistics_are_those_of_plain_training(settings: dict, reentran
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
+# copies
+
+
+def test_a_model_that_holds_its_accountant_is_copied_with_it() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small()
+            self.accountant = GradientAccountant(self.inner)
+
+    held, x = Held(), torch.randn(B, 3)
+    with held.accountant:
+        twin = copy.deepcopy(held)
+        expected = sums(held.accountant, total(held.inner, x))
+    with pytest.raises(RuntimeError, match="inside the with"):
+        twin.accountant.backward(total(twin.inner, x))
+    with twin.accountant as accountant:
+        account = sums(accountant, total(twin.inner, x))
+    for name, norm in expected.sqnorm.items():
+        assert torch.equal(account.sqnorm[name], norm)
+
+
 # torch.compile
 
 
