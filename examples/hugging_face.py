@@ -33,23 +33,25 @@ def load():
 
 
 class PerSequence(Trainer):
-    """Tells the network which sequences are in a batch, and keeps the norm of each one's last gradient."""
+    """Tells the network whose each token is, and keeps the norm of what each sequence last added to a gradient."""
 
     def __init__(self, model, tokens, **arguments):
-        data = [{"input_ids": row, "labels": row, "number": n} for n, row in enumerate(tokens)]
+        data = [{"input_ids": row, "labels": row, "ids": torch.full_like(row, n)} for n, row in enumerate(tokens)]
         super().__init__(model, TrainingArguments(remove_unused_columns=False, **arguments), train_dataset=data)
         self.accountant, self.norms = memloc_ext.GradientAccountant(model), torch.zeros(len(data))
+        self.accelerator.backward = self.backward
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run forward and backward; sequences are of one length, so that a mean over tokens is one over sequences."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        numbers = inputs.pop("number")
-        with memloc_ext.example_ids(numbers), self.accountant:
-            loss = model(**inputs).loss
-            account = self.accountant.backward(loss)
-        self.norms[numbers] = sum(account.sqnorm.values()).sqrt()
-        return loss.detach()
+    def training_step(self, model, inputs, *arguments):
+        """Run the Trainer's own step inside of both; ids are those of the tokens, a row's are all the same here."""
+        ids = inputs.pop("ids")
+        with memloc_ext.example_ids(ids), self.accountant:
+            loss = super().training_step(model, inputs, *arguments)
+        self.norms[ids[:, 0].cpu()] = sum(self.account.sqnorm.values()).sqrt().cpu()
+        return loss
+
+    def backward(self, loss, **_):
+        """Account the loss as the Trainer has scaled it: whatever that is, it is a sum over sequences."""
+        self.account = self.accountant.backward(loss, loss_reduction="sum")
 
 
 class LastToken(nn.Module):
@@ -73,7 +75,7 @@ def localize(gpt, tokens, rows, others):
 
 
 def train(tokens):
-    """Return the network and the norm of each sequence's last gradient."""
+    """Return the network and the norm of what each sequence last added to a gradient."""
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     settings = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": 20, "learning_rate": 0.01, "use_cpu": True}
     with TemporaryDirectory() as directory:

@@ -19,21 +19,24 @@ class PerExample(lightning.Callback):
     """Names the examples of each batch, and keeps the norm of each one's last gradient."""
 
     def __init__(self, examples):
-        self.norms = torch.zeros(examples)
+        self.norms, self.opened = torch.zeros(examples), ExitStack()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         """Open both, for forward and backward."""
-        self.opened = ExitStack()
+        self.ids = batch[2].cpu()
         self.opened.enter_context(memloc_ext.example_ids(batch[2]))
         self.opened.enter_context(module.accountant)
 
     def on_after_backward(self, trainer, module):
-        """Close them before the optimizer's step."""
+        """Keep the norms; where gradients accumulate, Lightning has divided the loss."""
+        norms = sum(module.account.sqnorm.values()).sqrt() * trainer.accumulate_grad_batches
+        self.norms[self.ids] = norms.cpu()
+
+    def on_train_batch_end(self, *_):
+        """Close both."""
         self.opened.close()
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        """Keep the norms."""
-        self.norms[batch[2]] = sum(module.account.sqnorm.values()).sqrt().cpu()
+    on_exception = on_train_batch_end  # an interrupted step's too
 
 
 class Digits(lightning.LightningModule):

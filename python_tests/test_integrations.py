@@ -1,5 +1,6 @@
 """The examples with what others wrote: their numbers are those of plain PyTorch, one example, one process at a time."""
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -17,6 +18,7 @@ from load_example import load_example
 from test_distributed import torchrun
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import memloc_ext
 from memloc_ext._torchvision import import_torchvision
@@ -158,6 +160,47 @@ def test_a_lightning_step_is_that_of_plain_pytorch(lightning: ModuleType, monkey
         torch.testing.assert_close(trained.get_parameter(name), parameter - 0.05 * eager[name].mean(0))
 
 
+def fit(example: Any, module: Any, rows: int, **options: Any) -> Tensor:
+    """Train for one epoch of 64 examples in batches of so many, and return the norms."""
+    x, y, _ = example.load()
+    examples, data = example.PerExample(64), TensorDataset(x[:64], y[:64], torch.arange(64))
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = example.lightning.Trainer(max_epochs=1, accelerator="cpu", callbacks=[examples], **off, **options)
+    trainer.fit(module, DataLoader(data, batch_size=rows), DataLoader(data, batch_size=rows))
+    return examples.norms
+
+
+def test_lightning_accumulates_as_ever(lightning: ModuleType) -> None:
+    whole = lightning.Digits()
+    parts = copy.deepcopy(whole)
+    torch.testing.assert_close(fit(lightning, parts, 32, accumulate_grad_batches=2), fit(lightning, whole, 64))
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_a_lightning_step_that_is_not_taken_leaves_nothing_open(
+    lightning: Any, error: type[BaseException] | None
+) -> None:
+    class Stopped(lightning.Digits):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            if batch_idx == 0:
+                return super().training_step(batch, batch_idx)
+            if error is not None:
+                raise error
+            return None  # Lightning goes on with the next batch
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert current_example_ids() is None
+
+    module = Stopped()
+    with contextlib.suppress(RuntimeError, SystemExit):
+        norms = fit(lightning, module, 16)
+        assert (norms > 0).tolist() == 16 * [True] + 48 * [False]
+    assert current_example_ids() is None
+    with pytest.raises(RuntimeError, match="inside the with"):
+        module.accountant.backward(torch.zeros((), requires_grad=True))
+
+
 def test_lightning_learns_the_right_labels_only(
     lightning: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +229,28 @@ def test_norms_of_every_parameter_of_gpt2(hugging_face: ModuleType) -> None:
     hugging_face.EPOCHS = 1
     hugging_face.build = lambda: copy.deepcopy(gpt)
     _, norms = hugging_face.train(tokens)
-    assert_as_accurate(norms, total(eager), total(exact), rounding=16)
+    per_sequence = 20 * 12 / 11  # the Trainer divides a sum over 11 tokens by the number of labels
+    assert_as_accurate(per_sequence * norms, total(eager), total(exact), rounding=16)
+
+
+def test_the_trainer_accumulates_smooths_labels_and_evaluates_as_ever(hugging_face: ModuleType, tmp_path: Path) -> None:
+    tokens, gpt, found = hugging_face.load()[0][:20], hugging_face.build(), []
+    for rows, smoothing in ((20, 0.1), (10, 0.1), (20, 0.0)):
+        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 20 // rows, "optim": "sgd"}
+        arguments |= {"label_smoothing_factor": smoothing, "max_grad_norm": 0.0, "num_train_epochs": 1}
+        model = copy.deepcopy(gpt)
+        trainer = hugging_face.PerSequence(
+            model, tokens, output_dir=tmp_path, use_cpu=True, report_to="none", save_strategy="no", **arguments
+        )
+        trainer.train()
+        found.append({"norms": trainer.norms, "loss": trainer.state.log_history[-1]["train_loss"]})
+        found[-1] |= {name: p.detach() - gpt.get_parameter(name) for name, p in model.named_parameters()}
+    whole, accumulated, sharp = found
+    torch.testing.assert_close(accumulated, whole, rtol=1e-3, atol=1e-7)
+    assert (whole["norms"] < 0.95 * sharp["norms"]).all()
+    nameless = [{"input_ids": row, "labels": row} for row in tokens]  # others' sequences: none is the network's own
+    loss = model.eval()(tokens, labels=tokens).loss
+    assert trainer.evaluate(nameless)["eval_loss"] == pytest.approx(loss.item() * 11 / 12, rel=1e-5)
 
 
 def test_each_sequence_keeps_its_neurons_in_every_epoch(hugging_face: ModuleType) -> None:
@@ -194,8 +258,8 @@ def test_each_sequence_keeps_its_neurons_in_every_epoch(hugging_face: ModuleType
     gpt, off = hugging_face.build(), defaultdict(list)
 
     def look(module: nn.Module, args: Any, output: Tensor) -> None:
-        for number, zeros in zip(current_example_ids().tolist(), (output == 0).all(1), strict=True):
-            off[number].append(zeros)
+        for number, zeros in zip(current_example_ids()[:, 0].tolist(), output == 0, strict=True):
+            off[number].append(zeros.all(0))
 
     gpt.get_submodule(hugging_face.ACTIVATIONS[0]).register_forward_hook(look)
     hugging_face.EPOCHS, hugging_face.build = 3, lambda: gpt
