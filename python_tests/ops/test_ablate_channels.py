@@ -82,6 +82,20 @@ def test_any_strides(view: str, dtype: torch.dtype, device: torch.device) -> Non
             check(x, forks, channel_dim)
 
 
+def test_any_strides_of_offsets_channels_and_baseline(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, baseline = torch.randn(6, 10, 3, device=device), torch.randn(10, device=device)
+    offsets, off = sets(6, 10, device)
+    apart = [t.repeat_interleave(2)[::2] for t in (offsets, off, baseline)]
+    assert torch.equal(ablate_channels(x, *apart), reference.ablate_channels(x, offsets, off, baseline))
+
+
+@pytest.mark.parametrize("view", ["contiguous", "every second column"])
+def test_large_planes(view: str, device: torch.device) -> None:
+    x = torch.randn(2, 3, 130, 140, device=device)
+    check(x if view == "contiguous" else VIEWS[view](x))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_more_than_the_cache(memory_format: torch.memory_format, device: torch.device) -> None:
     check(torch.randn(9, 130, 16, 17, device=device).to(memory_format=memory_format), 40)
@@ -181,6 +195,8 @@ def test_cuda_ignores_what_is_out_of_range_and_the_function_refuses_it() -> None
     expected = x.clone()
     expected[0, 0] = expected[1, 2] = 0
     assert torch.equal(op(x, offsets, off, None), expected)
+    expected[0, 0] = x[0, 0]  # the first channel is no row's
+    assert torch.equal(op(x, torch.tensor([1, 2, 9], device="cuda"), off, None), expected)
     with pytest.raises(ValueError, match="offsets must go from 0 to 4"):
         ablate_channels(x, offsets, off)
     with pytest.raises(ValueError, match=r"channels must be in \[0, 3\), got -1"):

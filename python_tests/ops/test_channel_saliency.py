@@ -44,6 +44,8 @@ def test_matches_the_reference(shape: tuple[int, ...], dtype: torch.dtype, devic
 VIEWS = {
     "channels_last": lambda x: x.to(memory_format=LAST),
     "part of channels_last": lambda x: x.to(memory_format=LAST)[:, :, 1:6, 2:],
+    "positions off 16 bytes": lambda x: x.to(memory_format=LAST)[:, :8],
+    "examples off 16 bytes": lambda x: x.flatten().as_strided((6, 8, 6, 6), (289, 1, 48, 8)),
     "every second row": lambda x: x[:, :, ::2],
     "every second column": lambda x: x[..., ::2],
     "offset": lambda x: x[:, 1:],

@@ -121,6 +121,16 @@ def test_geometries(device: torch.device) -> None:
     assert checked > 100
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(88, 101), (171, 60), (3, 7000)])
+def test_images_beyond_the_shared_memory_of_a_gpu(
+    size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    for stride in (1, 2):
+        check(case(2, 1, 3, 9, size, (3, 3), ((stride, stride), (1, 1), (1, 1)), dtype=dtype, device=device))
+
+
 def test_it_is_the_layer_on_the_changed_input() -> None:
     torch.manual_seed(0)
     x, layer = torch.randn(4, 6, 9, 9), torch.nn.Conv2d(6, 10, 3, padding=1)

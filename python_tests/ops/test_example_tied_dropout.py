@@ -51,6 +51,8 @@ def test_matches_the_reference(shape: tuple[int, ...], dtype: torch.dtype, devic
 
 
 VIEWS = {
+    "positions off 16 bytes": lambda x: x.to(memory_format=torch.channels_last)[:, :8],
+    "examples off 16 bytes": lambda x: x.flatten().as_strided((6, 8, 6, 6), (289, 1, 48, 8)),
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
     "every second row": lambda x: x[:, :, ::2],
     "offset": lambda x: x[:, 1:],

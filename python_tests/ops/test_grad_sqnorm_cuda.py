@@ -136,6 +136,14 @@ def test_more_than_one_chunk_of_scratch(method: str) -> None:
     check_conv2d(x, g, conv2d, (3, 3), (2, 2), (1, 1), (1, 1), 1)
 
 
+def test_more_examples_than_blocks_so_that_one_takes_several_tiles() -> None:
+    check_linear(torch.randn(9000, 2, 200), torch.randn(9000, 2, 3), "direct")
+
+
+def test_rows_longer_than_a_band() -> None:
+    check_conv2d(torch.randn(1, 2, 3, 300), torch.randn(1, 3, 3, 300), "shifted_gram", *SAME, 1)
+
+
 def test_gram_keeps_what_the_cancellation_leaves() -> None:
     torch.manual_seed(0)
     x, g = torch.randn(4, 64, 32, device="cuda") + 10, torch.randn(4, 64, 16, device="cuda")
@@ -145,6 +153,13 @@ def test_gram_keeps_what_the_cancellation_leaves() -> None:
         assert ((linear_grad_sqnorm(x, g, method=method) - exact) / exact).abs().max() < allowed
     constant = torch.ones(2, 8, 5, device="cuda")
     assert (linear_grad_sqnorm(constant, constant - 1, method="gram") >= 0).all()
+
+
+def test_rounding_makes_no_norm_negative() -> None:
+    g = torch.randn(64, 5, 4, device="cuda")
+    norms = linear_grad_sqnorm(torch.ones(64, 5, 3, device="cuda"), g - g.mean(1, keepdim=True), method="gram")
+    assert (norms >= 0).all()
+    assert (norms < 1e-5).all()
 
 
 def test_what_is_not_finite_stays_with_its_example() -> None:
