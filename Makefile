@@ -8,7 +8,8 @@ PYTHON := $(ACTIVATE) python3
 SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC_HOST)|$(CUDA_HOME)
 # the runtimes of the sanitizers, loaded before Python, which is built without
 SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
-SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+# new memory is all NaN, so that what a kernel leaves unwritten shows
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
 READY := build/.ready$(if $(VENV),,-current)
 
 .PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-report cuda-on-cpu cuda-test cuda-sanitize build clean FORCE

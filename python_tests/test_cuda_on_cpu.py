@@ -65,6 +65,12 @@ def test_threads_that_do_not_come_are_waited_for_in_vain(program: Path, kernel: 
     assert "waits for threads that do not come" in done.stderr
 
 
+def test_more_threads_than_a_kernel_was_compiled_for(program: Path) -> None:
+    done = run(program, "bounded")
+    assert done.returncode < 0
+    assert "more threads than the launch bounds" in done.stderr
+
+
 @pytest.mark.parametrize("kernel", ["large", "greedy"])
 def test_a_launch_that_no_device_takes_fails(program: Path, kernel: str) -> None:
     assert run(program, kernel).returncode == 1

@@ -36,6 +36,8 @@ __global__ void dynamic(int* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = bytes[(threadIdx.x + 1) % kThreads];
 }
 
+__global__ void __launch_bounds__(kThreads / 2, 1) bounded(int* out) { out[threadIdx.x] = 1; }
+
 int main(int, char** arguments) {
   int out[kBlocks * kThreads] = {};
   const std::map<std::string, void (*)(int*)> kernels{
@@ -45,6 +47,7 @@ int main(int, char** arguments) {
       {"some_lanes", [](int* p) { some_lanes<<<kBlocks, kThreads, 0, nullptr>>>(p); }},
       {"shuffled", [](int* p) { shuffled<<<kBlocks, dim3(kThreads / 3, 3), 0, nullptr>>>(p, 8); }},
       {"dynamic", [](int* p) { dynamic<<<kBlocks, kThreads, kThreads, nullptr>>>(p); }},
+      {"bounded", [](int* p) { bounded<<<kBlocks, kThreads, 0, nullptr>>>(p); }},
       {"large", [](int* p) { dynamic<<<kBlocks, 1025, kThreads, nullptr>>>(p); }},
       {"greedy", [](int* p) { dynamic<<<kBlocks, kThreads, 49153, nullptr>>>(p); }},
   };

@@ -16,6 +16,8 @@ REWRITTEN = (
     (r"extern __shared__ (?:__align__\(16\) )?unsigned char (\w+)\[\];",
      r"unsigned char* const \1 = static_cast<unsigned char*>(cuda_on_cpu::dynamic_shared_memory());"),
     (r"__shared__ ([^;]+?) (\w+)((?:\[[^\]]+\])*);", r"auto& \2 = cuda_on_cpu::shared<\1\3>([] {});"),
+    # a kernel looks itself whether it was launched with more threads than it was compiled for
+    (r"(__launch_bounds__\(([^,()]+)(?:,[^()]*)?\)\s+\w+\([^{}]*?\) \{)", r"\1 cuda_on_cpu::at_most(\2);"),
     # the operators take the CPU's place
     (r"STABLE_TORCH_LIBRARY_IMPL\(memloc_ext, CUDA, m\)", "STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m)"),
     # blocks of kernels that take any number of items take several

@@ -48,12 +48,6 @@ const void* kernel_argument;
 std::map<const void*, std::unique_ptr<void, Free>> memory;
 size_t shared_bytes;
 
-[[noreturn]] void stop(const char* what) {
-  std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
-               threadIdx.x, threadIdx.y, threadIdx.z, what);
-  std::abort();
-}
-
 char* stack_of(size_t fiber) {
   static char* const stacks = [] {
     void* const all = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
@@ -144,8 +138,9 @@ void* allocate(const void* site, size_t bytes, size_t alignment) {
   if (place == nullptr) {
     shared_bytes += bytes;
     if (shared_bytes > kMostShared) stop("more shared memory than a block has");
-    alignment = std::max(alignment, sizeof(void*));
-    place.reset(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
+    void* memory = nullptr;
+    if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), bytes) != 0) stop("no memory");
+    place.reset(memory);
     std::memset(place.get(), 0xFF, bytes);
   }
   return place.get();
@@ -158,6 +153,12 @@ bool fits(dim3 grid, dim3 block, size_t bytes) {
 }
 
 }  // namespace
+
+void stop(const char* what) {
+  std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x, threadIdx.y, threadIdx.z, what);
+  std::abort();
+}
 
 void launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*), const void* argument) {
   const std::lock_guard<std::mutex> lock(one_launch);

@@ -1,6 +1,7 @@
 """``pytest -p tools.cuda_on_cpu.plugin -m cuda``: the tests that need a GPU, with the CUDA operators on the CPU.
 
-A tensor on the device "cuda" is one of the CPU there. Tests of streams, graphs and device memory are skipped.
+A tensor on the device "cuda" is one of the CPU there, so that a test of one device against the other compares the CUDA
+operators with themselves; those against references do not. Tests of streams, graphs and device memory are skipped.
 """
 
 from __future__ import annotations

@@ -63,6 +63,13 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t, const Ker
   launch(grid, block, dynamic_bytes, [](const void* k) { (*static_cast<const Kernel*>(k))(); }, &kernel);
 }
 
+[[noreturn]] void stop(const char* what);
+
+// Of a kernel with launch bounds.
+inline void at_most(unsigned threads) {
+  if (blockDim.x * blockDim.y * blockDim.z > threads) stop("more threads than the launch bounds");
+}
+
 // The block's memory for a declaration, which `site` names.
 void* shared_memory(const void* site, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();
