@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from memloc_ext.distributed import process_group, rank
+from memloc_ext.files import shown
 from memloc_ext.info import info
 from memloc_ext.study import STAGES, StageName, StudyConfig, run_study
 from memloc_ext.study import Run as FinishedRun
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             command.run()
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
-        sys.exit(f"memloc: {error}")
+        sys.exit(f"memloc: {shown(str(error))}")
     except KeyboardInterrupt:
         sys.exit("memloc: interrupted; the same command goes on from the last finished epoch")
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import secrets
 import types
 import typing
@@ -20,6 +21,10 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 _SEAL = 32
 """Length of the last line of a sealed file."""
+_LINE = 1000
+"""Characters of an error that are shown."""
+NOT_PARSED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a function that takes a value apart may raise if that is something else than it expects."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -102,13 +107,17 @@ def read_bytes(path: str | Path) -> bytes:
     """Read a file.
 
     Raises:
-        ValueError: If it is a folder, a pipe, which one could wait for in vain, or a device; names it.
+        ValueError: If it is a folder, a pipe, which one could wait for in vain, or a device, or does not fit into the
+            memory; names it.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: must be a file")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except MemoryError:  # a file with holes can be of any size
+        raise ValueError(f"{path}: must fit into the memory, got {path.stat().st_size} bytes") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -143,7 +152,7 @@ def read_as(path: str | Path, what: str, parse: Callable[[Any], T]) -> T:
     value = read_json(path)
     try:
         return parse(value)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except NOT_PARSED as error:
         raise ValueError(f"{path}: must be {what}: {error}") from error
 
 
@@ -179,6 +188,18 @@ def parsed(kind: Any, value: Any) -> Any:
     if kind not in rules or not rules[kind]():
         raise ValueError(f"got {value!r}")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as text for an error: of bounded length and without control characters, whoever made it.
+
+    A pickle of few bytes can hold a list of 2^60 places, whose own text would never end.
+    """
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    if len(text) > _LINE:
+        text = f"{text[: _LINE // 2]} ... {text[-_LINE // 2 :]}"
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def _seal(text: bytes) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.distributed import spread
-from memloc_ext.files import read_json, write_json
+from memloc_ext.files import NOT_PARSED, read_json, write_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,7 +86,7 @@ def spread_parts(
         result = parts.get(name)
         try:
             return None if result is None else parse(result)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except NOT_PARSED as error:
             raise ValueError(f"{name}.json: must be a part of this stage: {error}; delete it to do it again") from error
 
     everything = zip(work, spread(found, list(work)), strict=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memloc_ext.files import read_as, read_bytes, read_json, remove_temporaries, write_atomically, write_json
+from memloc_ext.files import read_as, read_bytes, read_json, remove_temporaries, shown, write_atomically, write_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
@@ -175,3 +175,24 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, monke
         write_atomically(tmp_path / "table.json", b"new")
     assert (tmp_path / "table.json").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("two\nlines\tof text", "two lines of text"),
+        ("a\x1b[31mb\ud800", r"a\x1b[31mb\ud800"),
+        ("a" * 600 + "b" * 600, f"{'a' * 500} ... {'b' * 500}"),
+        ({"a": [1]}, "{'a': [1]}"),
+        (None, "None"),
+    ],
+)
+def test_an_error_shows_a_value_in_one_short_line(value, text):
+    assert shown(value) == text
+
+
+def test_what_does_not_fit_into_the_memory_is_named(tmp_path: Path) -> None:
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(2**43)  # a hole
+    with pytest.raises(ValueError, match=r"a\.json: must fit into the memory, got 8796093022208 bytes"):
+        read_json(tmp_path / "a.json")

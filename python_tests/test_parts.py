@@ -50,6 +50,15 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
             spread_parts(str, WORK, PartFiles(tmp_path), int)
 
 
+def test_a_part_that_is_nested_deeply_is_named(tmp_path: Path) -> None:
+    def parse(_: object) -> None:
+        raise RecursionError("too deep")
+
+    (tmp_path / "a.json").write_text("[[]]")
+    with pytest.raises(ValueError, match=r"a\.json: must be a part of this stage: too deep"):
+        spread_parts(str, WORK, PartFiles(tmp_path), parse)
+
+
 def test_a_fingerprint_stands_for_every_value() -> None:
     values = [
         (),

@@ -86,20 +86,27 @@ def read_state(function: str, source: str | Path | Mapping[str, Any], model: nn.
         ValueError: If a file is damaged, or it is the state of another model.
         OSError: If a file cannot be read.
     """
-    given = isinstance(source, Mapping)
-    state: Mapping[str, Any] = source if given else load_checkpoint(source).model
-    where = "the state dict" if given else str(source)
+    if isinstance(source, Mapping):
+        return checked_state(f"{function}: the state dict", source, model)
+    return checked_state(f"{function}: {source}", load_checkpoint(source).model, model)
+
+
+def checked_state(where: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers in a state dict; ValueError, which begins with ``where``, if another model's.
+
+    ``load_state_dict`` would turn any dtype into the model's, complex numbers and float64 too.
+    """
     own = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
     for name, value in own.items():
         there = state.get(name)
-        if not isinstance(there, Tensor) or there.shape != value.shape:
-            what = f"of shape {list(there.shape)}" if isinstance(there, Tensor) else "not there"
+        if not isinstance(there, Tensor) or (there.dtype, there.shape) != (value.dtype, value.shape):
+            what = f"as {there.dtype} {list(there.shape)}" if isinstance(there, Tensor) else "not there"
             raise ValueError(
-                f"{function}: {where} must be of this model, whose {name} has shape {list(value.shape)}, got it {what}"
+                f"{where} must be of this model, whose {name} is {value.dtype} {list(value.shape)}, got it {what}"
             )
     for name in state:
         if name not in own and not name.endswith("_extra_state"):
-            raise ValueError(f"{function}: {where} must be of this model, got {name}, which the model does not have")
+            raise ValueError(f"{where} must be of this model, got {name}, which the model does not have")
     return {name: state[name] for name in own}
 
 

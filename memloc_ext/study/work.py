@@ -13,6 +13,7 @@ from torch import nn
 
 from memloc_ext import models
 from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
+from memloc_ext.analysis.layer_states import checked_state
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
 from memloc_ext.files import write_json, write_table
@@ -105,9 +106,10 @@ class Study:
                     f"{self.path / 'stages' / TRAINED[variant]}.json to train again"
                 )
             state = load_checkpoint(found[epochs], self.dataset.train.device).model
+            checked_state(str(found[epochs]), state, model)
             try:
                 model.load_state_dict(state)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError) as error:  # of the settings of its modules
                 raise ValueError(f"{found[epochs]}: must be of the model of this run: {error}") from error
             self._trained[variant] = model
         return self._trained[variant]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.files import read_bytes, write_atomically
+from memloc_ext.files import read_bytes, shown, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class Checkpoint:
 
 
 _TYPES = {"epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "history": list, "config": dict, "data": str}
+_NAME = r"epoch_(\d+)\.pt"
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -69,12 +70,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """
     stored = read_bytes(path)
     try:
-        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it holds compressed data, which could fill the memory")
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        _check_archive(stored)
         values = torch.load(io.BytesIO(stored), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: is no checkpoint: it holds more than tensors and plain values") from None
@@ -85,30 +81,53 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     for name, kind in _TYPES.items():
         if not isinstance(values[name], kind):
             raise ValueError(f"{path}: {name} must be {kind.__name__}, got {type(values[name]).__name__}")
+    epoch, history = values["epoch"], values["history"]
+    if re.fullmatch(_NAME, Path(path).name, re.ASCII) and Path(path).name != _name(epoch):
+        raise ValueError(f"{path}: must be of its epoch, got {epoch}")
     for name, value in values["model"].items():
         is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
         if not (is_extra or (isinstance(name, str) and is_dense(value))):
-            raise ValueError(f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {name!r}")
-    for name, records, kinds in (
-        ("history", values["history"], (int, float)),
-        ("config", [values["config"]], (bool, int, float, str)),
-    ):
-        for record in records:
-            if not isinstance(record, dict) or any(type(value) not in kinds for value in record.values()):
-                raise ValueError(f"{path}: {name} must hold plain values by name, got {record!r}")
+            raise ValueError(
+                f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {shown(name)}"
+            )
+    for name, record in (("config", values["config"]), *(("history", record) for record in history)):
+        kinds = (int, float) if name == "history" else (bool, int, float, str)
+        items = record.items() if isinstance(record, dict) else [(None, record)]
+        for key, value in items:
+            if type(key) is not str or type(value) not in kinds:
+                raise ValueError(f"{path}: {name} must hold plain values by name, got {shown(value)} for {shown(key)}")
     return Checkpoint(**values)
 
 
 def is_dense(value: Any) -> bool:
     """Return whether something is a tensor with all its elements in memory."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_nested)
+    )
+
+
+def _check_archive(stored: bytes) -> None:
+    """Raise a ValueError unless a file is a zip archive that is whole and takes no more memory than it is large."""
+    if not stored.startswith(b"PK\3\4"):  # or torch.load takes it for something else
+        raise ValueError("it is no zip archive")
+    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it holds compressed data, which could fill the memory")
+        damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        pickles = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".pkl")]
+        if any(b"bytearray\n" in stream for stream in pickles):  # torch.load calls it, with any number
+            raise ValueError("it holds a bytearray, which could fill the memory")
 
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by epoch, in order; none if there is no such folder."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    epochs = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"epoch_(\d+)\.pt", name, re.ASCII)))
+    epochs = sorted(int(found[1]) for name in names if (found := re.fullmatch(_NAME, name, re.ASCII)))
     return {epoch: folder / _name(epoch) for epoch in epochs if _name(epoch) in names}
 
 

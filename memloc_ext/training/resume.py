@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memloc_ext import distributed
 from memloc_ext.data.split import Split
+from memloc_ext.files import shown
 from memloc_ext.training.checkpoint import Checkpoint, is_dense, list_checkpoints, load_checkpoint
 from memloc_ext.training.config import TrainConfig
 
@@ -49,12 +50,13 @@ def restore(
     path, saved = newest
     given = _identity(asdict(config), model.state_dict(), data)
     stored = _identity(saved.config, saved.model, saved.data)
-    if len(saved.history) != saved.epoch + 1 or f"epoch_{saved.epoch:03d}.pt" != path.name:
-        raise ValueError(f"train: {path}: must be of its epoch, got {saved.epoch} and {len(saved.history)} records")
+    epochs = [record.get("epoch") for record in saved.history]
+    if epochs != list(range(saved.epoch + 1)):
+        raise ValueError(f"train: {path}: must hold a record per epoch, 0 to {saved.epoch}, got {shown(epochs)}")
     for name in stored | given:
         if given.get(name) != stored.get(name):
             raise ValueError(
-                f"train: {name} must be {stored.get(name)} to continue {path}, got {given.get(name)}; "
+                f"train: {name} must be {shown(stored.get(name))} to continue {path}, got {shown(given.get(name))}; "
                 "train with other settings in another folder"
             )
     if not _is_momentum(saved.optimizer.get("state"), optimizer) or not _is_scaler(saved.scaler, scaler):
@@ -102,7 +104,8 @@ def _is_momentum(state: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _like(value: Any, tensor: Tensor) -> bool:
-    return is_dense(value) and (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+    written = is_dense(value) and 0 not in value.stride()  # in place, which a repeated element would not survive
+    return written and (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
 
 
 def _is_scaler(state: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:

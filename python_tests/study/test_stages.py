@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import memloc_ext
 from memloc_ext.analysis import LocalizationConfig
 from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, run_study
 from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES
-from memloc_ext.training import TrainConfig
+from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint
 
 CONFIG = StudyConfig(
     model=ModelConfig("lenet"),
@@ -151,6 +152,16 @@ def test_a_damaged_checkpoint_is_named(copy: Path) -> None:
     with pytest.raises(ValueError, match=r"epoch_001\.pt: cannot be loaded as a checkpoint"):
         run_study(CONFIG, copy, stages=("localize",))
     assert list(memloc_ext.load_run(copy).histories) == ["plain", "example_tied"]
+
+
+def test_a_checkpoint_of_another_dtype_is_named(copy: Path) -> None:
+    file = copy / "plain" / "checkpoints" / "epoch_001.pt"
+    saved = load_checkpoint(file)
+    weight = saved.model["conv1.0.weight"]
+    save_checkpoint(file.parent, replace(saved, model=saved.model | {"conv1.0.weight": weight.to(torch.complex64)}))
+    (copy / "stages" / "localize.json").unlink()
+    with pytest.raises(ValueError, match=r"epoch_001\.pt must be of this model, whose conv1.0.weight is torch.float32"):
+        run_study(CONFIG, copy, stages=("localize",))
 
 
 @pytest.mark.slow

@@ -113,3 +113,53 @@ def test_an_absent_device_is_told(tmp_path):
     path = save_checkpoint(tmp_path, checkpoint())
     with pytest.raises(ValueError, match=r"epoch_003\.pt: cannot be loaded as a checkpoint: .*CUDA"):
         load_checkpoint(path, "cuda")
+
+
+class Filled:
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+def test_a_checkpoint_takes_no_more_memory_than_it_is_large(tmp_path):
+    path = tmp_path / "epoch_000.pt"
+    path.write_bytes(saved_by_torch(vars(checkpoint()) | {"config": Filled()}))
+    with pytest.raises(ValueError, match=r"epoch_000\.pt: .*it holds a bytearray, which could fill the memory"):
+        load_checkpoint(path)
+
+
+def test_only_what_begins_as_an_archive_is_one(tmp_path):
+    """zipfile finds an archive behind other bytes; torch.load reads these bytes."""
+    path = save_checkpoint(tmp_path, checkpoint(0))
+    path.write_bytes(pickled({}) + path.read_bytes())
+    with pytest.raises(ValueError, match=r"epoch_000\.pt: .*it is no zip archive"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["config", "history"])
+def test_a_list_of_many_places_in_few_bytes_is_shown_in_part(tmp_path, name):
+    many = []
+    for _ in range(60):
+        many = [many, many]
+    path, record = tmp_path / "epoch_000.pt", {"a": many}
+    path.write_bytes(saved_by_torch(vars(checkpoint(0)) | {name: record if name == "config" else [record]}))
+    with pytest.raises(
+        ValueError, match=rf"epoch_000\.pt: {name} must hold plain values by name, got .*\.\.\..* for a"
+    ):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_under_the_name_of_another_epoch_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, checkpoint(3))
+    assert load_checkpoint(path.rename(tmp_path / "best.pt")).epoch == 3
+    with pytest.raises(ValueError, match=r"epoch_004\.pt: must be of its epoch, got 3"):
+        load_checkpoint((tmp_path / "best.pt").rename(tmp_path / "epoch_004.pt"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_not_dense(tmp_path):
+    path, nested = tmp_path / "epoch_000.pt", torch.nested.nested_tensor([torch.zeros(2)])
+    path.write_bytes(saved_by_torch(vars(checkpoint(0)) | {"model": {"weight": nested}}))
+    with pytest.raises(
+        ValueError, match=r"epoch_000\.pt: model must hold dense tensors by name, got Tensor for weight"
+    ):
+        load_checkpoint(path)
