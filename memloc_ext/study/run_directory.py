@@ -165,11 +165,20 @@ def check_inside(path: Path) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    return read_as(path / CONFIG, "the settings of a run", lambda stored: {**stored})
+    return read_as(path / CONFIG, "the settings of a run", _grouped)
+
+
+def _grouped(stored: Any) -> dict[str, Any]:
+    """Return settings, of any version; many a program has a config.json, which nobody wants to lose to --resume."""
+    for group in ("data", "model", "train"):
+        if not isinstance(stored[group], dict):
+            raise ValueError(f"got {stored[group]!r} for {group}")
+    flat(stored)
+    return stored
 
 
 def _whole(stored: Any) -> dict[str, Any]:
-    given = flat(stored)
+    given = flat(_grouped(stored))
     for name, default in flat(StudyConfig().as_json()).items():
         if name not in given or (default is not None and not isinstance(given[name], _KINDS[type(default)])):
             raise ValueError(f"got {given.get(name)!r} for {name}")

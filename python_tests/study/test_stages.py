@@ -12,6 +12,7 @@ import torch
 
 import memloc_ext
 from memloc_ext.analysis import LocalizationConfig
+from memloc_ext.cli import main
 from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, run_study
 from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES
@@ -123,6 +124,22 @@ def test_the_former_result_stays_until_its_successor_is_there(
     run = run_study(other, copy, stages=("train",), resume=True)
     assert len(run.histories["plain"]) == 3
     assert not (copy / "replaced").exists()
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "bert"}', '{"data": 1}', "[]", '{"a":' * 500 + "1" + "}" * 500])
+def test_a_config_of_something_else_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: must be the settings of a run"):
+        run_study(CONFIG, tmp_path, stages=("train",), resume=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": content}
+
+
+def test_the_settings_that_end_a_command_are_one_line(copy: Path) -> None:
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"digits"', r'"a\nb\u001b[31m"').rstrip())
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--model", "lenet", "--output", str(copy)])
+    assert str(error.value).startswith(f"memloc: {copy} holds a run with data.dataset = a b\\x1b[31m, not digits; ")
 
 
 def test_a_run_in_use_is_refused(copy: Path) -> None:
