@@ -12,6 +12,7 @@ import reprlib
 import secrets
 import types
 import typing
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -118,6 +119,19 @@ def read_bytes(path: str | Path) -> bytes:
         return path.read_bytes()
     except MemoryError:  # a file with holes can be of any size
         raise ValueError(f"{path}: must fit into the memory, got {path.stat().st_size} bytes") from None
+
+
+def open_archive(stored: bytes) -> zipfile.ZipFile:
+    """Open the bytes of a zip archive.
+
+    Raises:
+        ValueError: If it holds compressed data, which could fill the memory.
+        zipfile.BadZipFile: If it is no archive or a truncated one.
+    """
+    archive = zipfile.ZipFile(io.BytesIO(stored))
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ValueError("it holds compressed data, which could fill the memory")
+    return archive
 
 
 def read_json(path: str | Path) -> Any:

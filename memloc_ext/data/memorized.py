@@ -14,6 +14,9 @@ from torch import Tensor
 from memloc_ext.data.dataset import Dataset
 from memloc_ext.files import read_bytes
 
+_UNFOLDED = 2**30
+"""Largest size of an array in an archive, in bytes: more values than there are examples of anything in memory."""
+
 
 def memorized_mask(
     path: str | Path, num_examples: int, *, below: float | None = None, above: float | None = None
@@ -114,6 +117,9 @@ def _read(path: Path) -> np.ndarray:
             if len(named) != 1:
                 keys = ", ".join(loaded.files) or "none"
                 raise ValueError(f"must hold one array, or one called scores or mask, got {keys}")
+            size = loaded.zip.getinfo(f"{named[0]}.npy").file_size
+            if size > _UNFOLDED:
+                raise ValueError(f"must hold an array of at most {_UNFOLDED} bytes, got {size}")
             return loaded[named[0]]
     except Exception as error:  # a damaged archive can raise nearly anything, from zlib.error to MemoryError
         raise ValueError(f"{path}: cannot be read: {error}") from error

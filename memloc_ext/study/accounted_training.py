@@ -81,8 +81,9 @@ def write_accounting_tables(folder: Path, epochs: int) -> None:
     """Write the tables of all epochs into the folder of a model, from the files in its ``accounting``.
 
     Raises:
-        ValueError: If the file of an epoch is missing or damaged; names it.
+        ValueError: If the file of an epoch is missing, damaged or of another model than the first; names it.
     """
+    first = None
     rows: list[dict[str, Any]] = []
     parameters: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
@@ -91,6 +92,9 @@ def write_accounting_tables(folder: Path, epochs: int) -> None:
             raise ValueError(f"{path} is missing; delete the checkpoints from epoch {epoch} on to train it again")
         account = load_account(path)
         groups = {**account.groups, MODEL: account.model}
+        names = [*groups, *account.parameters]
+        if names != (first := first or names):
+            raise ValueError(f"{path}: must be of the layer groups and parameters of epoch 1, got {', '.join(names)}")
         rows += [{"epoch": epoch, "group": group, **asdict(row)} for group, row in groups.items()]
         parameters += [{"epoch": epoch, "parameter": n, **asdict(row)} for n, row in account.parameters.items()]
     write_table(folder, ACCOUNTS, rows)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
-from memloc_ext.files import parsed, read_as, read_bytes, write_atomically
+from memloc_ext.files import open_archive, parsed, read_as, read_bytes, write_atomically
 
 ACCOUNTS = "accounting"
 """Folder of the epochs' files, and name of the table per epoch and layer group."""
@@ -110,6 +110,7 @@ def load_account(path: Path) -> EpochAccount:
     """
     stored = read_bytes(path)
     try:
+        open_archive(stored)
         with np.load(io.BytesIO(stored), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in _ARRAYS}
     except Exception as error:  # a damaged file can raise nearly anything
@@ -123,9 +124,15 @@ def load_account(path: Path) -> EpochAccount:
     }
     for name, array in arrays.items():
         kind, dimensions = _ARRAYS[name]
-        whole = array.dtype.str.lstrip("<|=>").startswith(kind) and array.ndim == dimensions
+        whole = array.dtype.isnative and array.dtype.str[1:].startswith(kind) and array.ndim == dimensions
         if not whole or array.shape != shapes.get(name, array.shape):
             raise ValueError(f"{path}: is no account of an epoch: {name} is {array.dtype} {list(array.shape)}")
+    for name in ("groups", "parameters"):
+        if len(set(arrays[name].tolist())) < len(arrays[name]):
+            raise ValueError(f"{path}: is no account of an epoch: {name} must differ")
+    # NaN in the other table stands for None
+    if np.isinf(arrays["group_table"]).any() or not np.isfinite(arrays["parameter_table"]).all():
+        raise ValueError(f"{path}: is no account of an epoch: its numbers must be finite")
     rows = [GroupAccount(*_none_for_nan(row)) for row in arrays["group_table"]]
     return EpochAccount(
         model=rows[-1],

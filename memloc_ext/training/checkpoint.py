@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.files import read_bytes, shown, write_atomically
+from memloc_ext.files import open_archive, read_bytes, shown, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +111,7 @@ def _check_archive(stored: bytes) -> None:
     """Raise a ValueError unless a file is a zip archive that is whole and takes no more memory than it is large."""
     if not stored.startswith(b"PK\3\4"):  # or torch.load takes it for something else
         raise ValueError("it is no zip archive")
-    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it holds compressed data, which could fill the memory")
+    with open_archive(stored) as archive:
         damaged = archive.testzip()  # torch.load does not compare checksums
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,22 @@ def test_pickles_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="cannot be read"):
         memorized_mask(tmp_path / "a.npy", 1)
+
+
+def test_an_archive_that_unfolds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("memloc_ext.data.memorized._UNFOLDED", 1000)
+    np.savez_compressed(tmp_path / "a.npz", scores=np.zeros(100), other=np.zeros(10_000))
+    assert memorized_mask(tmp_path / "a.npz", 100, below=1.0).all()
+    np.savez_compressed(tmp_path / "a.npz", scores=np.zeros(10_000))
+    with pytest.raises(ValueError, match=r"a\.npz: .* must hold an array of at most 1000 bytes, got 80128"):
+        memorized_mask(tmp_path / "a.npz", 10_000, below=1.0)
+
+
+def test_what_is_no_array_in_an_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("scores", b"0.5")
+    with pytest.raises(ValueError, match=r"a\.npz: cannot be read"):
+        memorized_mask(tmp_path / "a.npz", 1, below=1.0)
 
 
 def test_missing_file(tmp_path):

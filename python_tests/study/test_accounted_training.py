@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from memloc_ext.data import Split, digits, with_label_noise
 from memloc_ext.models import lenet
 from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
-from memloc_ext.study.accounting_files import account_path, load_account
+from memloc_ext.study.accounting_files import account_path, load_account, save_account
 from memloc_ext.training import TrainConfig, list_checkpoints, load_checkpoint, train
 from memloc_ext.training.epoch import epoch_rng
 
@@ -139,6 +140,17 @@ def test_an_account_is_written_before_its_checkpoint(split: Split, tmp_path: Pat
     run(tmp_path, split)
     per_epoch = [f"epoch_00{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "pt")]
     assert written[:7] == ["epoch_000.pt", *per_epoch]
+
+
+def test_an_account_of_another_model_is_named(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "accounting").mkdir()
+    for epoch in (1, 2):
+        account = load_account(unbroken / "accounting" / f"epoch_00{epoch}.npz")
+        groups = {f"{name}{'' if epoch == 1 else 'x'}": row for name, row in account.groups.items()}
+        save_account(account_path(tmp_path / "accounting", epoch), replace(account, groups=groups))
+    with pytest.raises(ValueError, match=r"epoch_002\.npz: must be of the layer groups and parameters of epoch 1"):
+        write_accounting_tables(tmp_path, 2)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_missing_account_is_named(unbroken: Path, tmp_path: Path) -> None:

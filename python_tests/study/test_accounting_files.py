@@ -87,6 +87,30 @@ def test_arrays_of_another_kind_are_named(tmp_path: Path, name: str, array: np.n
         load_account(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": np.zeros((5, 2), ">f4")}, "norms is >f4"),
+        ({"groups": np.array(["head", "head"])}, "groups must differ"),
+        ({"group_table": np.full((3, 7), np.inf)}, "its numbers must be finite"),
+        ({"parameter_table": np.full((2, 4), np.nan)}, "its numbers must be finite"),
+    ],
+)
+def test_arrays_with_something_else_in_them_are_named(
+    tmp_path: Path, change: dict[str, np.ndarray], message: str
+) -> None:
+    path = account_path(tmp_path, 3)
+    save_account(path, make_account())
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **{**arrays, **change})
+    with pytest.raises(ValueError, match=rf"epoch_003\.npz: is no account of an epoch: {message}"):
+        load_account(path)
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(ValueError, match=r"epoch_003\.npz: .* compressed data, which could fill the memory"):
+        load_account(path)
+
+
 def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     path = account_path(tmp_path, 3)
     save_account(path, make_account())
