@@ -186,11 +186,5 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
             tensor.detach().copy_(value)
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        distributed.all_reduce(torch.zeros(1))
-
-
 def _torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
