@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from memloc_ext import models
 from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
-from memloc_ext.analysis.layer_states import checked_state
+from memloc_ext.analysis.layer_states import checked_state, chosen_groups
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
 from memloc_ext.files import write_json, write_table
@@ -56,10 +55,8 @@ class Study:
         config = self.config
         asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
         for stage, names in asked.items():
-            groups = models.layer_groups(self._built["plain"]) if stage in stages else names
-            for group in names:
-                if group not in groups:
-                    raise ValueError(f"{stage}_groups must be among {', '.join(groups)}, got {group!r}")
+            if stage in stages:
+                chosen_groups(stage, self._built["plain"], names or None)
         if "rewind" in stages and any(epoch > config.train.epochs for epoch in config.rewind.rewind_epochs):
             latest = max(config.rewind.rewind_epochs)
             raise ValueError(
