@@ -66,7 +66,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left in a folder that only this one writes to, at any depth."""
     for path in folder.rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 

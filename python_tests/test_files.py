@@ -125,6 +125,23 @@ def test_every_flipped_bit_of_a_sealed_file_is_found_and_others_read_it(tmp_path
             assert "a.json: must be JSON" in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: b"\n".join(line.rstrip() for line in text.split(b"\n")),
+        lambda text: text.rstrip(),
+        lambda text: text.expandtabs(8),
+        lambda text: json.dumps(json.loads(text)).encode(),
+    ],
+)
+def test_what_tools_make_of_a_sealed_file_is_read(tmp_path, tool):
+    path, value = tmp_path / "a.json", [{"share": 0.125, "name": "conv1"}]
+    write_json(path, value, sealed=True)
+    path.write_bytes(tool(path.read_bytes()))
+    assert read_json(path) == value
+
+
 def test_a_file_that_nobody_sealed_may_end_in_blanks(tmp_path):
     for text in ("[1]\n\n", "[1]\n   ", "[1]", "[1]\n\t\n"):
         (tmp_path / "a.json").write_text(text)
@@ -155,7 +172,9 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     kept = ["a.tmp", ".a.tmp", "inner/.a.json.0123456789abcdef.bak"]
     for name in names + kept:
         (tmp_path / name).touch()
+    (tmp_path / ".folder.0123456789abcdef.tmp").mkdir()
     remove_temporaries(tmp_path)
+    assert (tmp_path / ".folder.0123456789abcdef.tmp").is_dir()
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
