@@ -29,6 +29,11 @@ class Accuracy:
     noisy_true: float | None
     test: float | None
 
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"Accuracy: {name} must be in [0, 1], got {share}")
+
 
 def accuracy(model: nn.Module, dataset: Dataset, *, test: bool = True, batch_size: int = 512) -> Accuracy:
     """Evaluate a model as it stands, in evaluation mode but in the dropout mode it is in; flags are put back.

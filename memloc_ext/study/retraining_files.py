@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from memloc_ext.analysis import GroupRetraining, RetrainedEpoch, Retraining
 from memloc_ext.analysis.retraining import STOPPED
-from memloc_ext.files import read_as, write_table
-from memloc_ext.study.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, parsed_count, split_rows
+from memloc_ext.files import parsed, read_as, write_table
+from memloc_ext.study.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, split_rows
 
 RETRAINING = "retraining"
 """Name of the table."""
@@ -54,7 +53,7 @@ def _group(rows: list[Mapping[str, Any]]) -> GroupRetraining:
     *before, stopped = (row["stopped"] for row in rows)
     if stopped not in STOPPED or any(value is not None for value in before):
         raise ValueError(f"got {[*before, stopped]} for stopped")
-    epochs = [RetrainedEpoch(parsed_count(row["epoch"]), _loss(row), parsed_accuracy(row)) for row in rows]
+    epochs = [RetrainedEpoch(parsed(int, row["epoch"]), _loss(row), parsed_accuracy(row)) for row in rows]
     if [record.epoch for record in epochs] != list(range(len(rows))):
         raise ValueError(f"got the epochs {[record.epoch for record in epochs]}")
     return GroupRetraining(epochs, stopped)
@@ -64,6 +63,4 @@ def _loss(row: Mapping[str, Any]) -> float | None:
     loss = row["loss"]
     if (loss is None) != (row["epoch"] == 0):
         raise ValueError(f"got the loss {loss!r} in epoch {row['epoch']}")
-    if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
-        raise ValueError(f"got {loss!r} for loss")
-    return loss
+    return parsed(float | None, loss)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc_ext.analysis import Accuracy, GroupRewinding, Rewinding, RewoundAccuracy
-from memloc_ext.files import read_as, write_table
+from memloc_ext.files import parsed, read_as, write_table
 
 REWINDING = "rewinding"
 """Name of the table."""
@@ -48,18 +48,7 @@ def load_rewinding(folder: Path) -> Rewinding:
 
 def parsed_accuracy(row: Mapping[str, Any]) -> Accuracy:
     """Return the shares in a row of a table; ValueError if one is no share."""
-    for name in SHARES:
-        share = row[name]
-        if share is not None and (type(share) not in (int, float) or not 0 <= share <= 1):
-            raise ValueError(f"got {share!r} for {name}")
-    return Accuracy(**{name: row[name] for name in SHARES})
-
-
-def parsed_count(value: Any) -> int:
-    """Return a number of epochs; ValueError if it is something else."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"got {value!r} for a number of epochs")
-    return value
+    return parsed(Accuracy, {name: row[name] for name in SHARES})
 
 
 def split_rows(rows: Any, columns: tuple[str, ...]) -> tuple[Accuracy, dict[str, list[Mapping[str, Any]]]]:
@@ -105,7 +94,7 @@ def _group(rows: list[Mapping[str, Any]]) -> GroupRewinding:
         if first["epoch"] != second["epoch"]:
             raise ValueError(f"got epoch {second['epoch']} beside {first['epoch']}")
         without = parsed_accuracy(first)
-        cells.append(RewoundAccuracy(parsed_count(first["epoch"]), parsed_accuracy(second), without))
+        cells.append(RewoundAccuracy(parsed(int, first["epoch"]), parsed_accuracy(second), without))
     return GroupRewinding(has_buffers, cells)
 
 

@@ -82,3 +82,9 @@ def test_own_masks_follow_the_dataset_index_not_the_batch_position() -> None:
     assert torch.equal(predict(model, train, batch_size=2), whole)
     rows = torch.tensor([5, 1, 3])
     assert torch.equal(predict(model, train.subset(rows)), whole[rows])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_shares_are_shares(share):
+    with pytest.raises(ValueError, match=rf"Accuracy: test must be in \[0, 1\], got {share}"):
+        Accuracy(None, 0.0, 1, share)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memloc_ext._version import __version__
+from memloc_ext.analysis.localization.result import STATUSES
 from memloc_ext.analysis.localization.search import Searches
 from memloc_ext.analysis.localization.settings import Settings
 from memloc_ext.data import Split
@@ -108,7 +109,9 @@ def search_in_chunks(
     names = [f"search_{place:04d}_{fingerprint(common, split.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
     results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts, _chunk)
     found: list[list[FoundUnits]] = [[] for _ in lists]
-    for (number, _), result in zip(chunks, results, strict=True):
+    for name, (number, rows), result in zip(names, chunks, results, strict=True):
+        if len(result.found[0]) != len(rows) or result.sites != results[0].sites:
+            raise ValueError(f"{name}.json: must be of {len(rows)} examples, at the sites of the others; delete it")
         found[number] += result.found[0]
     return replace(results[0], found=found, seconds=sum(result.seconds for result in results))
 
@@ -122,4 +125,7 @@ def _chunk(stored: Any) -> ChunkedSearch:
     ]
     sizes = {parsed(str, name): parsed(int, units) for name, units, _ in stored["sites"]}
     dims = {name: operator.index(dim) for name, _, dim in stored["sites"]}
+    for example in found:
+        if example.status not in STATUSES or any(unit >= sizes[site] for site, unit in example.units):
+            raise ValueError(f"got {example}")
     return ChunkedSearch([found], sizes, dims, parsed(float, stored["seconds"]))

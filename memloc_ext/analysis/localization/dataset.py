@@ -14,7 +14,7 @@ from memloc_ext.analysis.accuracy import predict
 from memloc_ext.analysis.localization.chunks import search_in_chunks
 from memloc_ext.analysis.localization.config import LocalizationConfig
 from memloc_ext.analysis.localization.edits import EditedAccuracy, edited_accuracy, sampled
-from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
+from memloc_ext.analysis.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
 from memloc_ext.data import Dataset
 from memloc_ext.nn import dropout_mode
 from memloc_ext.nn.example_tied_dropout import num_generalization
@@ -22,7 +22,6 @@ from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
 
 KINDS = ("noisy", "clean")
-STATUSES = (FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG)
 REFERENCE = 512
 """Largest number of clean examples that stand for the population."""
 EVALUATED = 512

@@ -13,6 +13,7 @@ from memloc_ext.nn.ablation.weight_changes import AppliedChanges, WeightChange
 
 _RECALL_AT = (1, 8, 32, 128)
 FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG = "flipped", "capped", "exhausted", "already_wrong"
+STATUSES = (FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG)
 
 
 @dataclass(frozen=True)

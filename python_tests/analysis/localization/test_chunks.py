@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -98,3 +98,27 @@ def test_settings_have_the_defaults_of_localize() -> None:
     arguments = inspect.signature(localize).parameters
     for name, value in vars(Settings()).items():
         assert value == arguments[name].default, name
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda part: part["found"].pop(),
+        lambda part: part["sites"].pop(),
+        lambda part: part["found"][0].__setitem__(0, "lost"),
+        lambda part: part["found"][0].__setitem__(1, [["nowhere", 0]]),
+        lambda part: part["found"][0].__setitem__(1, [[part["sites"][0][0], 10**6]]),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(
+    plain: nn.Module,  # noqa: F811
+    dataset: Dataset,  # noqa: F811
+    damage: Callable[[dict[str, Any]], object],
+) -> None:
+    parts = Memory()
+    localize_dataset(plain, dataset, CONFIG, parts=parts)
+    name = next(name for name in parts if name.startswith("search_0001"))
+    parts[name] = copy.deepcopy(parts[name])
+    damage(parts[name])
+    with pytest.raises(ValueError, match=rf"{name}\.json: must be "):
+        localize_dataset(plain, dataset, CONFIG, parts=parts)
