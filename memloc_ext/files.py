@@ -138,15 +138,18 @@ def read_json(path: str | Path) -> Any:
     """Read what `write_json` wrote, or other JSON.
 
     Raises:
-        ValueError: If the file is not JSON, holds NaN or an infinity, or was damaged since it was sealed; names it.
+        ValueError: If the file is not JSON, holds NaN, an infinity or a name twice in an object, or was damaged
+            since it was sealed; names it.
         OSError: If it cannot be read.
     """
     stored = read_bytes(path)
     try:
         text, newline, last = stored.removesuffix(b"\n").rpartition(b"\n")
         if len(last) == _SEAL and not last.strip() and last != _seal(text + newline):
-            raise ValueError("it was damaged or edited: its last line is the checksum of another text")
-        return json.loads(stored, parse_constant=_refuse, parse_float=_finite)
+            raise ValueError(
+                "it was damaged or edited: its last line is the checksum of another text; after an edit, delete it"
+            )
+        return json.loads(stored, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from error
 
@@ -218,6 +221,13 @@ def shown(value: Any) -> str:
 
 def _seal(text: bytes) -> bytes:
     return f"{zlib.crc32(text):0{_SEAL}b}".encode().translate(bytes.maketrans(b"01", b" \t"))
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"an object has a name twice, of {', '.join(name for name, _ in pairs)}")
+    return value
 
 
 def _finite(number: str) -> float:

@@ -98,7 +98,8 @@ def test_what_json_cannot_hold_is_refused(tmp_path, value, error):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"a": 1', b"NaN", b"[-Infinity]", b"1e999", b"\xff\xfe\xfa", b"[" * 100_000]
+    "content",
+    [b"", b'{"a": 1', b"NaN", b"[-Infinity]", b"1e999", b"\xff\xfe\xfa", b"[" * 100_000, b'[{"a": 1, "a": 2}]'],
 )
 def test_a_corrupt_file_is_named(tmp_path, content):
     path = tmp_path / "a.json"
