@@ -12,6 +12,7 @@ from typing import Any
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once, rank
 from memloc_ext.files import write_table
+from memloc_ext.parts import fingerprint
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import METRICS, Run, check_run, load_run, locked, open_run
 from memloc_ext.study.setup import load_data
@@ -33,6 +34,8 @@ _REUSED = "finished before, reused"
 _AGAIN = "done again"
 ACCOUNTED = "train.accounted"
 """What the record of the plain training says besides the settings: whether it keeps an account of its gradients."""
+EXAMPLES = "data.fingerprint"
+"""What the record of every stage says besides: the labels of the data set and which are memorized; files may change."""
 
 
 def run_study(
@@ -82,15 +85,19 @@ def run_study(
         study = Study(config, path, _load(config), progress and rank() == 0, tensorboard)
         study.check(wanted)
         once(lambda: check_run(path, settings, resume=resume))
+        examples = _fingerprint(study.dataset)
+        if not resume:
+            once(lambda: _check_examples(path, wanted, examples))
         if rank() == 0:
             stack.enter_context(locked(path))
         once(lambda: open_run(path, settings, resume=resume))
-        todo = once(lambda: _plan(path, flat(settings), wanted))
+        given = flat(settings) | {EXAMPLES: examples}
+        todo = once(lambda: _plan(path, given, wanted))
         for number, (name, why) in enumerate(todo, 1):
             if rank() == 0:
                 say(f"[{number}/{len(todo)}] {name}: {why}")
             if why != _REUSED:
-                _do(study, STAGES[name], settings, "account" in wanted)
+                _do(study, STAGES[name], given, "account" in wanted)
         run = once(lambda: load_run(path))
         once(lambda: write_table(path, METRICS, run.metrics))
     return run
@@ -123,9 +130,9 @@ def _settings(stage: Stage, config: dict[str, Any], accounted: bool) -> dict[str
     return settings_of(stage, config) | own
 
 
-def _do(study: Study, stage: Stage, settings: dict[str, Any], accounted: bool) -> None:
+def _do(study: Study, stage: Stage, config: dict[str, Any], accounted: bool) -> None:
     path, start = study.path, time.monotonic()
-    record = once(lambda: read_record(path, stage.name)) or Record(_settings(stage, flat(settings), accounted))
+    record = once(lambda: read_record(path, stage.name)) or Record(_settings(stage, config, accounted))
 
     def write(finished: bool) -> None:
         seconds = record.seconds + time.monotonic() - start
@@ -142,6 +149,21 @@ def _do(study: Study, stage: Stage, settings: dict[str, Any], accounted: bool) -
     once(lambda: write(True))
     if rank() == 0:
         drop_replaced(path, stage)
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    return fingerprint(*((s.labels, s.true_labels, s.memorized, s.indices) for s in (dataset.train, dataset.test)))
+
+
+def _check_examples(path: Path, stages: Collection[StageName], examples: str) -> None:
+    """Raise a ValueError if a stage of a run was made of other examples, though its settings are the same."""
+    for name in stages:
+        record = read_record(path, name)
+        if record is not None and record.settings.get(EXAMPLES, examples) != examples:
+            raise ValueError(
+                f"{path}: {name} was made with other labels or memorized examples than the files of the data hold "
+                "now; give another --output, or --resume to do again what depends on them"
+            )
 
 
 def _load(config: StudyConfig) -> Dataset:

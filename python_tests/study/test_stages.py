@@ -78,6 +78,20 @@ def test_resume_does_again_what_a_setting_concerns(finished: Run, copy: Path) ->
     assert not (copy / "replaced").exists()
 
 
+def test_examples_that_changed_in_their_file_are_noticed(tmp_path: Path) -> None:
+    scores, output = tmp_path / "scores.txt", tmp_path / "run"
+    scores.write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
+    config = replace(CONFIG, data=replace(CONFIG.data, memorized=scores, below=0.5))
+    before = files(run_study(config, output, stages=["train"]).path)
+    scores.write_text("\n".join(["0.1"] * 41 + ["0.9"] * 1396))
+    with pytest.raises(ValueError, match="train was made with other labels or memorized examples than the files"):
+        run_study(config, output, stages=["train"])
+    assert files(output) == before
+    said = []
+    run_study(config, output, stages=["train"], resume=True, say=said.append)
+    assert said[0].startswith("[1/1] train: done again, data.fingerprint = ")
+
+
 def test_resume_does_again_what_was_made_from_it(finished: Run, copy: Path) -> None:
     said = []
     other = replace(CONFIG, dropout=replace(CONFIG.dropout, p_mem=0.2))
