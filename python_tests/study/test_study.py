@@ -282,10 +282,12 @@ def test_a_kill_while_the_settings_were_written_does_not_block_the_run(tmp_path:
 
 
 def test_a_run_goes_on_from_another_place_or_device(tmp_path: Path) -> None:
-    open_run(tmp_path, {"data": {"root": "here", "download": False, "noise": 0.1}, "device": "cpu"})
-    open_run(tmp_path, {"data": {"root": "there", "download": True, "noise": 0.1}, "device": "cuda"})
+    here = SMALL.as_json()
+    there = here | {"data": here["data"] | {"root": "there", "download": True}, "device": "cuda"}
+    open_run(tmp_path, here)
+    open_run(tmp_path, there)
     with pytest.raises(ValueError, match=r"a run with data\.noise = 0\.1, not 0\.2"):
-        open_run(tmp_path, {"data": {"root": "here", "download": False, "noise": 0.2}, "device": "cpu"})
+        open_run(tmp_path, here | {"data": here["data"] | {"noise": 0.2}})
 
 
 def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
