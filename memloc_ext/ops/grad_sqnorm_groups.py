@@ -214,6 +214,12 @@ def _(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
+    channels = input.shape[1], grad_output.shape[1]
+    if groups < 1 or channels[0] % groups or channels[1] % groups:  # meta tensors bring unchecked numbers here
+        raise ValueError(
+            "conv2d_grad_sqnorm_groups: groups must divide the "
+            f"{channels[0]} input and {channels[1]} output channels, got {groups}"
+        )
     sizes = (num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return _results(input, grad_output, group_ids, *sizes)
 

@@ -128,6 +128,16 @@ def test_an_unknown_method_is_refused(method: str) -> None:
             getattr(torch.ops.memloc_ext, name)(*VALID[name](), method=method)
 
 
+def test_no_groups_of_channels_are_refused_on_the_meta_device_too() -> None:
+    arguments = VALID["conv2d_grad_sqnorm_groups"]()
+    for device in ("cpu", "meta"):
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
+        with pytest.raises(
+            (ValueError, RuntimeError), match="groups must divide the 4 input and 2 output channels, got 0"
+        ):
+            torch.ops.memloc_ext.conv2d_grad_sqnorm_groups(*moved[:-1], 0)
+
+
 def is_readable(t: Tensor) -> bool:
     return t.layout == torch.strided and t.device.type == "cpu" and t.numel() < 2**20
 
