@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from memloc_ext.nn.gradient_accountant.arguments import batch_of, groups_of
+from memloc_ext.nn.gradient_accountant.check import Checked, checked, different, examples_meet, signature
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+from memloc_ext.nn.gradient_accountant.forward_pass import tensors
 from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, minimal, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
 from memloc_ext.nn.gradient_accountant.layout import Layout
@@ -25,7 +29,17 @@ from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.sharded import gathering, watch
 from memloc_ext.nn.gradient_accountant.uses import accumulated
+from memloc_ext.nn.training_flags import kept_state
 from memloc_ext.ops import Groups
+
+# by whether the losses of examples depend on each other
+_DIFFERENT = {
+    False: "GradientAccountant: a check of two examples found other norms for {}: these take a pass per example from "
+    "now on; name inputs that are the same for all examples by shared_inputs=",
+    True: "GradientAccountant: an example's loss depends on what the model returned for others, as a contrastive loss "
+    "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
+    "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
+}
 
 
 @dataclass(frozen=True)
@@ -77,21 +91,41 @@ class GradientAccountant:
     Args:
         model: Its parameters that require gradients are accounted, under their names.
         batch_dim: Dimension of the examples in the model's inputs: 0, or 1 for ``[tokens, batch, *]``.
+        shared_inputs: Inputs of the model that are the same for all examples: names of arguments, or positions.
+        check: Which backward passes are held against plain autograd, for two random examples: the ``first`` of the
+            model and of its inputs' dtypes, training flags and number of examples, which takes three more backward
+            passes; ``always``; or ``never``. A parameter whose norm differs takes a pass per example from then on, with
+            a warning.
 
     Raises:
-        TypeError: If ``model`` is not a module.
-        ValueError: If ``batch_dim`` is negative.
+        TypeError: If ``model`` is not a module, or ``shared_inputs`` are not names and positions.
+        ValueError: If ``batch_dim`` is negative, ``check`` is something else, or an input is not there when the model
+            is called.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, gradient accounting; for the way
     norms are computed, see `memloc_ext.ops.linear_grad_sqnorm`.
     """
 
-    def __init__(self, model: nn.Module, *, batch_dim: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_dim: int = 0,
+        shared_inputs: Sequence[str | int] = (),
+        check: Literal["first", "always", "never"] = "first",
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"GradientAccountant: model must be a torch.nn.Module, got {type(model).__name__}")
         if batch_dim < 0:
             raise ValueError(f"GradientAccountant: batch_dim must be at least 0, got {batch_dim}")
-        self._model, self._batch_dim = model, batch_dim
+        if check not in ("first", "always", "never"):
+            raise ValueError(f"GradientAccountant: check must be first, always or never, got {check!r}")
+        if isinstance(shared_inputs, str) or not all(isinstance(item, str | int) for item in shared_inputs):
+            raise TypeError(
+                f"GradientAccountant: shared_inputs must be a sequence of names or positions, got {shared_inputs!r}"
+            )
+        self._model, self._batch_dim, self._check = model, batch_dim, check
+        self._shared_inputs = tuple(shared_inputs)
         self._local = threading.local()
         self._warned: set[str] = set()
 
@@ -105,7 +139,7 @@ class GradientAccountant:
 
     def __enter__(self) -> Self:
         """Look at what the model does in this thread, until the end of the ``with``."""
-        session, stack = Session(self._model, self._batch_dim, HANDLERS), ExitStack()
+        session, stack = Session(self._model, self._batch_dim, HANDLERS, self._known.first), ExitStack()
         for hook in self._hooks(session):
             stack.callback(hook.remove)
         stack.enter_context(uncompiled())
@@ -116,7 +150,7 @@ class GradientAccountant:
     def __exit__(self, *error: object) -> None:
         """Stop looking."""
         session, stack = self._sessions.pop()
-        session.outputs.clear()
+        session.passes.clear()
         stack.close()
 
     def _hooks(self, session: Session) -> list[RemovableHandle]:
@@ -128,7 +162,7 @@ class GradientAccountant:
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
             if mine():
-                session.enter_model((args, kwargs))
+                session.enter_model(args, kwargs, self._shared(args, kwargs))
 
         def after(model: nn.Module, args: Any, output: Any) -> None:
             if mine():
@@ -139,6 +173,19 @@ class GradientAccountant:
             self._model.register_forward_hook(after, always_call=True),
         ]
         return hooks + [watch(session, name, module, sharded) for name, module in sharded.items()]
+
+    def _shared(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+        """Return the inputs that are the same for all examples, by their ``id``."""
+        if not self._shared_inputs:
+            return set()
+        model = self._model.module if isinstance(self._model, DistributedDataParallel) else self._model
+        names = list(inspect.signature(model.forward).parameters)
+        given = dict(enumerate(args)) | dict(zip(names, args, strict=False)) | dict(kwargs)
+        missing = [item for item in self._shared_inputs if item not in given]
+        if missing:
+            rule = f"shared_inputs must be among the inputs that the model is given, {list(given)}"
+            raise ValueError(f"GradientAccountant: {rule}, got {missing}")
+        return {id(t) for item in self._shared_inputs for t in tensors(given[item])}
 
     @property
     def _sessions(self) -> list[tuple[Session, ExitStack]]:
@@ -195,17 +242,24 @@ class GradientAccountant:
             self._check_parallel(weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
+            if self._mistook(session, batch):
+                found = Reached(unseen=found.all, nodes=found.nodes)
             self._check_sharded(session, found, exact_groups)
         exact = exact_groups and weight_grads
         calls = session.calls | found.uses  # the larger count of each
         several = batch_size is not None
-        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, found.unseen, several)
-        if found.unseen or exact:
-            outputs = Outputs([loss], [torch.ones_like(loss)], [Layout(0, 1, batch, 1)])
-            if loss_reduction != "none":
-                outputs = self._outputs(session, root, found, run)
-            self._account_unseen(session, run, outputs)
-            if exact and groups is not None:
+        slow = found.unseen | self._known_slow(session, found)
+        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, slow, several)
+        unchecked = self._unchecked(session, batch, found)
+        if slow or exact or unchecked is not None:
+            outputs = self._outputs(session, root, loss, loss_reduction, found, run)
+            if unchecked is not None and outputs is not None:
+                trial = Run(batch, None, False, calls, slow, several)
+                slow.update(self._compare(session, trial, outputs, found, unchecked))
+            if slow or exact:
+                outputs = outputs or self._no_outputs(session, slow or found.all)
+                self._account_unseen(session, run, outputs, found)
+            if exact and groups is not None and outputs is not None:
                 run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
@@ -247,36 +301,97 @@ class GradientAccountant:
                 "backward pass per example; freeze them, or use DistributedDataParallel"
             )
 
-    def _outputs(self, session: Session, root: Tensor, found: Reached, run: Run) -> Outputs:
+    def _mistook(self, session: Session, batch: int) -> bool:
+        """Return whether the examples were looked for in an input that has no row for each; remember the right one."""
+        for source in session.passes:
+            if source.rows not in (None, batch) and batch in source.sizes:
+                self._known.first = source.sizes.index(batch)
+                warnings.warn(
+                    f"GradientAccountant: the model's first input has {source.rows} rows, another one has {batch}, the "
+                    "number of examples: this pass takes a backward pass per example; give shared_inputs= the names of "
+                    "inputs that are the same for all examples",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                return True
+        return False
+
+    @property
+    def _known(self) -> Checked:
+        return checked(self._model)
+
+    def _known_slow(self, session: Session, found: Reached) -> dict[int, nn.Parameter]:
+        if not self._known.slow or self._check == "never":
+            return {}
+        named = session.named_parameters()
+        return {id(p): p for name, p in named if name in self._known.slow and id(p) in found.seen}
+
+    def _unchecked(self, session: Session, batch: int, found: Reached) -> object | None:
+        """Return what this pass is remembered by, if it is to be checked."""
+        if self._check == "never" or batch < 2 or session.whole or not found.seen or found.reentrant:
+            return None
+        source = session.passes[-1] if session.passes else None
+        sign = signature(self._model, source, batch, found.seen)
+        return None if self._check == "first" and sign in self._known.signatures else sign
+
+    def _compare(
+        self, session: Session, trial: Run, outputs: Outputs, found: Reached, unchecked: object
+    ) -> dict[int, nn.Parameter]:
+        """Return the covered parameters whose norms are not those of plain autograd, with a warning."""
+        parameters = {key: p for key, p in found.seen.items() if key not in trial.slow}
+        with kept_state(self._model):  # which checkpointing would update
+            wrong = different(session, trial, outputs, parameters)
+        if wrong is None:
+            return {}
+        self._known.signatures.add(unchecked)
+        names = [name for name, p in session.named_parameters() if id(p) in wrong]
+        if names:
+            self._known.slow.update(names)
+            self._warned.update(names)
+            warnings.warn(_DIFFERENT[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
+        return wrong
+
+    def _outputs(
+        self, session: Session, root: Tensor, loss: Tensor, loss_reduction: str, found: Reached, run: Run
+    ) -> Outputs | None:
         """Return tensors whose rows are the examples and through which the loss depends on the parameters."""
-        returned = [t for forward_pass in session.outputs for t in forward_pass]
-        outputs = minimal(root, session, returned, found.all)
-        layouts = [session.output_layout(t) for t in outputs or ()]
+        losses = Outputs([loss], [torch.ones_like(loss)], [Layout(0, 1, run.batch, 1)])
+        returned = [(t, source) for source in session.passes for t in source.outputs]
+        outputs = minimal(root, session, [t for t, _ in returned], found.all)
+        layouts = [session.output_layout(t, run.batch) for t in outputs or ()]
         if not outputs or None in layouts:
-            names = [name for name, p in session.named_parameters() if id(p) in (found.unseen or found.all)]
-            raise ValueError(
-                f"GradientAccountant: the loss depends on {', '.join(names)} in a way that cannot be told apart by "
-                "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
-                "losses by example, with loss_reduction='none'"
-            )
+            return losses if loss_reduction == "none" else None
         session.run = OneByOne(run, {})
         try:
             cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
         finally:
             session.run = None
-        return Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None])
+        sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
+        source = next(iter(sources.values())) if len(sources) == 1 else None
+        result = Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None], source)
+        if loss_reduction == "none" and examples_meet(loss, result, run):
+            return replace(losses, meeting=True)
+        return result
 
-    def _account_unseen(self, session: Session, run: Run, outputs: Outputs) -> None:
-        """Account parameters whose layers are not covered, by one backward pass per example."""
-        unseen = run.slow
-        if not unseen:
+    def _no_outputs(self, session: Session, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
+        names = [name for name, p in session.named_parameters() if id(p) in parameters]
+        raise ValueError(
+            f"GradientAccountant: the loss depends on {', '.join(names)} in a way that cannot be told apart by "
+            "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
+            "losses by example, with loss_reduction='none'"
+        )
+
+    def _account_unseen(self, session: Session, run: Run, outputs: Outputs, found: Reached) -> None:
+        """Account parameters whose layers are not covered, by one pass per example."""
+        if not run.slow:
             return
         for name, parameter in session.named_parameters():
-            if id(parameter) in unseen and name not in self._warned:
+            if id(parameter) in found.unseen and name not in self._warned:
                 self._warned.add(name)
                 message = f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
                 warnings.warn(message, UserWarning, stacklevel=3)
-        account_examples(session, run, outputs, unseen)
+        with kept_state(self._model):
+            account_examples(session, run, outputs, run.slow)
 
     def _account(self, session: Session, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
         scale = run.batch**2 if loss_reduction == "mean" else 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Run
@@ -33,6 +34,11 @@ class Reached:
     stops: set[int] = field(default_factory=set)
     nodes: set[Any] = field(default_factory=set)
     uses: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether gradient checkpointing of the kind that allows no other backward pass was met."""
+        return any(type(node).__name__ == "CheckpointFunctionBackward" for node in self.nodes)
 
     @property
     def all(self) -> dict[int, nn.Parameter]:
@@ -95,11 +101,15 @@ class Outputs:
         tensors: A row per example.
         cotangents: Of the loss by each.
         layouts: Where the examples are in each.
+        source: The call of the model that returned them, or None.
+        meeting: Whether the tensors are losses by example, of which one depends on what the model returned for others.
     """
 
     tensors: list[Tensor]
     cotangents: list[Tensor]
     layouts: list[Layout]
+    source: ForwardPass | None = None
+    meeting: bool = False
 
     def of(self, run: Run, chosen: Tensor) -> list[Tensor]:
         """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""

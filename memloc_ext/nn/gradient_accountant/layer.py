@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memloc_ext.nn.gradient_accountant.layout import Layout
-from memloc_ext.nn.gradient_accountant.run import Weight
+from memloc_ext.nn.gradient_accountant.run import Run, Weight
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Use
 
@@ -45,15 +45,25 @@ class Rule:
             return use.total().to(weight.tensor.dtype)
         return run.record(weight, use)
 
-    def examples(self, t: Tensor) -> Tensor:
-        """Return activations as ``[batch, *]``; outside of an accounted backward pass as one example."""
+    @property
+    def telling(self) -> Run | None:
+        """The backward pass, if it is to tell the examples apart here."""
         run = self.session.run
+        if run is None or run.undivided or all(w is None or id(w.parameter) in run.slow for w in self.weights):
+            return None
+        return run
+
+    def examples(self, t: Tensor) -> Tensor:
+        """Return activations as ``[batch, *]``; where nobody tells the examples apart, as one example."""
+        run = self.telling
         return t[None] if run is None else run.place(self.layout).first(t)
 
     def by_example(self, rows: Tensor) -> Tensor:
         """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the layout's."""
-        run = self.session.run
-        layout = self.layout if run is None else run.place(self.layout)
+        run = self.telling
+        if run is None:
+            return rows.sum(0, keepdim=True)
+        layout = run.place(self.layout)
         if layout.before == layout.after == 1:
             return rows
         return rows.unflatten(0, (layout.before, layout.batch, layout.after)).sum((0, 2))
@@ -72,6 +82,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor:
         ctx.rule = rule
         device = next(t.device.type for t in tensors if t is not None)
+        rule.session.coarse |= torch.is_autocast_enabled(device)
         with _exactly(device):
             out, saved = rule.forward(*tensors)
         ctx.save_for_backward(*saved)

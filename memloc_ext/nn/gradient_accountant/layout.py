@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,8 +99,6 @@ SCATTERS = frozenset(
     ]
 )
 """Functions that may put rows anywhere, by what is in tensors."""
-
-
 _NAMES = "add sub rsub mul div true_divide pow maximum minimum where lerp addcmul addcdiv multiply subtract divide"
 _OPERATORS = "add sub mul truediv div pow"
 ELEMENTWISE = frozenset(
@@ -149,39 +147,67 @@ class Layout:
             return t.movedim(self.dim, 0)
         return t.unflatten(self.dim, (self.before, self.batch, self.after)).movedim(self.dim + 1, 0)
 
+    def alone(self) -> Layout:
+        """Return the layout of the same activations of one example."""
+        return replace(self, batch=1)
 
-def after(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, kwargs: Any) -> Layout | None:
-    """Return the layout of what a function returned, or None where the examples cannot be told.
+
+def after(
+    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]
+) -> list[Layout | None]:
+    """Return where the examples are in what a function returned; None where that cannot be told.
+
+    Sizes that happen to be equal must not matter: a function that moves elements is called again on the examples'
+    numbers, and any other one is asked which dimension of its result grows with the batch.
 
     Args:
-        layout: Of ``source``.
         func: The function.
-        source: The activation among its arguments, of most dimensions.
-        result: A tensor that it returned.
         args: Its arguments.
         kwargs: Its arguments by name.
+        given: Its arguments that belong to examples, in known places.
+        results: What it returned.
     """
     name = getattr(func, "__name__", "")
-    if result.dim() == 0:
-        return None
-    if layout.batch < 2:  # every element is of the one example, or there is none
-        dims = [d for d, size in enumerate(result.shape) if layout.batch == 1 or size == 0]
-        return Layout(dims[0], 1, layout.batch, result.shape[dims[0]] if layout.batch else 1) if dims else None
+    source, layout = max(given, key=lambda pair: pair[0].dim())
+    if layout.batch < 2:
+        return [_only(layout.batch, result) for result in results]
     if name in RESHAPES:
-        return _reshaped(layout, source.shape, result.shape)
-    if name in SCATTERS:
-        return None
-    if name == "embedding":  # appends a dimension
-        return layout
-    if name == "einsum":
-        return _contracted(layout, source, args)
+        return [_reshaped(layout, source.shape, result.shape) for result in results]
+    if name in SCATTERS or not any(result.dim() for result in results):
+        return [None] * len(results)
+    if name in MOVES and args and source is args[0]:
+        return _moved(layout, func, source, results, args, kwargs)
     if name in ALONG:
-        given = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else -1)
-        if not isinstance(given, int) or given % max(1, source.dim()) == layout.dim:
-            return None
-    if result.dim() == source.dim():
-        return layout if result.shape[layout.dim] == layout.size else None
-    return _reduced(layout, func, source, result, args, kwargs)
+        along = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else -1)
+        if not isinstance(along, int) or along % max(1, source.dim()) == layout.dim:
+            return [None] * len(results)
+    if name in ELEMENTWISE and len(args) + len(kwargs) > 1:  # ``where`` of a condition alone counts
+        places = {aligned(place, t, results[0]) for t, place in given if t.dim()}
+        return [places.pop() if len(places) == 1 else None]
+    return _grown(func, args, kwargs, given, results)
+
+
+def _only(batch: int, result: Tensor) -> Layout | None:
+    """Return the layout of the one example, of which every element is, or of none."""
+    dims = [d for d, size in enumerate(result.shape) if batch == 1 or size == 0]
+    return Layout(dims[0], 1, batch, result.shape[dims[0]] if batch else 1) if dims else None
+
+
+def aligned(layout: Layout, source: Tensor, result: Tensor) -> Layout | None:
+    """Return the layout of elements in the same places, counted from the last dimension."""
+    dim = layout.dim + result.dim() - source.dim()
+    return replace(layout, dim=dim) if dim >= 0 and result.shape[dim] == layout.size else None
+
+
+def inside(layout: Layout, part: Tensor, whole: Tensor) -> Layout | None:
+    """Return the layout of a tensor of which a part has this layout; None if that is not a plain slice."""
+    if part is whole:
+        return layout
+    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+        return None
+    step = part.stride(layout.dim)
+    dims = [d for d, size in enumerate(whole.shape) if size == layout.size and whole.stride(d) == step]
+    return replace(layout, dim=dims[0]) if len(dims) == 1 else None
 
 
 def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout | None:
@@ -199,24 +225,10 @@ def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout 
     return None
 
 
-def _contracted(layout: Layout, source: Tensor, args: Any) -> Layout | None:
-    """Return where ``einsum`` leaves the examples: where their letter is."""
-    equation, *operands = args
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
-    operands = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
-    letters = next((part for part, t in zip(inputs.split(","), operands, strict=False) if t is source), "")
-    place = output.find(letters[layout.dim]) if letters else -1
-    return replace(layout, dim=place) if place >= 0 else None
-
-
-def moved(
+def _moved(
     layout: Layout, func: Any, source: Tensor, results: Sequence[Tensor], args: Any, kwargs: Any
 ) -> list[Layout | None]:
     """Return the layouts of what a function of `MOVES` returned: it is called again, on the examples' numbers."""
-    if layout.batch < 2:
-        return [after(layout, func, source, result, args, kwargs) for result in results]
     numbers = _numbers(layout, source)
     try:
         outcome = func(*(numbers if a is source else a for a in args), **kwargs)
@@ -248,25 +260,80 @@ def _numbers(layout: Layout, like: Tensor) -> Tensor:
     return torch.arange(layout.size, device=like.device).reshape(shape).expand(like.shape)
 
 
-def _reduced(layout: Layout, func: Any, source: Tensor, result: Tensor, args: Any, kwargs: Any) -> Layout | None:
-    """Return where a function that changes the number of dimensions leaves them: where a larger batch shows."""
-    sizes = [d for d, size in enumerate(result.shape) if size == layout.size]
-    if not sizes or (len(sizes) == 1 and list(source.shape).count(layout.size) == 1):  # no other can be meant
-        return replace(layout, dim=sizes[0]) if sizes else None
-    shape = list(source.shape)
-    shape[layout.dim] += 1
-    larger = torch.empty(shape, dtype=source.dtype, device="meta")
+_kept: dict[Any, list[int | None]] = {}  # what `_grown` found out
+_KEPT = 4096  # calls
 
-    def swap(value: Any) -> Any:
-        return larger if value is source else value
 
+def _grown(
+    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]
+) -> list[Layout | None]:
+    """Return where a function leaves the examples: in the one dimension that is larger with one more of them."""
+    layouts = {id(t): layout for t, layout in given}
+    layout = given[0][1]
+    if any(
+        (other.before, other.batch, other.after) != (layout.before, layout.batch, layout.after) for _, other in given
+    ):
+        return [None] * len(results)
+    key = (func, _key(args, layouts), _key(kwargs, layouts))
     try:
-        out = func(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError):
+        dims = _kept.get(key)
+    except TypeError:  # an argument that cannot be hashed
+        key, dims = None, None
+    if dims is None:
+        dims = _growing(func, args, kwargs, layouts, results)
+        if key is not None:
+            if len(_kept) >= _KEPT:
+                _kept.clear()
+            _kept[key] = dims
+    return [None if dim is None else replace(layout, dim=dim) for dim in dims]
+
+
+def _growing(
+    func: Any, args: Any, kwargs: Any, layouts: Mapping[int, Layout], results: Sequence[Tensor]
+) -> list[int | None]:
+    layout = next(iter(layouts.values()))
+
+    def larger(value: Any, others: bool) -> Any:
+        if isinstance(value, Tensor):
+            shape, own = list(value.shape), layouts.get(id(value))
+            if own is not None:
+                shape[own.dim] += 1
+            elif others and value.dim() > layout.dim and shape[layout.dim] == layout.size:
+                shape[layout.dim] += 1
+            return torch.empty(shape, dtype=value.dtype, device="meta")
+        if isinstance(value, tuple | list):
+            items = [larger(item, others) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        return {name: larger(item, others) for name, item in value.items()} if isinstance(value, dict) else value
+
+    for others in (False, True):  # constants that must have a row for each example: expanded ones, initial states
+        try:
+            with torch.no_grad():
+                outcome = func(*larger(args, others), **larger(kwargs, others))
+        except Exception:  # what needs the values, or sizes that fit the batch
+            continue
+        outcome = [t for t in (outcome if isinstance(outcome, tuple | list) else [outcome]) if isinstance(t, Tensor)]
+        if len(outcome) == len(results):
+            return [_larger(result.shape, out.shape, layout) for result, out in zip(results, outcome, strict=True)]
+    return [None] * len(results)
+
+
+def _larger(old: Sequence[int], new: Sequence[int], layout: Layout) -> int | None:
+    """Return the only dimension that is larger, if it is of the examples and of nothing else."""
+    if len(old) != len(new):
         return None
-    for candidate in (out,) if isinstance(out, Tensor) else out:
-        if isinstance(candidate, Tensor) and candidate.dim() == result.dim():
-            grown = [d for d, (a, b) in enumerate(zip(candidate.shape, result.shape, strict=True)) if a != b]
-            if len(grown) == 1 and result.shape[grown[0]] == layout.size:
-                return replace(layout, dim=grown[0])
-    return None
+    changed = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    size = layout.size
+    return changed[0] if len(changed) == 1 and (old[changed[0]], new[changed[0]]) == (size, size + 1) else None
+
+
+def _key(value: Any, layouts: Mapping[int, Layout]) -> Any:
+    """Return what of an argument matters to `_grown`, to be hashed."""
+    if isinstance(value, Tensor):
+        layout = layouts.get(id(value))
+        return value.shape, value.dtype, -1 if layout is None else layout.dim
+    if isinstance(value, tuple | list):
+        return tuple(_key(item, layouts) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(item, layouts)) for name, item in value.items())
+    return type(value), value

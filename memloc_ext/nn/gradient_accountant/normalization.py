@@ -77,12 +77,14 @@ class BatchNorm(_Norm):
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `Rule`."""
         x, weight, mean, rstd, running_mean, running_var = saved
+        run = self.session.run
+        constant = not self.training or (run is not None and run.constant_statistics)
         if not self.training:  # the statistics are constants
             mean, rstd = running_mean, (running_var + self.eps).rsqrt()
         grad_input = None
-        if needs[0] and not self.training and grad.dtype == running_var.dtype:
+        if needs[0] and constant and (self.training or grad.dtype == running_var.dtype):
             scale = rstd if weight is None else rstd * weight
-            grad_input = grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))
+            grad_input = (grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))).to(grad.dtype)
         elif needs[0]:
             stats = (running_mean, running_var, mean, rstd)
             grad_input = aten.native_batch_norm_backward(
@@ -217,6 +219,8 @@ def batch_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     training, input = given.get("training", False), given["input"]
     if training and input.numel() == input.shape[1]:
         return NotImplemented  # PyTorch's own error
+    if not training and given.get("weight") is None and given.get("bias") is None:
+        return NotImplemented
     running = (given["running_mean"], given["running_var"])
     return _run(BatchNorm, session, given, running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
 

@@ -78,6 +78,8 @@ class Run:
         several: bool = False,
     ) -> None:
         self._several = several
+        self.undivided = False  # whether nobody asks for the examples' own gradients
+        self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
         self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}
         self.group_grad: dict[int, Tensor] = {}
@@ -135,16 +137,25 @@ class Run:
             self.sqnorm[key] = _held_sqnorm(uses)
         self._held.clear()
 
-    def add_example(self, parameter: nn.Parameter, example: int, gradient: Tensor) -> None:
-        """Take note of the gradient of one example, ``[*parameter.shape]``."""
-        key, gradient = id(parameter), gradient.to_dense() if gradient.is_sparse else gradient
-        norm = Rows(gradient[None]).sqnorm()[0]
-        if key not in self.sqnorm:
-            self.sqnorm[key] = norm.new_zeros(self.batch)
-        self.sqnorm[key][example] = norm
-        if self.weight_grads and self.groups is not None:
-            ids = self.groups.ids[example : example + 1]
-            self._groups_of(parameter).index_add_(0, ids, gradient[None].to(accumulated(parameter.dtype)))
+    def add_example(
+        self, parameters: Mapping[int, nn.Parameter], example: int, gradients: Mapping[int, Tensor]
+    ) -> None:
+        """Take note of the gradients of one example by parameters; both are given by the ``id`` of the parameter."""
+        for key, gradient in gradients.items():
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            norm = Rows(gradient[None]).sqnorm()[0]
+            if key not in self.sqnorm:
+                self.sqnorm[key] = norm.new_zeros(self.batch)
+            self.sqnorm[key][example] = norm
+            if self.weight_grads and self.groups is not None:
+                ids, row = self.groups.ids[example : example + 1], gradient[None].to(accumulated(gradient.dtype))
+                self._groups_of(parameters[key]).index_add_(0, ids, row)
+
+    def forget(self, parameters: Mapping[int, nn.Parameter]) -> None:
+        """Forget what was noted of parameters, given by their ``id``."""
+        for key in parameters:
+            self.sqnorm.pop(key, None)
+            self.group_grad.pop(key, None)
 
     def _all_in_one(self, device: torch.device) -> Groups:
         if self._whole is None:
@@ -173,6 +184,7 @@ class OneByOne(Run):
 
     def __init__(self, run: Run, wanted: Mapping[int, nn.Parameter]) -> None:
         super().__init__(run.batch, None, True, {}, wanted, run._several)
+        self.undivided = True
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Return whether it is one of these parameters."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass, collect, tensors
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
-from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, moved
+from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
 from memloc_ext.nn.gradient_accountant.places import UNKNOWN, Places
 from memloc_ext.nn.gradient_accountant.run import Repeated, Run, Weight
 
@@ -31,9 +33,10 @@ _QUESTIONS = frozenset(
         "_set_grad_enabled",
     )
 )
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 _SHARED = object()
-_SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))  # of the second only shape or type counts
+_SHAPED_LIKE = frozenset(
+    ("expand_as", "view_as", "reshape_as", "type_as", "to")
+)  # of the second only shape or type counts
 _FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
 
 
@@ -41,56 +44,96 @@ class Session(TorchFunctionMode):
     """What one ``with`` of an accountant knows.
 
     A tensor belongs to examples, by a `Layout` or in a way that cannot be told (None), or it is the same for all of
-    them. While the model runs, what is computed from its inputs belongs to examples, and nothing else; outside of it,
-    so do tensors of unknown origin.
+    them. Only what is computed from the model's inputs belongs to examples, whatever the sizes of other tensors;
+    outside of the model, what was not made inside of the ``with`` is an input, too.
 
     Args:
         model: Its parameters that require gradients are accounted.
         batch_dim: Dimension of the examples in the model's inputs.
         handlers: Function, or name of one, to its handler: ``handler(session, function, args, kwargs)`` runs it or
             returns NotImplemented to have it run as if nobody looked.
+        first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
     """
 
-    def __init__(self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler]) -> None:
+    def __init__(
+        self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler], first: int | None = None
+    ) -> None:
         super().__init__()
         self.parameters = {id(parameter): parameter for parameter in model.parameters()}
         self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.run: Run | None = None
-        self.outputs: deque[list[Tensor]] = deque(maxlen=_FORWARD_PASSES)
+        self.passes: deque[ForwardPass] = deque(maxlen=_FORWARD_PASSES)
+        self.coarse = False  # whether layers ran under autocast
+        self.replaying = False  # whether the model runs on one example, which is not to be seen
+        self._first = first
         self._model, self._batch_dim, self._handlers = model, batch_dim, handlers
         self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
         self._inside = 0
 
-    def enter_model(self, inputs: object) -> None:
-        """Take the number of examples from the model's inputs, and these for what belongs to examples."""
-        self._inside += 1
-        if self._inside > 1:
+    def enter_model(self, args: Any, kwargs: Any, shared: set[int]) -> None:
+        """Take the number of examples from the model's inputs, and these for what belongs to examples.
+
+        Args:
+            args: What the model is called with.
+            kwargs: What it is called with by name.
+            shared: Inputs, by their ``id``, that are the same for all examples.
+        """
+        self._inside += not self.replaying
+        if self.replaying or self._inside > 1:
             return
-        given = [t for t in tensors(inputs) if t.dim() > self._batch_dim]
-        sizes = [t.shape[self._batch_dim] for t in given]
-        batch = next((size for size in sizes if size != 1), 1)  # what has one row may be for all
-        if given and self.run is None:
-            self.batch = batch
-        for t, size in zip(given, sizes, strict=True):
-            if size == self.batch:
-                self._places.put(t, Layout(self._batch_dim, 1, size, 1))
+        entered = ForwardPass(self._model, args, kwargs, self._batch_dim, shared)
+        if entered.inputs and self.run is None:
+            first = self._first if self._first is not None and self._first < len(entered.sizes) else None
+            several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
+            self.batch = several if first is None else entered.sizes[first]
+        entered.rows = self.batch
+        for t, size in zip(entered.inputs, entered.sizes, strict=True):
+            self._places.put(t, Layout(self._batch_dim, 1, size, 1) if size == self.batch else _SHARED)
+        for t in tensors((args, kwargs)):
+            if id(t) in shared:
+                self._places.put(t, _SHARED)
+        if self.run is None:
+            self.passes.append(entered)
 
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
-        self._inside -= 1
-        if self.run is None and self._inside == 0:
-            returned = [t for t in tensors(output) if t.requires_grad and t.dim() > 0]
-            if returned:
-                self.outputs.append(returned)
+        self._inside -= not self.replaying
+        if self.run is not None or self._inside or self.replaying:
+            return
+        left = self.passes[-1]
+        left.returned(output)
+        if not left.outputs and not left.numbers:
+            self.passes.pop()
+        rows = {t.shape[self._batch_dim] for t in left.outputs if t.dim() > self._batch_dim}
+        if rows and self.batch not in rows and len(known := rows & set(left.sizes)) == 1:
+            self.batch = known.pop()  # of an input that is not the first
 
     def drop_outputs(self, nodes: Collection[object]) -> None:
         """Forget what the model returned in a forward pass that a backward pass went through."""
-        kept = [outputs for outputs in self.outputs if not any(t.grad_fn in nodes for t in outputs)]
-        self.outputs = deque(kept, maxlen=_FORWARD_PASSES)
+        kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
+        self.passes = deque(kept, maxlen=_FORWARD_PASSES)
+
+    def output_layout(self, t: Tensor, batch: int) -> Layout | None:
+        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
+        layout = self.layout(t)
+        if (layout is None or layout.size % max(1, batch)) and t.dim() > self._batch_dim:
+            size = t.shape[self._batch_dim]
+            layout = Layout(self._batch_dim, 1, size, 1) if size == batch else None
+        return layout
+
+    @contextmanager
+    def not_looking(self) -> Iterator[None]:
+        """Have the model run as if nobody looked."""
+        self.replaying = True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.replaying = False
 
     def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Account these for the parameters of their names, of which the model keeps parts."""
@@ -115,12 +158,12 @@ class Session(TorchFunctionMode):
         if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
             return result
         given: list[Tensor] = []
-        _collect(args, given)
+        collect(args, given)
         if kwargs:
-            _collect(kwargs, given)
+            collect(kwargs, given)
         weights = [t for t in given if t.requires_grad and (self._parameter(t) is not None or self.source(t))]
         result = NotImplemented
-        if weights:
+        if weights or func is F.batch_norm:  # which may mix the examples
             handler = self._handlers.get(func) or self._handlers.get(name)
             if handler is not None:
                 result = handler(self, func, args, kwargs)
@@ -157,29 +200,26 @@ class Session(TorchFunctionMode):
 
     def layout(self, t: Tensor) -> Layout | None:
         """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
-        place = self._places.get(t)
-        if place is not UNKNOWN:
-            return place if isinstance(place, Layout) else None
-        if self.shared(t) or t.dim() <= self._batch_dim:
-            return None
-        size = t.shape[self._batch_dim]  # given by hand, or by a function that is not PyTorch's
-        return Layout(self._batch_dim, 1, size, 1) if self.batch in (None, size) or not self._inside else None
-
-    def output_layout(self, t: Tensor) -> Layout | None:
-        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
-        layout = self.layout(t)
-        if layout is None and t.dim() > self._batch_dim and t.shape[self._batch_dim] == self.batch:
-            layout = Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1)
-        return layout
+        place = self._place_of(t)
+        return place if isinstance(place, Layout) else None
 
     def shared(self, t: Tensor) -> bool:
         """Return whether a tensor is the same for all examples."""
+        place = self._place_of(t)
+        return place is _SHARED or isinstance(place, Repeated)
+
+    def _place_of(self, t: Tensor) -> Any:
+        """Return what is known of a tensor: of one that was made where it could not be seen, by what it is."""
         place = self._places.get(t)
+        if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), Layout | None):
+            return None  # what it is a view of was written to
         if place is not UNKNOWN:
-            return place is _SHARED or isinstance(place, Repeated)
-        if id(t) in self._fixed or (t.dim() == 0 and not t.requires_grad) or (self._inside > 0 and t.is_leaf):
-            return True
-        return self._parameter(t) is not None
+            return place
+        if id(t) in self._fixed or self._parameter(t) is not None or (t.dim() == 0 and not t.requires_grad):
+            return _SHARED
+        if self._inside:
+            return _SHARED if t.is_leaf else None
+        return Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1) if t.dim() > self._batch_dim else None
 
     def count(self, layout: Layout, *weights: Weight | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
@@ -196,40 +236,47 @@ class Session(TorchFunctionMode):
 
     def _place(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
         """Find out where the examples are in what a function returned."""
+        if name.startswith("new_") or name in _SHAPED_LIKE:
+            given = given[:1] if name in _SHAPED_LIKE else []
+        own = [t for t in given if not self.shared(t)]
+        written = args[0] if args and isinstance(args[0], Tensor) and _writes(name) else kwargs.get("out")
+        if isinstance(written, Tensor):
+            self._write(name, written, args, own)
+            if name in MOVES and not self.shared(written):  # its dimensions are others now
+                self._places.put(written, None)
         results = [result] if isinstance(result, Tensor) else tensors(result)
         results = [t for t in results if self._places.get(t) is UNKNOWN]
-        given = given[:1] if name in _SHAPED_LIKE else given
-        own = [t for t in given if not self.shared(t)]
-        if not own:
-            if given or not name.startswith(_DATA):
-                for t in results:
-                    self._places.put(t, _SHARED)
+        if not results:
             return
-        source = own[0] if len(own) == 1 else max(own, key=lambda t: t.dim())
-        layout = self.layout(source)
-        if name == "__setitem__" and self.shared(args[0]):
-            results, layout = [args[0]], None
-        if len(own) > 1 and layout is not None and name in ELEMENTWISE:
-            self._check_aligned(name, source, layout, own)
-        places: list[Layout | None] = [None] * len(results)
-        if layout is not None and results:
-            if name in MOVES:
-                places = moved(layout, func, source, results, args, kwargs)
-            else:
-                places = [after(layout, func, source, t, args, kwargs) for t in results]
+        places: Sequence[Any] = [None] * len(results)
+        known = [(t, layout) for t in own if (layout := self.layout(t)) is not None]
+        if known:
+            places = after(func, args, kwargs, known, results)
+        elif not own:
+            if not given and not self._inside and name.startswith(_DATA):
+                return  # may be the data, made by hand
+            places = [_SHARED] * len(results)
         for t, place in zip(results, places, strict=True):
             self._places.put(t, place)
 
-    def _check_aligned(self, name: str, source: Tensor, layout: Layout, own: list[Tensor]) -> None:
-        """Refuse that one example's activations meet another's: an input was mistaken for one with examples."""
-        for t in own:
-            other = self.layout(t)
-            if other is not None and t.requires_grad and other.dim - t.dim() != layout.dim - source.dim():
-                raise ValueError(
-                    f"GradientAccountant: the examples must be in one place in what {name} is given, got dimension "
-                    f"{layout.dim} of {list(source.shape)} and {other.dim} of {list(t.shape)}; inputs that are the "
-                    "same for all examples need another size there, as [1, *]"
-                )
+    def _write(self, name: str, written: Tensor, args: Any, own: list[Tensor]) -> None:
+        """Find out where the examples are in a tensor, the same for all of them until now, that is written to."""
+        whole = written if written._base is None else written._base
+        values = [t for t in own if t is not written and t is not whole]
+        if not values or id(whole) in self._fixed or not self.shared(whole):
+            return
+        layout = self.layout(values[0])
+        part = written
+        if name == "__setitem__":
+            with torch.no_grad():
+                part = written[args[1]]
+        elif name != "copy_" and name not in ELEMENTWISE:
+            layout = None
+        if layout is not None and len(values) == 1:
+            layout = aligned(layout, values[0], part)
+        self._places.put(whole, None if layout is None else inside(layout, part, whole))
+        if written is not whole:
+            self._places.put(written, layout if part is written else None)
 
     def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
         """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
@@ -243,27 +290,9 @@ class Session(TorchFunctionMode):
                 )
 
 
-def tensors(value: object) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists, mappings and dataclasses."""
-    found: list[Tensor] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: object, found: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif type(value) in _PLAIN:
-        return
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _collect(item, found)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in vars(value).values():
-            _collect(item, found)
+def _writes(name: str) -> bool:
+    """Return whether a method writes to its tensor."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def _overlaps(t: Tensor) -> bool:

@@ -1,5 +1,8 @@
 """Where the examples are in an activation: in which dimension, in what order, or nowhere."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from accounting import Model, account_of, check, parameter, targets, weighted
@@ -210,13 +213,26 @@ def test_batch_dim_one_and_a_first_layer_behind_a_mean_over_tokens() -> None:
     check(model, torch.randn(5, B, 3), targets(B), batch_dim=1, uncovered=None)
 
 
-def test_positions_among_the_inputs_of_as_many_tokens_as_examples_are_refused() -> None:
-    model = Model(lambda m, ids, at: m.e(ids) + m.p(at), e=nn.Embedding(9, 3), p=nn.Embedding(9, 3))
-    with GradientAccountant(model) as accountant:
-        loss = model(torch.randint(9, (B, 2 * B)), torch.arange(2 * B)).sum()  # told apart by their number
-        accountant.backward(loss, loss_reduction="sum")
-        with pytest.raises(ValueError, match=r"the examples must be in one place"):
-            model(torch.randint(9, (B, B)), torch.arange(B))
+@pytest.mark.parametrize("arguments", [{}, {"shared_inputs": ["at"]}, {"shared_inputs": [1], "check": "never"}])
+def test_positions_among_the_inputs_of_as_many_tokens_as_examples(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.p = nn.Embedding(9, 3), nn.Embedding(9, 3)
+
+        def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+            return (self.e(ids) + self.p(at)).square()
+
+    model, ids, at = Positioned(), torch.randint(9, (B, B)), torch.arange(B)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with GradientAccountant(model, **arguments) as accountant:
+            account = accountant.backward(model(ids, at).sum(), loss_reduction="sum")
+    own = [torch.autograd.grad(model(ids[b : b + 1], at).sum(), model.p.weight)[0].square().sum() for b in range(B)]
+    torch.testing.assert_close(account.sqnorm["p.weight"], torch.stack(own))
+    assert bool(caught) == (not arguments), "declared inputs need no pass per example"
 
 
 def test_an_input_of_one_row_does_not_tell_the_batch() -> None:

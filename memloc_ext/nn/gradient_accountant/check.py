@@ -1,0 +1,137 @@
+"""Hold the norms of two examples against plain autograd, which does not need to know where the examples are."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
+from memloc_ext.nn.gradient_accountant.graph import Outputs
+from memloc_ext.nn.gradient_accountant.one_by_one import gradients_of
+from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
+from memloc_ext.nn.gradient_accountant.session import Session
+from memloc_ext.nn.gradient_accountant.uses import Rows
+
+_EXAMPLES = 2
+_random = random.Random(0)
+_DIFFERENT = {torch.float64: (1e-6, 1e-20), torch.float32: (2e-3, 1e-10)}  # of a norm, of all norms together; squared
+_COARSE = (0.1, 1e-4)  # with 16 bits
+
+
+@dataclass
+class Checked:
+    """What is known of a model, for as long as it lives.
+
+    Attributes:
+        signatures: Of the passes that were checked.
+        slow: Names of the parameters whose norms were found to be wrong.
+        first: Which of the model's inputs tells the number of examples, if it is not the first of several rows.
+    """
+
+    signatures: set[object] = field(default_factory=set)
+    slow: set[str] = field(default_factory=set)
+    first: int | None = None
+
+
+_checked: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()
+
+
+def checked(model: nn.Module) -> Checked:
+    """Return what is known of a model."""
+    if model not in _checked:
+        _checked[model] = Checked()
+    return _checked[model]
+
+
+def signature(
+    model: nn.Module, source: ForwardPass | None, batch: int, parameters: Mapping[int, nn.Parameter]
+) -> object:
+    """Return what tells passes apart that must be checked anew: sizes count where they equal the batch's."""
+    inputs = source.inputs if source is not None else ()
+    shapes = tuple((t.dtype, tuple(size == batch for size in t.shape)) for t in inputs)
+    flags = hash(tuple(module.training for module in model.modules()))
+    return batch, shapes, flags, frozenset(parameters)
+
+
+def different(
+    session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+) -> dict[int, nn.Parameter] | None:
+    """Return the parameters whose norms are not those of plain autograd; None if that cannot be told.
+
+    Batch normalisation takes the batch's statistics for constants in what is compared: with them, an example's loss
+    depends on the other examples.
+
+    Args:
+        session: That the layers are part of.
+        trial: A backward pass for norms only.
+        outputs: What tells the examples apart.
+        parameters: To be checked, by their ``id``.
+    """
+    trial.constant_statistics = True
+    _norms(session, trial, outputs, parameters)
+    result: dict[int, nn.Parameter] = {}
+    examples = _two_examples(trial, outputs)
+    for example in examples:
+        plain = OneByOne(trial, parameters)
+        plain.constant_statistics = True
+        chosen = torch.tensor([example], device=outputs.tensors[0].device)
+        gradients = gradients_of(session, plain, outputs, parameters, chosen)
+        exact = {key: Rows(_dense(gradient)[None]).sqnorm()[0] for key, gradient in gradients.items()}
+        total = float(sum(norm.double() for norm in exact.values()))
+        if not torch.isfinite(torch.tensor(total)):  # another example's NaN, times zero
+            return None
+        for key, p in parameters.items():
+            relative, absolute = _COARSE if session.coarse else _DIFFERENT.get(p.dtype, _COARSE)
+            own, other = (float(norms[key]) if key in norms else 0.0 for norms in (_of(trial, example), exact))
+            if not abs(own - other) <= relative * max(own, other) + absolute * total:
+                result[key] = p
+    return result if examples else None
+
+
+def examples_meet(loss: Tensor, outputs: Outputs, run: Run) -> bool:
+    """Return whether an example's loss depends on what the model returned for others, as a contrastive one does."""
+    for example in _two_examples(run, outputs):
+        gradients = torch.autograd.grad(loss[example].sum(), outputs.tensors, retain_graph=True, allow_unused=True)
+        for gradient, layout in zip(gradients, outputs.layouts, strict=True):
+            if gradient is not None:
+                others = run.place(layout).first(gradient.contiguous()).abs() > 0  # False for NaN
+                others[example] = False
+                if others.any():
+                    return True
+    return False
+
+
+def _norms(session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
+    session.run = trial
+    try:
+        wanted = list(parameters.values())
+        torch.autograd.grad(outputs.tensors, wanted, outputs.cotangents, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            trial.finish()
+    finally:
+        session.run = None
+
+
+def _of(trial: Run, example: int) -> dict[int, Tensor]:
+    return {key: norms[example] for key, norms in trial.sqnorm.items()}
+
+
+def _two_examples(run: Run, outputs: Outputs) -> list[int]:
+    """Return two examples, of those that have a finite part in the loss."""
+    sizes = torch.stack(
+        [
+            run.place(layout).first(t.contiguous()).reshape(run.batch, -1).double().abs().sum(1)
+            for t, layout in zip(outputs.cotangents, outputs.layouts, strict=True)
+        ]
+    ).sum(0)
+    candidates = (sizes.isfinite() & (sizes > 0)).nonzero().flatten().tolist()
+    return _random.sample(candidates, min(_EXAMPLES, len(candidates)))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
