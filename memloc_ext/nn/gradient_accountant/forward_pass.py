@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from memloc_ext.nn.gradient_accountant.layout import Layout
-
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
-_AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # of outputs, relative to the largest; else 0.05
 
 
 class ForwardPass:
@@ -47,40 +45,35 @@ class ForwardPass:
 
     def returned(self, output: object) -> None:
         """Take note of what the model returned."""
-        self.outputs, self.numbers = _returned(output)
+        everything = tensors(output)
+        self._returned = len(everything)
+        self._places = [i for i, t in enumerate(everything) if t.requires_grad and t.dim() > 0]
+        self.outputs = [everything[i] for i in self._places]
+        self.numbers = [t for t in everything if t.requires_grad and t.dim() == 0]
 
-    def alone(self, example: int, batch: int) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Run the model on one example; return its outputs and numbers, or None if that cannot be done."""
-        if any(t.grad_fn is not None for t in tensors((self.args, self.kwargs))):
-            return None  # what was computed with parameters before is part of the gradient
-        sizes = {id(t): size for t, size in zip(self.inputs, self.sizes, strict=True)}
+    @property
+    def closed(self) -> bool:
+        """Whether no input was computed with gradients, which would go on below the model."""
+        return all(t.grad_fn is None for t in tensors((self.args, self.kwargs)))
 
-        def part(t: Tensor) -> Tensor:
-            rows, left = divmod(sizes.get(id(t), 1), batch)
-            return t if left or not rows else t.detach().narrow(self.batch_dim, example * rows, rows)
+    def parts(self, batch: int) -> list[Tensor]:
+        """Return the inputs that have rows for each of so many examples."""
+        return [t for t, size in zip(self.inputs, self.sizes, strict=True) if size and size % batch == 0]
 
+    def again(self, parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the model on other values of `parts`, and with other parameters, and return its outputs.
+
+        Raises:
+            ValueError: If it returns another number of tensors.
+        """
+        new = {id(old): part for old, part in zip(self.parts(batch), parts, strict=True)}
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                if self.autocast is not None:
-                    stack.enter_context(torch.autocast(self.autocast[0], self.autocast[1]))
-                args, kwargs = mapped((self.args, self.kwargs), part)
-                return _returned(model(*args, **kwargs))
-        except Exception:  # a model that takes whole batches only
-            return None
-
-    def agrees(self, index: int, alone: Tensor, layout: Layout, example: int) -> bool:
-        """Return whether an output of an example alone is its part of the batch's."""
-        own = layout.alone()
-        if alone.dim() != self.outputs[index].dim() or alone.shape[layout.dim] != own.size:
-            return False
-        expected, actual = layout.first(self.outputs[index].detach())[example], own.first(alone.detach())[0]
-        if expected.shape != actual.shape:
-            return False
-        scale = expected.abs().nan_to_num(0, 0, 0).amax() if expected.numel() else 0
-        allowed = _AGREEMENT.get(alone.dtype, 0.05) if self.autocast is None else 0.05
-        return torch.allclose(actual, expected, rtol=allowed, atol=float(allowed * scale), equal_nan=True)
+        args, kwargs = mapped((self.args, self.kwargs), lambda t: new.get(id(t), t))
+        with torch.autocast(*self.autocast) if self.autocast is not None else nullcontext():
+            everything = tensors(functional_call(model, dict(parameters), args, kwargs))
+        if len(everything) != self._returned:
+            raise ValueError("another number of tensors was returned")
+        return [everything[i] for i in self._places]
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -125,8 +118,3 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: mapped(getattr(value, name), function) for name in fields})
     return value
-
-
-def _returned(output: object) -> tuple[list[Tensor], list[Tensor]]:
-    found = [t for t in tensors(output) if t.requires_grad]
-    return [t for t in found if t.dim() > 0], [t for t in found if t.dim() == 0]

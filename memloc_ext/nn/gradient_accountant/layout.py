@@ -151,6 +151,10 @@ class Layout:
         """Return the layout of the same activations of one example."""
         return replace(self, batch=1)
 
+    def behind(self) -> Layout:
+        """Return the layout behind one more dimension."""
+        return replace(self, dim=self.dim + 1)
+
 
 def after(
     func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]

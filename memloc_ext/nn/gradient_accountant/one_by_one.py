@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
 from memloc_ext.nn.gradient_accountant.graph import Outputs
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
-from memloc_ext.nn.gradient_accountant.uses import accumulated
+from memloc_ext.nn.gradient_accountant.uses import BUDGET, accumulated
 from memloc_ext.ops import Groups
+
+_ROUNDING, _COARSE = {torch.float64: 1e-9, torch.float32: 1e-4}, 0.05  # of outputs, relative to an example's largest
 
 
 def account_examples(session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
     """Account these parameters, by their ``id``, one example at a time.
 
-    The model runs on each example alone where that gives the same outputs. Where it does not (examples meet, or the
-    model draws random numbers), each example takes a backward pass through the whole batch.
+    The model runs on each example alone where that gives the same outputs: on many at a time if `torch.func.vmap` can.
+    Where it does not (examples meet, or the model draws random numbers), each example takes a backward pass through
+    the whole batch.
     """
-    for example, gradients in enumerate(_alone(session, run, outputs, parameters)):
-        if gradients is None:
-            break
-        run.add_example(parameters, example, gradients)
-    else:
-        return
-    run.forget(parameters)
+    source = outputs.source
+    if source is not None and source.closed and run.batch:
+        room = BUDGET // max(1, sum(p.numel() * p.element_size() for p in parameters.values()))
+        for step in sorted({max(1, min(run.batch, room)), 1}, reverse=True):
+            if _account_alone(session, run, outputs, source, parameters, step):
+                return
+            run.forget(parameters)
     for example in range(run.batch):
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
         gradients = gradients_of(session, OneByOne(run, parameters), outputs, parameters, chosen)
-        run.add_example(parameters, example, gradients)
+        run.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
 
 
 def exact_groups(
@@ -61,49 +68,82 @@ def gradients_of(
     session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], chosen: Tensor
 ) -> dict[int, Tensor]:
     """Return the gradients of what the chosen examples add to the loss, by the ``id`` of each parameter."""
-    cotangents = outputs.of(run, chosen)
-    return _gradients(session, run, outputs.tensors, cotangents, parameters, retain_graph=True)
-
-
-def _alone(
-    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
-) -> Iterator[dict[int, Tensor] | None]:
-    """Yield the gradients of each example, out of the model run on it alone; None if that is something else."""
-    source = outputs.source
-    if source is None or not run.batch:
-        yield None
-        return
-    places = [next(i for i, t in enumerate(source.outputs) if t is output) for output in outputs.tensors]
-    layouts = [run.place(layout) for layout in outputs.layouts]
-    with session.not_looking():
-        for example in range(run.batch):
-            returned = source.alone(example, run.batch)
-            if returned is None or len(returned[0]) != len(source.outputs):
-                yield None
-                return
-            own = [returned[0][place] for place in places]
-            agree = zip(places, own, layouts, strict=True)
-            if not all(source.agrees(place, t, layout, example) for place, t, layout in agree):
-                yield None
-                return
-            cotangents = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in own]
-            for to, cotangent, layout in zip(cotangents, outputs.cotangents, layouts, strict=True):
-                layout.alone().first(to)[0] = layout.first(cotangent.contiguous())[example]
-            yield _gradients(session, None, own, cotangents, parameters)
-
-
-def _gradients(
-    session: Session,
-    run: Run | None,
-    tensors: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    parameters: Mapping[int, nn.Parameter],
-    retain_graph: bool = False,
-) -> dict[int, Tensor]:
     session.run = run
     try:
-        wanted = list(parameters.values())
-        gradients = torch.autograd.grad(tensors, wanted, cotangents, retain_graph=retain_graph, allow_unused=True)
+        cotangents, wanted = outputs.of(run, chosen), list(parameters.values())
+        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
     finally:
         session.run = None
     return {key: gradient for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _account_alone(
+    session: Session,
+    run: Run,
+    outputs: Outputs,
+    source: ForwardPass,
+    parameters: Mapping[int, nn.Parameter],
+    step: int,
+) -> bool:
+    """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
+    places = [next(i for i, t in enumerate(source.outputs) if t is output) for output in outputs.tensors]
+    layouts = [run.place(layout) for layout in outputs.layouts]
+    named = {name: p for name, p in session.named_parameters() if id(p) in parameters}
+    inputs = [_by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
+    expected = [layout.first(t.detach()) for t, layout in zip(outputs.tensors, layouts, strict=True)]
+
+    def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        def model(given: dict[str, Tensor]) -> list[Tensor]:
+            returned = source.again(parts, run.batch, given)
+            return [returned[place] for place in places]
+
+        found, pull = torch.func.vjp(model, named)  # pyright: ignore[reportAssignmentType]
+        return found, pull(cotangents)[0]
+
+    many = torch.func.vmap(one) if step > 1 else _unbatched(one)
+    for begin in range(0, run.batch, step):
+        end = min(run.batch, begin + step)
+        cotangents = []
+        for t, cotangent, layout in zip(outputs.tensors, outputs.cotangents, layouts, strict=True):
+            own = layout.alone()
+            shape = [end - begin, *t.shape]
+            shape[own.dim + 1] = own.size
+            cotangents.append(t.new_empty(shape))
+            own.behind().first(cotangents[-1])[0] = layout.first(cotangent.contiguous())[begin:end]
+        try:
+            with session.not_looking(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of functions that vmap runs one by one
+                found, gradients = many([t[begin:end] for t in inputs], cotangents)
+        except Exception:  # a model that takes whole batches only, or that vmap cannot run
+            return False
+        for t, layout, whole in zip(found, layouts, expected, strict=True):
+            if not _agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
+                return False
+        by_id = {id(p): gradients[name] for name, p in named.items()}
+        run.add_examples(parameters, begin, by_id)
+    return True
+
+
+def _unbatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same as `torch.func.vmap` of a function, for one example."""
+
+    def one(*args: Any) -> Any:
+        return tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], args)))
+
+    return one
+
+
+def _by_example(t: Tensor, dim: int, batch: int) -> Tensor:
+    """Return an input as ``[batch, *]``, each as if it were alone."""
+    return t.unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0)
+
+
+def _agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
+    """Return whether outputs of examples alone, ``[n, *]``, are those of the batch, up to rounding."""
+    if actual.shape != expected.shape:
+        return False
+    allowed = _COARSE if coarse else _ROUNDING.get(actual.dtype, _COARSE)
+    scale = expected.abs().nan_to_num(0, 0, 0).reshape(len(expected), -1).amax(1) if expected.numel() else expected
+    error = (actual - expected).abs().nan_to_num(0).reshape(len(expected), -1)
+    same = torch.equal(actual.isfinite(), expected.isfinite())
+    return same and bool((error <= allowed * scale.reshape(-1, 1).clamp_min(1e-30)).all())

@@ -137,19 +137,17 @@ class Run:
             self.sqnorm[key] = _held_sqnorm(uses)
         self._held.clear()
 
-    def add_example(
-        self, parameters: Mapping[int, nn.Parameter], example: int, gradients: Mapping[int, Tensor]
-    ) -> None:
-        """Take note of the gradients of one example by parameters; both are given by the ``id`` of the parameter."""
+    def add_examples(self, parameters: Mapping[int, nn.Parameter], begin: int, gradients: Mapping[int, Tensor]) -> None:
+        """Take note of gradients, ``[n, *shape]``, of examples from ``begin`` on, by the ``id`` of each parameter."""
         for key, gradient in gradients.items():
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            norm = Rows(gradient[None]).sqnorm()[0]
+            rows = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+            norms, end = Rows(rows).sqnorm(), begin + len(rows)
             if key not in self.sqnorm:
-                self.sqnorm[key] = norm.new_zeros(self.batch)
-            self.sqnorm[key][example] = norm
+                self.sqnorm[key] = norms.new_zeros(self.batch)
+            self.sqnorm[key][begin:end] = norms
             if self.weight_grads and self.groups is not None:
-                ids, row = self.groups.ids[example : example + 1], gradient[None].to(accumulated(gradient.dtype))
-                self._groups_of(parameters[key]).index_add_(0, ids, row)
+                rows = rows.to(accumulated(rows.dtype))
+                self._groups_of(parameters[key]).index_add_(0, self.groups.ids[begin:end], rows)
 
     def forget(self, parameters: Mapping[int, nn.Parameter]) -> None:
         """Forget what was noted of parameters, given by their ``id``."""

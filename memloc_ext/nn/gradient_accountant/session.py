@@ -68,7 +68,7 @@ class Session(TorchFunctionMode):
         self.coarse = False  # whether layers ran under autocast
         self.replaying = False  # whether the model runs on one example, which is not to be seen
         self._first = first
-        self._model, self._batch_dim, self._handlers = model, batch_dim, handlers
+        self._model, self.batch_dim, self._handlers = model, batch_dim, handlers
         self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
@@ -85,14 +85,14 @@ class Session(TorchFunctionMode):
         self._inside += not self.replaying
         if self.replaying or self._inside > 1:
             return
-        entered = ForwardPass(self._model, args, kwargs, self._batch_dim, shared)
+        entered = ForwardPass(self._model, args, kwargs, self.batch_dim, shared)
         if entered.inputs and self.run is None:
             first = self._first if self._first is not None and self._first < len(entered.sizes) else None
             several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
             self.batch = several if first is None else entered.sizes[first]
         entered.rows = self.batch
         for t, size in zip(entered.inputs, entered.sizes, strict=True):
-            self._places.put(t, Layout(self._batch_dim, 1, size, 1) if size == self.batch else _SHARED)
+            self._places.put(t, Layout(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
         for t in tensors((args, kwargs)):
             if id(t) in shared:
                 self._places.put(t, _SHARED)
@@ -108,7 +108,7 @@ class Session(TorchFunctionMode):
         left.returned(output)
         if not left.outputs and not left.numbers:
             self.passes.pop()
-        rows = {t.shape[self._batch_dim] for t in left.outputs if t.dim() > self._batch_dim}
+        rows = {t.shape[self.batch_dim] for t in left.outputs if t.dim() > self.batch_dim}
         if rows and self.batch not in rows and len(known := rows & set(left.sizes)) == 1:
             self.batch = known.pop()  # of an input that is not the first
 
@@ -120,9 +120,9 @@ class Session(TorchFunctionMode):
     def output_layout(self, t: Tensor, batch: int) -> Layout | None:
         """Return where the examples are in what the model returned: if that cannot be told, where they were."""
         layout = self.layout(t)
-        if (layout is None or layout.size % max(1, batch)) and t.dim() > self._batch_dim:
-            size = t.shape[self._batch_dim]
-            layout = Layout(self._batch_dim, 1, size, 1) if size == batch else None
+        if (layout is None or layout.size % max(1, batch)) and t.dim() > self.batch_dim:
+            size = t.shape[self.batch_dim]
+            layout = Layout(self.batch_dim, 1, size, 1) if size == batch else None
         return layout
 
     @contextmanager
@@ -219,7 +219,7 @@ class Session(TorchFunctionMode):
             return _SHARED
         if self._inside:
             return _SHARED if t.is_leaf else None
-        return Layout(self._batch_dim, 1, t.shape[self._batch_dim], 1) if t.dim() > self._batch_dim else None
+        return Layout(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
 
     def count(self, layout: Layout, *weights: Weight | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
