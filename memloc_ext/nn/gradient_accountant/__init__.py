@@ -6,6 +6,7 @@ backward knows the layer's input and the gradient of its output. From these it m
 parameter adds to every example's gradient. A `Run`, one backward pass, adds up the uses.
 """
 
-from memloc_ext.nn.gradient_accountant.accountant import Account, GradientAccountant
+from memloc_ext.nn.gradient_accountant.account import Account
+from memloc_ext.nn.gradient_accountant.accountant import GradientAccountant
 
 __all__ = ["Account", "GradientAccountant"]

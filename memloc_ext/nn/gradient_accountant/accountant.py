@@ -7,15 +7,17 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from memloc_ext.nn.gradient_accountant.account import Account, account_of
 from memloc_ext.nn.gradient_accountant.arguments import batch_of, groups_of
 from memloc_ext.nn.gradient_accountant.check import Checked, checked, different, examples_meet, signature
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
@@ -23,14 +25,13 @@ from memloc_ext.nn.gradient_accountant.forward_pass import tensors
 from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, minimal, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
 from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.losses import check_example_weights, check_loss
 from memloc_ext.nn.gradient_accountant.one_by_one import account_examples, add_to_grads
 from memloc_ext.nn.gradient_accountant.one_by_one import exact_groups as exact_groups_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.sharded import gathering, watch
-from memloc_ext.nn.gradient_accountant.uses import accumulated
 from memloc_ext.nn.training_flags import kept_state
-from memloc_ext.ops import Groups
 
 # by whether the losses of examples depend on each other
 _DIFFERENT = {
@@ -40,23 +41,6 @@ _DIFFERENT = {
     "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
     "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
 }
-
-
-@dataclass(frozen=True)
-class Account:
-    """What one backward pass tells of its examples. Its tensors take no part in autograd.
-
-    Attributes:
-        sqnorm: Parameter name to ``[batch]``: squared L2 norm of the gradient of each example's *own* loss, whatever
-            the loss of the batch was; float64 for a float64 parameter, else float32. Zeros if the loss does not
-            depend on the parameter.
-        group_grad: Parameter name to ``[num_groups, *shape]``: what each group of examples adds to the gradient of the
-            loss *as it was given*, so that their sum is the gradient of the batch; a mean loss divides by the size
-            of the batch, not of the group. Of the dtypes of ``sqnorm``. Empty without ``group_ids``.
-    """
-
-    sqnorm: dict[str, Tensor]
-    group_grad: dict[str, Tensor]
 
 
 class GradientAccountant:
@@ -81,8 +65,8 @@ class GradientAccountant:
     process's examples, and after `fully_shard` every parameter must be covered. What `torch.compile` compiled runs
     uncompiled here.
 
-    The layers it runs cannot be differentiated twice, as gradient penalties need. A hook on a parameter is called with
-    None where ``weight_grads`` is False.
+    A gradient penalty takes `torch.func.grad`, losses by example and one backward pass for each: layers that run here
+    cannot be differentiated twice. A hook on a parameter is called with None where ``weight_grads`` is False.
 
     If examples meet in the forward pass, as batch normalisation in training mode makes them, the norm is that of the
     gradient *that flows through the example's own activations*: what the example's rows add to the gradient of the
@@ -158,7 +142,7 @@ class GradientAccountant:
         sharded = gathering(self._model)
 
         def mine() -> bool:
-            return any(session is entered for entered, _ in self._sessions)
+            return maybe_current_level() is None and any(session is entered for entered, _ in self._sessions)
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
             if mine():
@@ -200,6 +184,7 @@ class GradientAccountant:
         group_ids: Tensor | None = None,
         num_groups: int | None = None,
         loss_reduction: str = "mean",
+        example_weights: Tensor | None = None,
         weight_grads: bool = True,
         exact_groups: bool = False,
         batch_size: int | None = None,
@@ -212,8 +197,11 @@ class GradientAccountant:
             group_ids: Group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``loss``.
             num_groups: At least 1; by default the largest id and one.
             loss_reduction: What ``loss`` is of the examples' own losses: their ``mean`` or ``sum``; or ``none``: one
-                loss per example, ``[batch, *]``, of which the sum is differentiated. A mean over tokens of which
-                examples have different numbers is not a mean over examples: give ``none`` or ``sum`` then.
+                loss per example, ``[batch, *]``, of which the sum is differentiated.
+            example_weights: Factor of each example's own loss in ``loss`` (in the sum, for ``none``), ``[batch]``,
+                floating point, finite and at least 0, on the device of ``loss``; by default 1 / batch for a ``mean``,
+                else 1. A norm is divided by its square, and 0 where it is 0. In a mean over tokens it is the example's
+                share of them; in a mean with class weights, that of ``weight[target]``.
             weight_grads: If False, the gradients of parameters are not computed, their ``grad`` stays as it was and
                 there are no group gradients: the norms alone, for less than a usual backward pass.
             exact_groups: Get the groups' gradients from one backward pass per group, which is exact also where
@@ -229,19 +217,23 @@ class GradientAccountant:
         Raises:
             RuntimeError: If called outside the ``with``.
             ValueError: If an argument breaks the above, the examples cannot be told apart in what a layer is given, or
-                a parameter is not covered and neither the loss nor the model's output tells the examples apart. No
-                gradient is written then, unless the layer is the cause.
-            TypeError: If ``group_ids`` is not int64.
+                a parameter is not covered and neither the loss nor the model's output tells the examples apart; or the
+                loss has a gradient penalty, or is a ``mean`` of PyTorch's in which examples' ignored targets or class
+                weights differ. No gradient is written then, unless the layer is the cause.
+            TypeError: If ``group_ids`` is not int64, or ``example_weights`` not of floating point.
         """
         if not self._sessions:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         session = self._sessions[-1][0]
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
-            batch = batch_of(loss, loss_reduction, group_ids, batch_size, session.batch)
+            unread = session.passes[-1].unread if session.passes else ""
+            batch = batch_of(loss, loss_reduction, group_ids, batch_size, session.batch, unread)
+            check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             self._check_parallel(weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
+            check_loss(session, found.nodes, batch, mean=loss_reduction == "mean" and example_weights is None)
             if self._mistook(session, batch):
                 found = Reached(unseen=found.all, nodes=found.nodes)
             self._check_sharded(session, found, exact_groups)
@@ -278,7 +270,7 @@ class GradientAccountant:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact:
                 add_to_grads(found.all, run.group_grad)
-            return self._account(session, run, loss_reduction, groups if weight_grads else None)
+            return account_of(session, run, groups if weight_grads else None, loss_reduction, example_weights)
 
     def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
         model = self._model
@@ -392,21 +384,3 @@ class GradientAccountant:
                 warnings.warn(message, UserWarning, stacklevel=3)
         with kept_state(self._model):
             account_examples(session, run, outputs, run.slow)
-
-    def _account(self, session: Session, run: Run, loss_reduction: str, groups: Groups | None) -> Account:
-        scale = run.batch**2 if loss_reduction == "mean" else 1
-        sqnorm, group_grad = {}, {}
-        for name, p in session.named_parameters():
-            if not p.requires_grad:
-                continue
-            dtype, key = accumulated(p.dtype), id(p)
-            norms = run.sqnorm.get(key)
-            sqnorm[name] = torch.zeros(run.batch, dtype=dtype, device=p.device) if norms is None else norms
-            if groups is not None:
-                sums = run.group_grad.get(key)
-                shape = (groups.num, *p.shape)
-                group_grad[name] = torch.zeros(shape, dtype=dtype, device=p.device) if sums is None else sums
-        if scale != 1:
-            scaled = torch._foreach_mul(list(sqnorm.values()), scale)  # pyright: ignore[reportPrivateImportUsage]
-            sqnorm = dict(zip(sqnorm, scaled, strict=True))
-        return Account(sqnorm, group_grad)

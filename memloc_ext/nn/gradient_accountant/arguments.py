@@ -10,9 +10,9 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 def batch_of(
-    loss: Tensor, loss_reduction: str, group_ids: Tensor | None, batch_size: int | None, seen: int | None
+    loss: Tensor, loss_reduction: str, group_ids: Tensor | None, batch_size: int | None, seen: int | None, unread: str
 ) -> int:
-    """Return the number of examples; checks what it depends on."""
+    """Return the number of examples, ``seen`` if not told; checks what it depends on. ``unread``: other inputs."""
     if loss_reduction not in _REDUCTIONS:
         raise ValueError(f"GradientAccountant: loss_reduction must be mean, sum or none, got {loss_reduction!r}")
     if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -32,7 +32,13 @@ def batch_of(
     known = {name: size for name, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
         raise ValueError(f"GradientAccountant: sizes of the batch must agree, got {known}")
-    batch = batch_size if batch_size is not None else next(iter(known.values()), seen)
+    batch = batch_size if batch_size is not None else next(iter(known.values()), None if unread else seen)
+    if batch is None and unread:
+        raise ValueError(
+            "GradientAccountant: the model must be called with tensors, or tuples, lists, mappings or dataclasses of "
+            f"them, to tell the examples apart, got {unread}; or give batch_size: then every layer takes a pass per "
+            "example"
+        )
     if batch is None:
         raise ValueError(
             "GradientAccountant: the forward pass must run inside the with, where the first layer's input tells the "

@@ -43,6 +43,12 @@ class ForwardPass:
         device = self.inputs[0].device.type if self.inputs else "cpu"
         self.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
+    @property
+    def unread(self) -> str:
+        """The classes of what the model was given, if there is no tensor in it that may have a row for each example."""
+        given = () if self.inputs else (*self.args, *self.kwargs.values())
+        return ", ".join(type(value).__name__ for value in given)
+
     def returned(self, output: object) -> None:
         """Take note of what the model returned."""
         everything = tensors(output)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.losses import TWICE
 from memloc_ext.nn.gradient_accountant.run import Run, Weight
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Use
@@ -89,12 +89,19 @@ class _Layer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
         with torch._C.DisableTorchFunction(), _exactly(grad.device.type):
-            detached = [None if t is None else t.detach() for t in saved]
-            return (None, *ctx.rule.backward(detached, needs, grad))
+            with torch.no_grad():
+                detached = [None if t is None else t.detach() for t in saved]
+                grads = ctx.rule.backward(detached, needs, grad)
+            return (None, *(_once(grads) if torch.is_grad_enabled() else grads))
+
+
+def _once(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients that raise when they are differentiated: `once_differentiable` misses those by weights."""
+    raises = torch._C._functions.DelayedError(TWICE.encode(), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return [None if t is None else raises(t.detach().requires_grad_()) for t in grads]
 
 
 def _exactly(device: str) -> contextlib.AbstractContextManager[object]:

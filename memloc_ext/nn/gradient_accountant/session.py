@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass, collect, tensors
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
+from memloc_ext.nn.gradient_accountant.losses import MEANS, remember_mean
 from memloc_ext.nn.gradient_accountant.places import UNKNOWN, Places
 from memloc_ext.nn.gradient_accountant.run import Repeated, Run, Weight
 
@@ -154,6 +156,8 @@ class Session(TorchFunctionMode):
         if func in _BACKWARD:
             with self:
                 return _BACKWARD[func](*args, **kwargs)
+        if maybe_current_level() is not None:  # by torch.func, which cannot transform rules
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
             return result
@@ -171,6 +175,8 @@ class Session(TorchFunctionMode):
             result = func(*args, **kwargs)
             if weights and self.run is not None:
                 self._refuse_hidden(weights, result)
+        if func in MEANS:
+            remember_mean(self, func, args, kwargs, result)
         self._place(func, name, args, kwargs, given, result)
         return result
 
