@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -19,16 +18,23 @@ from typing_extensions import Self
 
 from memloc_ext.nn.gradient_accountant.account import Account, account_of
 from memloc_ext.nn.gradient_accountant.arguments import batch_of, groups_of
-from memloc_ext.nn.gradient_accountant.check import Checked, checked, different, examples_meet, signature
+from memloc_ext.nn.gradient_accountant.check import (
+    Checked,
+    check_own_mean,
+    checked,
+    different,
+    outputs_of,
+    returned_by_model,
+    signature,
+)
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.gradient_accountant.forward_pass import tensors
-from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, minimal, reached
+from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
-from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.losses import check_example_weights, check_loss
 from memloc_ext.nn.gradient_accountant.one_by_one import account_examples, add_to_grads
 from memloc_ext.nn.gradient_accountant.one_by_one import exact_groups as exact_groups_of
-from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
+from memloc_ext.nn.gradient_accountant.run import Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.sharded import gathering, watch
 from memloc_ext.nn.training_flags import kept_state
@@ -233,7 +239,8 @@ class GradientAccountant:
             self._check_parallel(weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, session, session.parameters)
-            check_loss(session, found.nodes, batch, mean=loss_reduction == "mean" and example_weights is None)
+            mean = loss_reduction == "mean" and example_weights is None
+            watched = check_loss(session, found.nodes, batch, mean=mean)
             if self._mistook(session, batch):
                 found = Reached(unseen=found.all, nodes=found.nodes)
             self._check_sharded(session, found, exact_groups)
@@ -243,8 +250,12 @@ class GradientAccountant:
         slow = found.unseen | self._known_slow(session, found)
         run = Run(batch, None if exact else groups, weight_grads and not exact, calls, slow, several)
         unchecked = self._unchecked(session, batch, found)
-        if slow or exact or unchecked is not None:
-            outputs = self._outputs(session, root, loss, loss_reduction, found, run)
+        own_mean = mean and not watched and self._check != "never" and batch > 1 and returned_by_model(session, loss)
+        if slow or exact or own_mean or unchecked is not None:
+            outputs = outputs_of(session, root, loss if loss_reduction == "none" else None, found.all, run)
+            if own_mean and outputs is not None:
+                with kept_state(self._model):
+                    check_own_mean(session, loss, outputs, run)
             if unchecked is not None and outputs is not None:
                 trial = Run(batch, None, False, calls, slow, several)
                 slow.update(self._compare(session, trial, outputs, found, unchecked))
@@ -342,28 +353,6 @@ class GradientAccountant:
             self._warned.update(names)
             warnings.warn(_DIFFERENT[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
         return wrong
-
-    def _outputs(
-        self, session: Session, root: Tensor, loss: Tensor, loss_reduction: str, found: Reached, run: Run
-    ) -> Outputs | None:
-        """Return tensors whose rows are the examples and through which the loss depends on the parameters."""
-        losses = Outputs([loss], [torch.ones_like(loss)], [Layout(0, 1, run.batch, 1)])
-        returned = [(t, source) for source in session.passes for t in source.outputs]
-        outputs = minimal(root, session, [t for t, _ in returned], found.all)
-        layouts = [session.output_layout(t, run.batch) for t in outputs or ()]
-        if not outputs or None in layouts:
-            return losses if loss_reduction == "none" else None
-        session.run = OneByOne(run, {})
-        try:
-            cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
-        finally:
-            session.run = None
-        sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
-        source = next(iter(sources.values())) if len(sources) == 1 else None
-        result = Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None], source)
-        if loss_reduction == "none" and examples_meet(loss, result, run):
-            return replace(losses, meeting=True)
-        return result
 
     def _no_outputs(self, session: Session, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
         names = [name for name, p in session.named_parameters() if id(p) in parameters]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
-from memloc_ext.nn.gradient_accountant.graph import Outputs
-from memloc_ext.nn.gradient_accountant.one_by_one import gradients_of
+from memloc_ext.nn.gradient_accountant.graph import Outputs, minimal
+from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.one_by_one import agree, by_example, gradients_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Rows
@@ -58,6 +59,39 @@ def signature(
     return batch, shapes, flags, frozenset(parameters)
 
 
+def outputs_of(
+    session: Session, root: Tensor, losses: Tensor | None, parameters: Mapping[int, nn.Parameter], run: Run
+) -> Outputs | None:
+    """Return tensors whose rows are the examples and through which alone a loss depends on parameters, or None.
+
+    Args:
+        session: That the loss was computed in.
+        root: The loss.
+        losses: By example, ``[batch, *]``, of which it is the sum; or None.
+        parameters: By their ``id``.
+        run: Any backward pass of this batch.
+    """
+    own = None
+    if losses is not None:
+        own = Outputs([losses], [torch.ones_like(losses)], [Layout(0, 1, run.batch, 1)])
+    returned = [(t, source) for source in session.passes for t in source.outputs]
+    outputs = minimal(root, session, [t for t, _ in returned], parameters)
+    layouts = [session.output_layout(t, run.batch) for t in outputs or ()]
+    if not outputs or None in layouts:
+        return own
+    session.run = OneByOne(run, {})
+    try:
+        cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
+    finally:
+        session.run = None
+    sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
+    source = next(iter(sources.values())) if len(sources) == 1 else None
+    result = Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None], source)
+    if losses is not None and own is not None and _meet(losses, result, run):
+        return replace(own, meeting=True)
+    return result
+
+
 def different(
     session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
 ) -> dict[int, nn.Parameter] | None:
@@ -93,10 +127,10 @@ def different(
     return result if examples else None
 
 
-def examples_meet(loss: Tensor, outputs: Outputs, run: Run) -> bool:
+def _meet(losses: Tensor, outputs: Outputs, run: Run) -> bool:
     """Return whether an example's loss depends on what the model returned for others, as a contrastive one does."""
     for example in _two_examples(run, outputs):
-        gradients = torch.autograd.grad(loss[example].sum(), outputs.tensors, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(losses[example].sum(), outputs.tensors, retain_graph=True, allow_unused=True)
         for gradient, layout in zip(gradients, outputs.layouts, strict=True):
             if gradient is not None:
                 others = run.place(layout).first(gradient.contiguous()).abs() > 0  # False for NaN
@@ -104,6 +138,41 @@ def examples_meet(loss: Tensor, outputs: Outputs, run: Run) -> bool:
                 if others.any():
                     return True
     return False
+
+
+def returned_by_model(session: Session, loss: Tensor) -> bool:
+    """Return whether the model returned this loss itself."""
+    return any(loss is t for source in session.passes for t in source.numbers)
+
+
+def check_own_mean(session: Session, loss: Tensor, outputs: Outputs, run: Run) -> None:
+    """Refuse a loss that the model returned and that is not the mean of its examples' own, by two of them alone.
+
+    Raises:
+        ValueError: If an example alone has another gradient of the loss by the model's output.
+    """
+    source = outputs.source
+    if source is None or not source.closed or all(loss is not t for t in source.numbers):
+        return
+    inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
+    layouts = [run.place(layout) for layout in outputs.layouts]
+    for example in _two_examples(run, outputs):
+        try:
+            with session.not_looking(), torch.enable_grad():
+                own, *alone = source.again([loss, *outputs.tensors], [t[example] for t in inputs], run.batch, {})
+                gradients = torch.autograd.grad(own, alone)
+        except Exception:  # a model that takes whole batches only
+            return
+        for i, layout in enumerate(layouts):
+            both = (outputs.tensors[i].detach(), outputs.cotangents[i])
+            whole, part = (layout.first(t.contiguous())[[example]] for t in both)
+            output, gradient = (layout.alone().first(t.detach()) for t in (alone[i], gradients[i]))
+            if agree(output, whole, session.coarse) and not agree(gradient, run.batch * part, session.coarse):
+                raise ValueError(
+                    "GradientAccountant: loss_reduction='mean' needs the mean of the examples' own losses, but the "
+                    "model returned one that weights them in another way, as a mean over tokens of unequal numbers "
+                    "does; give losses by example and loss_reduction='none', or example_weights="
+                )
 
 
 def _norms(session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:

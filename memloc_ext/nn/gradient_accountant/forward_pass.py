@@ -38,6 +38,7 @@ class ForwardPass:
         self.inputs = [t for t in tensors((args, kwargs)) if t.dim() > batch_dim and id(t) not in shared]
         self.sizes = [t.shape[batch_dim] for t in self.inputs]
         self.rows: int | None = None
+        self._returned: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.numbers: list[Tensor] = []
         device = self.inputs[0].device.type if self.inputs else "cpu"
@@ -51,11 +52,9 @@ class ForwardPass:
 
     def returned(self, output: object) -> None:
         """Take note of what the model returned."""
-        everything = tensors(output)
-        self._returned = len(everything)
-        self._places = [i for i, t in enumerate(everything) if t.requires_grad and t.dim() > 0]
-        self.outputs = [everything[i] for i in self._places]
-        self.numbers = [t for t in everything if t.requires_grad and t.dim() == 0]
+        self._returned = tensors(output)
+        self.outputs = [t for t in self._returned if t.requires_grad and t.dim() > 0]
+        self.numbers = [t for t in self._returned if t.requires_grad and t.dim() == 0]
 
     @property
     def closed(self) -> bool:
@@ -66,20 +65,21 @@ class ForwardPass:
         """Return the inputs that have rows for each of so many examples."""
         return [t for t, size in zip(self.inputs, self.sizes, strict=True) if size and size % batch == 0]
 
-    def again(self, parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the model on other values of `parts`, and with other parameters, and return its outputs.
+    def again(
+        self, wanted: Sequence[Tensor], parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """Run the model on other values of `parts` and with other parameters; return what is now in place of outputs.
 
         Raises:
-            ValueError: If it returns another number of tensors.
+            ValueError: If the model returns another number of tensors.
         """
         new = {id(old): part for old, part in zip(self.parts(batch), parts, strict=True)}
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         args, kwargs = mapped((self.args, self.kwargs), lambda t: new.get(id(t), t))
         with torch.autocast(*self.autocast) if self.autocast is not None else nullcontext():
             everything = tensors(functional_call(model, dict(parameters), args, kwargs))
-        if len(everything) != self._returned:
-            raise ValueError("another number of tensors was returned")
-        return [everything[i] for i in self._places]
+        places = {id(old): t for old, t in zip(self._returned, everything, strict=True)}
+        return [places[id(t)] for t in wanted]
 
 
 def tensors(value: object) -> list[Tensor]:

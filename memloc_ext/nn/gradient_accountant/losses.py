@@ -72,8 +72,10 @@ def remember_mean(session: Session, func: Any, args: Any, kwargs: Any, result: T
     node.metadata[session] = mean  # lives as long as the graph
 
 
-def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bool) -> None:
+def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bool) -> bool:
     """Refuse a gradient penalty, and a mean in which examples have unequal weights, by the nodes of a loss's graph.
+
+    Returns whether there is such a mean and its weights are equal.
 
     Args:
         session: That the loss was computed in.
@@ -81,12 +83,15 @@ def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bo
         batch: Number of examples.
         mean: Whether the loss is to be a mean over the examples.
     """
+    found = False
     for node in nodes:
         if type(node).__name__ == "Error":
             raise ValueError(TWICE)
         call = node.metadata.get(session) if mean else None
         if call is not None and batch > 0 and call.layout.batch % batch == 0:
             _check_mean(call, batch)
+            found = True
+    return found
 
 
 def _check_mean(call: _Mean, batch: int) -> None:

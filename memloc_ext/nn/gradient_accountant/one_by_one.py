@@ -86,16 +86,14 @@ def _account_alone(
     step: int,
 ) -> bool:
     """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
-    places = [next(i for i, t in enumerate(source.outputs) if t is output) for output in outputs.tensors]
     layouts = [run.place(layout) for layout in outputs.layouts]
     named = {name: p for name, p in session.named_parameters() if id(p) in parameters}
-    inputs = [_by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
+    inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
     expected = [layout.first(t.detach()) for t, layout in zip(outputs.tensors, layouts, strict=True)]
 
     def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         def model(given: dict[str, Tensor]) -> list[Tensor]:
-            returned = source.again(parts, run.batch, given)
-            return [returned[place] for place in places]
+            return source.again(outputs.tensors, parts, run.batch, given)
 
         found, pull = torch.func.vjp(model, named)  # pyright: ignore[reportAssignmentType]
         return found, pull(cotangents)[0]
@@ -117,7 +115,7 @@ def _account_alone(
         except Exception:  # a model that takes whole batches only, or that vmap cannot run
             return False
         for t, layout, whole in zip(found, layouts, expected, strict=True):
-            if not _agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
+            if not agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
                 return False
         by_id = {id(p): gradients[name] for name, p in named.items()}
         run.add_examples(parameters, begin, by_id)
@@ -133,12 +131,12 @@ def _unbatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return one
 
 
-def _by_example(t: Tensor, dim: int, batch: int) -> Tensor:
+def by_example(t: Tensor, dim: int, batch: int) -> Tensor:
     """Return an input as ``[batch, *]``, each as if it were alone."""
     return t.unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0)
 
 
-def _agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
+def agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
     """Return whether outputs of examples alone, ``[n, *]``, are those of the batch, up to rounding."""
     if actual.shape != expected.shape:
         return False

@@ -330,3 +330,42 @@ def test_batch_norm_without_an_affine_part_passes_the_check() -> None:
         warnings.simplefilter("error")
         with GradientAccountant(model) as accountant:
             accountant.backward(model(torch.randn(8, 3)).square().sum(), loss_reduction="sum")
+
+
+# a loss that the model returns itself
+
+
+class Tagger(nn.Module):
+    """Returns a mean over the tokens that count, as language models do, out of functions that are not watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.h = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.h(torch.tanh(self.e(ids)))
+        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        counted = labels >= 0
+        return {"loss": -(picked * counted).sum() / counted.sum(), "logits": logits}
+
+
+def test_a_loss_of_the_models_own_that_is_a_mean_over_tokens() -> None:
+    torch.manual_seed(0)
+    model, ids, labels = Tagger(), torch.randint(9, (3, 5)), torch.randint(4, (3, 5))
+    with GradientAccountant(model) as accountant:
+        accountant.backward(model(ids, labels)["loss"])  # as many tokens in each: a mean over examples
+    labels[0, 1:] = -1
+    for p in model.parameters():
+        p.grad = None
+    with GradientAccountant(model) as accountant, pytest.raises(ValueError, match="example_weights"):
+        accountant.backward(model(ids, labels)["loss"])
+    assert all(p.grad is None for p in model.parameters())
+    shares = (labels >= 0).sum(1) / (labels >= 0).sum()
+    with GradientAccountant(model, check="always") as accountant:
+        account = accountant.backward(model(ids, labels)["loss"], example_weights=shares)
+    for b in range(3):
+        loss = model(ids[b : b + 1], labels[b : b + 1])["loss"]
+        for (name, _), g in zip(
+            model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
