@@ -5,8 +5,9 @@ function gets a parameter, a rule (`linear`, `convolution`, ...) runs it as an a
 backward knows the layer's input and the gradient of its output. From these it makes a `Use`: what one use of a
 parameter adds to every example's gradient. A `Run`, one backward pass, adds up the uses.
 
-A `Layout` says where the examples are in an activation; it is followed from the model's inputs. What cannot be followed,
-or what `check` finds to be wrong, runs on one example at a time (`one_by_one`), by the `ForwardPass` that is kept.
+A `Layout` says where the examples are in an activation; it is followed from the model's inputs. What cannot be
+followed, or what `check` finds to be wrong, runs on one example at a time (`one_by_one`), by the `ForwardPass` that is
+kept.
 """
 
 from memloc_ext.nn.gradient_accountant.account import Account

@@ -47,6 +47,12 @@ _DIFFERENT = {
     "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
     "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
 }
+_UNCHECKED = (
+    "GradientAccountant: the loss depends on parameters in another way than through what the model returns for each "
+    "example, as with a load-balancing term: the norms are of the gradient that flows through each example's own "
+    "activations, and were not checked; account the loss without that term, or give losses by example and "
+    "loss_reduction='none'"
+)
 
 
 class GradientAccountant:
@@ -264,6 +270,9 @@ class GradientAccountant:
                 self._account_unseen(session, run, outputs, found)
             if exact and groups is not None and outputs is not None:
                 run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
+            if unchecked is not None and outputs is None and session.passes:
+                self._known.signatures.add(unchecked)
+                warnings.warn(_UNCHECKED, UserWarning, stacklevel=2)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
         session.run = run

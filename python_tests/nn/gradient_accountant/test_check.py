@@ -369,3 +369,24 @@ def test_a_loss_of_the_models_own_that_is_a_mean_over_tokens() -> None:
             model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
         ):
             torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
+
+
+def test_a_load_balancing_term_is_told_of_once() -> None:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        shares = m.gate(x).softmax(-1)
+        return (torch.stack([m.a(x), m.b(x)], -1) * shares[:, None]).sum(-1), shares.mean(0).square().sum()
+
+    model = Model(run, gate=nn.Linear(3, 2), a=nn.Linear(3, 4), b=nn.Linear(3, 4))
+    x, y, told = torch.randn(4, 3), torch.arange(4), []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with GradientAccountant(model) as accountant:
+                logits, balance = model(x)
+                accountant.backward(cross_entropy(logits, y) + balance)
+        told.append([str(w.message) for w in caught])
+    assert len(told[0]) == 1
+    assert "without that term" in told[0][0]
+    assert told[1] == []
