@@ -38,13 +38,19 @@ class ExampleTiedDropout(nn.Module):
         p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
         seed: Names the assignment of channels to examples, any int64.
         site: Number of this layer among those that share the seed, in ``[0, 2**32)``.
-        channel_dim: Dimension of the channels: 1 for images, -1 for tokens ``[batch, tokens, channels]``.
+        channel_dim: Dimension of the channels: 1 for images, -1 for tokens ``[batch, tokens, channels]``; by default 1,
+            but then 3-d activations are refused, which can be of either kind.
         rescale: What ``drop`` multiplies generalization channels by: ``none``: 1; ``authors``:
             ``(p_gen + p_mem) / p_gen``; ``expectation``: ``(p_gen + (1 - p_gen) * p_mem) / p_gen``, which keeps the
             expected number of active channels.
 
     Shape:
         ``[batch, channels, ...]`` in and out, or with the channels at ``channel_dim``.
+
+    Raises:
+        ValueError: If a setting breaks the above. In the forward pass: if the activations have no such dimension, or
+            have three and ``channel_dim`` was not given.
+        TypeError: If a setting or the activations are of another type.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on example-tied dropout.
     """
@@ -56,7 +62,7 @@ class ExampleTiedDropout(nn.Module):
         *,
         seed: int = 0,
         site: int = 0,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
         rescale: str = "none",
     ) -> None:
         super().__init__()
@@ -85,10 +91,11 @@ class ExampleTiedDropout(nn.Module):
 
     def forward(self, x: Tensor, example_ids: Tensor | None = None) -> Tensor:
         """Apply the mode in force; only ``train`` needs ids, by default those of `memloc_ext.example_ids`."""
-        kept = num_generalization(self.p_gen, num_channels(x, self.channel_dim))
+        dim = checked_channel_dim(x, self.channel_dim)
+        kept = num_generalization(self.p_gen, x.shape[dim])
         mode = self.mode
         if mode == "train":
-            settings = (kept, self.p_mem, self.seed, self.site, self.channel_dim)
+            settings = (kept, self.p_mem, self.seed, self.site, dim)
             if example_ids is not None:
                 return example_tied_dropout(x, example_ids, *settings)
             ids = current_example_ids()
@@ -104,7 +111,7 @@ class ExampleTiedDropout(nn.Module):
             factors = (self._rescale_factor(), 0.0)
         else:
             factors = (0.0, 1.0)
-        return _scale_pools(x, kept, *factors, self.channel_dim)
+        return _scale_pools(x, kept, *factors, dim)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":
@@ -173,26 +180,35 @@ def num_generalization(p_gen: float, channels: int) -> int:
     return math.floor(p_gen * channels)
 
 
-def num_channels(x: Tensor, channel_dim: int) -> int:
-    """Return the size of ``x`` at ``channel_dim``; raise unless ``x`` is a tensor that has it, after the batch."""
+def checked_channel_dim(x: Tensor, channel_dim: int | None) -> int:
+    """Return ``channel_dim``, by default 1; raise unless ``x`` is a tensor whose channels are certainly there."""
     if not isinstance(x, Tensor):
         raise TypeError(f"dropout: x must be a tensor, got {type(x).__name__}")
+    if channel_dim is None:
+        if x.dim() == 3:
+            raise ValueError(
+                f"dropout: channel_dim must be given for 3-d activations, got {list(x.shape)} without; pass "
+                "channel_dim=-1 for tokens [batch, tokens, channels], channel_dim=1 for [batch, channels, length]"
+            )
+        channel_dim = 1
     if not -x.dim() < channel_dim < x.dim():
         raise ValueError(
             f"dropout: channel_dim must name a dimension of x after the batch, got {channel_dim} "
             f"for shape {list(x.shape)}"
         )
-    return x.shape[channel_dim]
+    return channel_dim
 
 
-def check_settings(p_gen: float, p_mem: float, seed: int, site: int, channel_dim: int) -> None:
+def check_settings(p_gen: float, p_mem: float, seed: int, site: int, channel_dim: int | None) -> None:
     """Raise TypeError or ValueError unless the settings of a dropout are what its module asks for."""
     for name, value in (("p_gen", p_gen), ("p_mem", p_mem)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"dropout: {name} must be a number in [0, 1], got {type(value).__name__}")
         if not 0 <= value <= 1:
             raise ValueError(f"dropout: {name} must be in [0, 1], got {value}")
-    ranges = {"seed": (seed, -(2**63), 2**63), "site": (site, 0, 2**32), "channel_dim": (channel_dim, -25, 25)}
+    ranges = {"seed": (seed, -(2**63), 2**63), "site": (site, 0, 2**32)}
+    if channel_dim is not None:
+        ranges["channel_dim"] = (channel_dim, -25, 25)
     for name, (number, low, high) in ranges.items():
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"dropout: {name} must be an integer, got {type(number).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.example_tied_dropout import check_settings, num_channels, num_generalization
+from memloc_ext.nn.example_tied_dropout import check_settings, checked_channel_dim, num_generalization
 from memloc_ext.ops.example_tied_dropout import call
 
 
@@ -20,13 +20,13 @@ class FixedDropout(nn.Module):
         p_mem: Probability that any other channel is kept, in ``[0, 1]``.
         seed: Names the draw, any int64.
         site: Number of this layer among those that share the seed, in ``[0, 2**32)``.
-        channel_dim: Dimension of the channels: 1 for images, -1 for tokens ``[batch, tokens, channels]``.
+        channel_dim: See `ExampleTiedDropout`.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, baselines.
     """
 
     def __init__(
-        self, p_gen: float = 0.2, p_mem: float = 0.1, *, seed: int = 0, site: int = 0, channel_dim: int = 1
+        self, p_gen: float = 0.2, p_mem: float = 0.1, *, seed: int = 0, site: int = 0, channel_dim: int | None = None
     ) -> None:
         super().__init__()
         check_settings(p_gen, p_mem, seed, site, channel_dim)
@@ -38,9 +38,10 @@ class FixedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero the channels outside the mask."""
-        kept = num_generalization(self.p_gen, num_channels(x, self.channel_dim))
+        dim = checked_channel_dim(x, self.channel_dim)
+        kept = num_generalization(self.p_gen, x.shape[dim])
         ids = torch.zeros(1, dtype=torch.int64, device=x.device).expand(x.shape[0])
-        return call(x, ids, kept, self.p_mem, self.seed, self.site, self.channel_dim)
+        return call(x, ids, kept, self.p_mem, self.seed, self.site, dim)
 
     def extra_repr(self) -> str:
         """Show the settings."""

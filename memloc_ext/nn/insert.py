@@ -19,7 +19,7 @@ def insert_example_tied_dropout(
     p_gen: float = 0.2,
     p_mem: float = 0.1,
     seed: int = 0,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     rescale: str = "none",
 ) -> nn.Module:
     """Put an `ExampleTiedDropout` on the output of each named module.
@@ -34,7 +34,9 @@ def insert_example_tied_dropout(
         p_gen: Share of generalization channels, in ``[0, 1]``.
         p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
         seed: Names the assignment of channels to examples, any int64.
-        channel_dim: Dimension of the channels in the outputs of those modules.
+        channel_dim: Dimension of the channels in the outputs of those modules. By default 1, as for images; a 3-d
+            output, which can hold tokens, is then refused in the forward pass unless it comes from a ``Conv1d``,
+            ``ConvTranspose1d``, ``BatchNorm1d`` or ``InstanceNorm1d``.
         rescale: See `ExampleTiedDropout`.
 
     Returns:
@@ -46,10 +48,18 @@ def insert_example_tied_dropout(
     """
     there = [module.site for module in model.modules() if isinstance(module, ExampleTiedDropout)]
     first = max(there, default=-1) + 1  # sites that shared a number would share their masks
+    names = after if isinstance(after, str) else list(after)  # insert_after refuses a string
     return insert_after(
         model,
-        after,
-        lambda n: ExampleTiedDropout(p_gen, p_mem, seed=seed, site=first + n, channel_dim=channel_dim, rescale=rescale),
+        names,
+        lambda n: ExampleTiedDropout(
+            p_gen,
+            p_mem,
+            seed=seed,
+            site=first + n,
+            channel_dim=_known_channel_dim(model.get_submodule(names[n])) if channel_dim is None else channel_dim,
+            rescale=rescale,
+        ),
     )
 
 
@@ -93,6 +103,10 @@ def example_tied_sites(model: nn.Module) -> dict[str, ExampleTiedDropout]:
     """Return the modules whose output an `ExampleTiedDropout` ends, by name: those it was put behind, else itself."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ExampleTiedDropout)}
     return {name.removesuffix(f".{_NAME}"): module for name, module in found.items()}
+
+
+def _known_channel_dim(module: nn.Module) -> int | None:
+    return 1 if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.BatchNorm1d | nn.InstanceNorm1d) else None
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:

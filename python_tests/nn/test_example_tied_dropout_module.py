@@ -35,6 +35,32 @@ def test_train_mode_is_the_example_s_own_mask() -> None:
     assert torch.equal(module(channel_dim=-1)(x, tokens), expected)
 
 
+@pytest.mark.parametrize("make", [ExampleTiedDropout, FixedDropout])
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), mode=st.sampled_from(memloc_ext.nn.MODES)
+)
+def test_tokens_are_refused_unless_the_channels_are_named(make: type, shape: tuple[int, int, int], mode: str) -> None:
+    x, ids = torch.randn(shape), torch.arange(shape[0])
+
+    def masked(layer: nn.Module) -> Tensor:
+        layer.mode = mode
+        with memloc_ext.example_ids(ids):
+            return layer(x)
+
+    with pytest.raises(ValueError, match=r"channel_dim=-1 for tokens .*channel_dim=1 for \[batch, channels, length\]"):
+        masked(make(0.4, 0.5, seed=3))
+    first = masked(make(0.4, 0.5, seed=3, channel_dim=1))
+    assert torch.equal(first, masked(make(0.4, 0.5, seed=3, channel_dim=-2)))
+    x = x.transpose(1, 2)
+    assert torch.equal(first.transpose(1, 2), masked(make(0.4, 0.5, seed=3, channel_dim=-1)))
+
+
+def test_channels_may_be_named_later() -> None:
+    layer, x = module(), torch.randn(4, 3, 10)
+    layer.channel_dim = -1
+    assert torch.equal(layer(x, IDS), reference.example_tied_dropout(x, IDS, 2, 0.3, 3, 2, -1))
+
+
 @pytest.mark.parametrize(
     ("rescale", "factor"),
     [("none", 1.0), ("authors", 0.55 / 0.25), ("expectation", 0.475 / 0.25)],
@@ -226,6 +252,8 @@ def test_compiled_model_takes_ids_from_the_context() -> None:
             assert torch.allclose(compiled(x), model(x), atol=1e-6)
     model.eval()
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    model[2].channel_dim, tokens = -1, torch.randn(4, 3, 8)
+    assert torch.allclose(compiled(tokens), model(tokens), atol=1e-6)
 
 
 def test_fixed_dropout_has_one_mask_for_all_in_both_modes() -> None:

@@ -101,6 +101,38 @@ def test_insert_after_takes_any_module() -> None:
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.1]
 
 
+def test_a_transformer_needs_the_dimension_of_its_channels() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8)
+    for site in ("linear1", "norm1", "self_attn.out_proj", ""):
+        model = insert(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), [site])
+        if site == "self_attn.out_proj":  # attention calls its function, not the module
+            continue
+        for training in (True, False):
+            with pytest.raises(ValueError, match="channel_dim must be given"), memloc_ext.example_ids(IDS):
+                model.train(training)(x)
+    tokens = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    expected = reference.example_tied_dropout(tokens(x), IDS, 2, 0.5, 9, 0, -1)
+    insert_example_tied_dropout(tokens, [""], p_gen=0.25, p_mem=0.5, seed=9, channel_dim=-1)
+    with memloc_ext.example_ids(IDS):
+        torch.testing.assert_close(tokens(x), expected)
+
+
+def test_a_1d_convolution_tells_where_its_channels_are() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 12)
+    conv, norm, transposed = nn.Conv1d(4, 12, 3), nn.BatchNorm1d(12), nn.ConvTranspose1d(12, 12, 3)
+    hidden = masked(conv(x), 0)
+    hidden = masked(norm(hidden), 1)
+    expected = masked(transposed(hidden), 2)
+    model = insert(nn.Sequential(conv, norm, transposed), ["0", "1", "2"])
+    with memloc_ext.example_ids(IDS):
+        torch.testing.assert_close(model(x), expected)
+    model = insert(nn.Sequential(nn.Conv1d(4, 12, 3), nn.ReLU()), ["1"])  # a ReLU follows anything
+    with pytest.raises(ValueError, match="channel_dim must be given"), memloc_ext.example_ids(IDS):
+        model(x)
+
+
 @pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet18", "vit"])
 def test_models_of_ours_take_it_at_their_own_sites(name: str) -> None:
     model = build(name, in_channels=1, image_size=28, num_classes=5).eval()
