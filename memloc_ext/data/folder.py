@@ -2,70 +2,83 @@
 
 from __future__ import annotations
 
-import io
+import os
+import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from memloc_ext._torchvision import import_torchvision
 from memloc_ext.data._memory import fits
 from memloc_ext.data.dataset import Dataset
-from memloc_ext.data.images import FORMATS, LazyImages
+from memloc_ext.data.images import LazyImages, opened
 from memloc_ext.data.split import Split
-from memloc_ext.files import read_bytes
+
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def folder(path: str | Path, image_size: int | None = None) -> Dataset:
-    """Load ``path/train/<class>/*`` and ``path/test/<class>/*``, as RGB.
+    """Load ``path/train/<class>/*`` and ``path/test/<class>/*``, as square RGB images of one size.
 
     Files are listed as torchvision's ``ImageFolder`` does: classes in alphabetical order, and within each its files in
-    alphabetical order. All pixels are decoded once into one tensor per split if these take at most half of the free
-    host memory. If not, every batch decodes its own images, and a bad file is found only then.
+    alphabetical order, those of folders inside of it too. Files and folders whose names begin with a dot are passed
+    over, and so is, with a warning, a class folder without any image.
+
+    All pixels are decoded once into one tensor per split if these take at most half of the free host memory. If not,
+    every batch decodes its own images, and a bad file is found only then.
 
     Args:
         path: The folder that holds ``train`` and ``test``.
-        image_size: Side in pixels that every image is resized to; if ``None`` all must have the size of the first.
+        image_size: Side of every image in pixels; by default the longer side of the first training image. An image of
+            another size is resized to that square, its two sides each by a factor of their own (bilinear,
+            antialiased); nothing is cut off or padded.
 
     Raises:
         FileNotFoundError: If ``train`` or ``test`` is missing or holds no image.
-        ValueError: If the classes of the two differ, ``image_size`` is not positive, or an image cannot be decoded or
-            differs in size; names the file.
-        ImportError: If torchvision is not installed.
+        ValueError: If the classes of the two differ, ``image_size`` is not positive, or an image cannot be decoded;
+            names the file.
+        ImportError: If Pillow is not installed.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"folder: image_size must be at least 1, got {image_size}")
     path = Path(path).expanduser()
-    image_folder = import_torchvision("datasets").ImageFolder
-    listed = []
+    listed: list[dict[str, list[str]]] = []
     for part in ("train", "test"):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"folder: {path} must hold train/<class>/ and test/<class>/, but has no {part}")
-        listed.append(image_folder(path / part, allow_empty=True))
-        if not listed[-1].samples:
+        found = {name: _images(path / part / name) for name in sorted(_shown_folders(path / part))}
+        listed.append({name: files for name, files in found.items() if files})
+        if not listed[-1]:
             raise FileNotFoundError(f"folder: {path / part} must hold images, but none was found")
+        if empty := ", ".join(found.keys() - listed[-1]):
+            warnings.warn(f"folder: a class must hold images; {path / part} has none in {empty}", stacklevel=2)
     train, test = listed
-    if train.classes != test.classes:
-        different = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+    if train.keys() != test.keys():
+        different = ", ".join(sorted(train.keys() ^ test.keys()))
         raise ValueError(f"folder: train and test of {path} must have the same classes, but only one has {different}")
 
-    # one list, because the test images too must have the size of the first training image
-    images = _images([file for file, _ in train.samples + test.samples], image_size)
-    rows = torch.arange(len(images.paths)).split([len(train), len(test)])
-    whole = fits(images.nbytes, images.device)
-    splits = [
-        Split.clean(images[part] if whole else images.subset(part), torch.tensor(found.targets))
-        for part, found in zip(rows, listed, strict=True)
-    ]
-    return Dataset(f"folder:{path}", splits[0], splits[1], tuple(train.classes))
+    files = [list(chain(*part.values())) for part in listed]
+    if image_size is None:
+        with opened(files[0][0]) as first:
+            image_size = max(first.size)
+    images = [LazyImages(tuple(part), image_size, image_size) for part in files]
+    whole = fits(sum(part.nbytes for part in images), images[0].device)
+    splits = []
+    for part, lazy in zip(listed, images, strict=True):
+        counts = torch.tensor([len(found) for found in part.values()])
+        labels = torch.arange(len(part)).repeat_interleave(counts)
+        splits.append(Split.clean(lazy[torch.arange(len(labels))] if whole else lazy, labels))
+    return Dataset(f"folder:{path}", splits[0], splits[1], tuple(train))
 
 
-def _images(paths: list[str], image_size: int | None) -> LazyImages:
-    if image_size is not None:
-        return LazyImages(tuple(paths), image_size, image_size, resize=True)
-    from PIL import Image
+def _shown_folders(place: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
 
-    try:
-        with Image.open(io.BytesIO(read_bytes(paths[0])), formats=FORMATS) as image:
-            return LazyImages(tuple(paths), image.height, image.width)
-    except Exception as error:  # a damaged file can raise nearly anything in a decoder
-        raise ValueError(f"{paths[0]}: cannot be decoded: {error}") from error
+
+def _images(place: Path) -> list[str]:
+    files = []
+    for folder, folders, names in os.walk(place, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = (name for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith("."))
+        files += [(folder, name) for name in images]
+    return [os.path.join(*file) for file in sorted(files)]

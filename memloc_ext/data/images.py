@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +15,10 @@ from torch import Tensor
 
 from memloc_ext.files import read_bytes
 
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What an image may be, whatever its name: Pillow hands other formats, such as EPS, to other programs."""
 
 
@@ -21,19 +27,17 @@ class LazyImages:
     """RGB images of one size that are decoded, on the host, when they are indexed.
 
     Has the part of a tensor's interface that `memloc_ext.data.Split` needs. Colour spaces are converted to
-    RGB; transparency is dropped.
+    RGB; transparency is dropped. An image of another size is resized (bilinear, antialiased).
 
     Attributes:
         paths: The N image files.
         height: Pixels of every image.
         width: Pixels of every image.
-        resize: Resize an image of another size (bilinear, antialiased) instead of raising.
     """
 
     paths: tuple[str, ...]
     height: int
     width: int
-    resize: bool = False
 
     dtype = torch.uint8
     device = torch.device("cpu")
@@ -50,13 +54,13 @@ class LazyImages:
 
     def subset(self, rows: Tensor) -> LazyImages:
         """Return the images at ``rows``, ``[B]`` int64, without decoding any."""
-        return LazyImages(tuple(self.paths[row] for row in rows.tolist()), self.height, self.width, self.resize)
+        return LazyImages(tuple(self.paths[row] for row in rows.tolist()), self.height, self.width)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Decode the images at ``rows``, ``[B]`` int64, to ``[B, 3, height, width]`` uint8.
 
         Raises:
-            ValueError: If a file is no image, is damaged, has more than 8 bits per channel or has another size.
+            ValueError: If a file is no image, is damaged or has more than 8 bits per channel.
         """
         chosen = self.subset(rows)
         pixels = torch.empty(chosen.shape, dtype=self.dtype)
@@ -71,22 +75,33 @@ class LazyImages:
         return pixels
 
     def _decode(self, path: str) -> np.ndarray:
-        from PIL import Image
+        from PIL.Image import Resampling
 
         size = (self.width, self.height)
-        try:
-            with Image.open(io.BytesIO(read_bytes(path)), formats=FORMATS) as image:
-                # conversion to RGB would clip these at 255
-                if image.mode[0] in "IF":
-                    raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode})")
-                if self.resize and image.size != size:
-                    return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-                if image.size == size:
-                    return np.asarray(image.convert("RGB"))
-                found = image.size
-        except Exception as error:  # a damaged file can raise nearly anything in a decoder
-            raise ValueError(f"{path}: cannot be decoded: {error}") from error
-        raise ValueError(
-            f"{path}: is {found[0]} x {found[1]} pixels where {size[0]} x {size[1]} were expected; "
-            "give image_size to resize every image"
-        )
+        with opened(path) as image:
+            if image.mode[0] in "IF":  # conversion to RGB would clip these at 255
+                raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode})")
+            pixels = image.convert("RGB")
+            return np.asarray(pixels if pixels.size == size else pixels.resize(size, Resampling.BILINEAR))
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image file, and tell its name with whatever goes wrong inside the ``with``.
+
+    Raises:
+        ValueError: If it is no image or damaged.
+        ImportError: If Pillow is not installed.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("Pillow is not installed; run: pip install 'memloc_ext[study]'") from error
+    try:
+        with Image.open(io.BytesIO(read_bytes(path)), formats=_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:  # its message shows the object that held the bytes
+        formats = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise ValueError(f"{path}: cannot be decoded: cannot identify image file; must be {formats}") from None
+    except Exception as error:  # a damaged file can raise nearly anything in a decoder
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error

@@ -128,7 +128,7 @@ def load(name: str, root: str | Path = "data", download: bool = False, image_siz
         name: ``digits``, ``mnist``, ``cifar10``, ``svhn``, or ``folder:PATH`` for images of your own.
         root: Folder that holds the files of ``mnist``, ``cifar10`` and ``svhn``.
         download: Fetch their files if missing.
-        image_size: Side in pixels to resize the images of ``folder:PATH`` to.
+        image_size: Side in pixels of the images of ``folder:PATH``, see `folder`.
 
     Raises:
         ValueError: If there is no such name, or ``image_size`` is given for another data set than a folder.

@@ -20,7 +20,8 @@ class DataConfig:
         dataset: digits, mnist, cifar10, svhn, or folder:PATH with train/ and test/ in it, a folder per class in each.
         root: Folder of the data sets' files; digits needs none.
         download: Fetch the files that are missing.
-        image_size: Resize the images of a folder to this side, in pixels.
+        image_size: Side in pixels that the images of a folder are resized to, stretched if they are not square; by
+            default the longer side of the first training image.
         examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
         test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1].
