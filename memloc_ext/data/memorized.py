@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,28 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memloc_ext.data._column import Column, read_column
 from memloc_ext.data.dataset import Dataset
-from memloc_ext.files import read_bytes
-
-_UNFOLDED = 2**30
-"""Largest size of an array in an archive, in bytes: more values than there are examples of anything in memory."""
 
 
 def memorized_mask(
-    path: str | Path, num_examples: int, *, below: float | None = None, above: float | None = None
+    path: str | Path,
+    num_examples: int,
+    *,
+    below: float | None = None,
+    above: float | None = None,
+    part: Tensor | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Tensor:
     """Read a mask of the examples of one split.
 
-    Without a threshold the file holds a mask (booleans, one per example) or the indices of the memorized examples
-    (integers). With one it holds a score per example: a C-score counts as atypical ``below`` 0.5, a Feldman-Zhang
-    memorization score ``above`` a value. Both comparisons are strict.
+    With a threshold the file holds a score per example: a C-score counts as atypical ``below`` 0.5, a Feldman-Zhang
+    memorization score ``above`` a value. Both comparisons are strict. Without one it holds a mask, one boolean, 0 or 1
+    per example, or the indices of the memorized examples, as distinct integers; N zeros and ones are a mask.
+
+    Values are in the order of the split, unless a column tells which example each row is of, counted from 0.
 
     Args:
-        path: ``.npy``; ``.npz`` with one array, or with one named ``scores`` or ``mask`` among others; ``.csv`` or
-            ``.txt`` with one value (``true``, ``false`` or a number) per line. In the order of the split.
+        path: ``.npy``, ``[n]`` or ``[n, 1]``; ``.npz`` with one such array, or with one named ``scores`` or ``mask``
+            among others; text in ``.csv``, ``.tsv`` or ``.txt``, one value per line: ``true``, ``false`` or a number.
+            Text may be UTF-8 or UTF-16 and have a header, comments after ``#``, and columns that commas, semicolons,
+            tabs or blanks separate: one of values, and before it, or called ``index``, ``idx``, ``id``, ``example`` or
+            nothing, one of example numbers. Others are passed over if one is called ``score``, ``scores``, ``mask`` or
+            ``memorized``.
         num_examples: N, the examples of the split.
         below: Scores less than this are memorized.
         above: Scores greater than this are memorized.
+        part: The examples that are needed, ``[K]`` int64 in ascending order. Scores and masks may then be of these
+            alone, in this order or by their number in the split or in this order.
+        say: Called with a line that tells how the file was understood.
 
     Returns:
         The mask, ``[N]``, bool.
@@ -40,7 +52,7 @@ def memorized_mask(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or of another kind, holds values that fit neither reading, or both thresholds
-            are given.
+            are given; names the file and the line.
     """
     path = Path(path)
     if below is not None and above is not None:
@@ -48,23 +60,17 @@ def memorized_mask(
     for name, threshold in (("below", below), ("above", above)):
         if threshold is not None and math.isnan(threshold):
             raise ValueError(f"memorized_mask: {name} must be a number, got {threshold}")
-    values = _read(path)
-    if values.ndim != 1:
-        raise ValueError(f"{path}: must hold one value per example, got an array of shape {list(values.shape)}")
-    kind = values.dtype.kind
-    if kind not in "biuf":
-        raise ValueError(f"{path}: must hold booleans or numbers, got {values.dtype}")
-    if below is None and above is None:
-        if kind == "f":
-            raise ValueError(f"{path}: holds scores, which need a threshold: give below or above")
-        return _from_mask(path, values, num_examples) if kind == "b" else _from_indices(path, values, num_examples)
-    if kind == "b":
-        raise ValueError(f"{path}: holds a mask, which takes no threshold, got below={below}, above={above}")
-    _check_length(path, values, num_examples)
-    missing = np.flatnonzero(np.isnan(values))
-    if missing.size:
-        raise ValueError(f"{path}: scores must be numbers, got NaN for example {missing[0]}")
-    return torch.from_numpy(values < below if below is not None else values > above)
+    rows = torch.arange(num_examples) if part is None else part
+    column = read_column(path, (num_examples, len(rows)))
+    try:
+        if below is None and above is None:
+            kind, mask = _without_threshold(column, num_examples, rows)
+        else:
+            kind, mask = _from_scores(column, num_examples, rows, below, above)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    say(f"{path}: read as {kind}{_source(column)}: {int(mask.sum())} memorized")
+    return mask
 
 
 def with_memorized(dataset: Dataset, mask: Tensor) -> Dataset:
@@ -77,68 +83,85 @@ def with_memorized(dataset: Dataset, mask: Tensor) -> Dataset:
     return replace(dataset, train=replace(dataset.train, memorized=mask.to(dataset.train.device)))
 
 
-def _from_mask(path: Path, values: np.ndarray, num_examples: int) -> Tensor:
-    _check_length(path, values, num_examples)
-    return torch.from_numpy(values)
+def _from_scores(
+    column: Column, num_examples: int, rows: Tensor, below: float | None, above: float | None
+) -> tuple[str, Tensor]:
+    values = column.values
+    if values.dtype.kind == "b":
+        raise ValueError(f"holds a mask, which takes no threshold, got below={below}, above={above}")
+    examples = _examples(column, num_examples, rows)
+    missing = np.flatnonzero(np.isnan(values))
+    if missing.size:
+        place = missing[0]
+        raise ValueError(f"scores must be numbers, got NaN for example {examples[place]} in {column.places[place]}")
+    name, marked = ("below", values < below) if below is not None else ("above", values > above)
+    kind = f"scores of {_count(column, num_examples, rows)}, memorized {name} {below if above is None else above}"
+    return kind, _marked(num_examples, examples[torch.from_numpy(marked)])
 
 
-def _from_indices(path: Path, values: np.ndarray, num_examples: int) -> Tensor:
-    outside = values[(values < 0) | (values >= num_examples)]
+def _without_threshold(column: Column, num_examples: int, rows: Tensor) -> tuple[str, Tensor]:
+    values, numbers = column.values, column.numbers
+    of_examples = len(values) in (num_examples, len(rows)) or (
+        numbers is not None and not np.array_equal(numbers, np.arange(len(numbers)))
+    )
+    if values.dtype.kind == "b" or (of_examples and values.size and np.isin(values, (0, 1)).all()):
+        examples = _examples(column, num_examples, rows)
+        kind = f"a mask of {_count(column, num_examples, rows)}"
+        return kind, _marked(num_examples, examples[torch.from_numpy(values == 1)])
+    if values.dtype.kind == "f":
+        raise ValueError("holds scores, which need a threshold: give below or above")
+    _check_numbers("indices", values, column, num_examples)
+    return f"the indices of {len(values)} examples", _marked(num_examples, torch.from_numpy(values.astype(np.int64)))
+
+
+def _examples(column: Column, num_examples: int, rows: Tensor) -> Tensor:
+    """Return which example each value is of, ``[n]`` int64, all of ``rows`` among them."""
+    numbers, count = column.numbers, len(column.values)
+    if numbers is None:
+        if count not in (num_examples, len(rows)):
+            chosen = f" or of the {len(rows)} chosen" if len(rows) < num_examples else ""
+            raise ValueError(
+                f"must hold one value for each of the {num_examples} examples{chosen}, got {count}{_source(column)}"
+            )
+        return torch.arange(num_examples) if count == num_examples else rows
+    _check_numbers("example numbers", numbers, column, num_examples)
+    examples = torch.from_numpy(numbers)
+    if len(rows) == count < num_examples and torch.equal(examples.sort().values, torch.arange(count)):
+        return rows[examples]  # numbered among those chosen
+    lacking = rows[~torch.isin(rows, examples)]
+    if len(lacking):
+        raise ValueError(f"must hold one value for each example, got none for example {int(lacking[0])}")
+    return examples
+
+
+def _check_numbers(name: str, numbers: np.ndarray, column: Column, num_examples: int) -> None:
+    outside = np.flatnonzero((numbers < 0) | (numbers >= num_examples))
     if outside.size:
-        raise ValueError(f"{path}: indices must be in [0, {num_examples}), got {outside[0]}")
-    distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) < len(values):
+        place = outside[0]
+        raise ValueError(f"{name} must be in [0, {num_examples}), got {numbers[place]} in {column.places[place]}")
+    _, first = np.unique(numbers, return_index=True)
+    if len(first) < len(numbers):
+        place = np.setdiff1d(np.arange(len(numbers)), first)[0]
         raise ValueError(
-            f"{path}: integers are indices and must differ, got {distinct[counts > 1][0]} more than once; "
-            "write a mask as true and false, and give below or above for scores"
+            f"integers are {name} and must differ, got {numbers[place]} more than once, again in "
+            f"{column.places[place]}; write a mask as true and false, one for each of the {num_examples} examples, "
+            "and give below or above for scores"
         )
+
+
+def _marked(num_examples: int, examples: Tensor) -> Tensor:
     mask = torch.zeros(num_examples, dtype=torch.bool)
-    mask[torch.from_numpy(values.astype(np.int64))] = True
+    mask[examples] = True
     return mask
 
 
-def _check_length(path: Path, values: np.ndarray, num_examples: int) -> None:
-    if len(values) != num_examples:
-        raise ValueError(f"{path}: must hold one value for each of the {num_examples} examples, got {len(values)}")
+def _source(column: Column) -> str:
+    names = [f"column {column.name!r}"] if column.name is not None else []
+    if column.numbers is not None:
+        names.append(f"examples as numbered in column {column.numbers_name or 1!r}")
+    return f" ({', '.join(names)})" if names else ""
 
 
-def _read(path: Path) -> np.ndarray:
-    if path.suffix in (".csv", ".txt"):
-        return _read_text(path)
-    if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"{path}: must end in .npy, .npz, .csv or .txt, got {path.suffix!r}")
-    stored = read_bytes(path)
-    try:
-        loaded = np.load(io.BytesIO(stored), allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            named = loaded.files if len(loaded.files) == 1 else [k for k in ("scores", "mask") if k in loaded.files]
-            if len(named) != 1:
-                keys = ", ".join(loaded.files) or "none"
-                raise ValueError(f"must hold one array, or one called scores or mask, got {keys}")
-            size = loaded.zip.getinfo(f"{named[0]}.npy").file_size
-            if size > _UNFOLDED:
-                raise ValueError(f"must hold an array of at most {_UNFOLDED} bytes, got {size}")
-            return loaded[named[0]]
-    except Exception as error:  # a damaged archive can raise nearly anything, from zlib.error to MemoryError
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def _read_text(path: Path) -> np.ndarray:
-    try:
-        lines = read_bytes(path).decode("utf-8-sig").strip().lower().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not lines:
-        raise ValueError(f"{path}: must hold one value per line, got an empty file")
-    if set(map(str.strip, lines)) <= {"true", "false"}:
-        return np.array([line.strip() == "true" for line in lines])
-    try:
-        return np.array([int(line) for line in lines], dtype=np.int64)
-    except (ValueError, OverflowError):
-        pass  # not all are integers
-    try:
-        return np.array([float(line) for line in lines])
-    except ValueError as error:
-        raise ValueError(f"{path}: must hold true, false or one number per line: {error}") from None
+def _count(column: Column, num_examples: int, rows: Tensor) -> str:
+    count = len(column.values)
+    return f"the {count} examples chosen" if count == len(rows) < num_examples else f"{count} examples"

@@ -26,7 +26,8 @@ class DataConfig:
         test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1].
         noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
-        memorized: File of a mask, of indices or of scores; its examples count as memorized, in place of label noise.
+        memorized: File of a mask, of indices or of scores, of all training examples or those of examples; what it tells
+            counts as memorized, in place of label noise.
         below: Memorized are the scores below this (C-scores: 0.5).
         above: Memorized are the scores above this (Feldman-Zhang).
     """
@@ -44,6 +45,13 @@ class DataConfig:
     above: float | None = None
 
     def __post_init__(self) -> None:
+        if self.memorized is None:
+            for name, value in (("below", self.below), ("above", self.above)):
+                if value is not None:
+                    raise ValueError(
+                        f"DataConfig: {name} must come with memorized (--memorized), the file of the scores, "
+                        f"got {value} without"
+                    )
         for name in ("examples", "test_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:

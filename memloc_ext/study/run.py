@@ -63,7 +63,8 @@ def run_study(
             and replace the former result when they are finished.
         progress: Show a bar of the epochs on a terminal.
         tensorboard: Log every epoch under ``<output>/<model>/tensorboard``.
-        say: Called with a line per stage: what is done with it, and why.
+        say: Called with a line on how a file of memorized examples was understood, and one per stage: what is done with
+            it, and why.
 
     Returns:
         The run as `load_run` reads it.
@@ -82,7 +83,7 @@ def run_study(
         raise ValueError("account needs the calls of single modules: leave out --compile, or give --skip account")
     path, settings = Path(output), config.as_json()
     with contextlib.ExitStack() as stack:
-        study = Study(config, path, _load(config), progress and rank() == 0, tensorboard)
+        study = Study(config, path, _load(config, say), progress and rank() == 0, tensorboard)
         study.check(wanted)
         once(lambda: check_run(path, settings, resume=resume))
         examples = _fingerprint(study.dataset)
@@ -166,10 +167,10 @@ def _check_examples(path: Path, stages: Collection[StageName], examples: str) ->
             )
 
 
-def _load(config: StudyConfig) -> Dataset:
+def _load(config: StudyConfig, say: Callable[[str], None]) -> Dataset:
     if config.data.download:
         once(lambda: load_data(config).name)  # fetches the files for all processes
-    return load_data(config)
+    return load_data(config, say if rank() == 0 else lambda _: None)
 
 
 def _with_needs(stages: Collection[StageName]) -> list[StageName]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
@@ -17,33 +18,42 @@ from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.run_directory import Variant
 
 
-def load_data(config: StudyConfig) -> Dataset:
+def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None) -> Dataset:
     """Load the data set of a study on its device, with its label noise or its memorized examples.
 
-    A part of the training examples keep their numbers in the data set; a file of memorized examples is of all of them.
+    A part of the training examples keep their numbers in the data set.
+
+    Args:
+        config: The settings.
+        say: Called with a line on how each file was understood that can be in more than one way.
     """
     settings = config.data
     dataset = data.load(
         settings.dataset, root=settings.root, download=settings.download, image_size=settings.image_size
     )
-    seed = config.train.seed
-    dataset = replace(dataset, test=_part("test_examples", dataset.test, settings.test_examples, seed))
+    seed, count = config.train.seed, len(dataset.train)
+    rows = _drawn("examples", count, settings.examples, seed)
+    test_rows = _drawn("test_examples", len(dataset.test), settings.test_examples, seed)
     if settings.memorized is not None:
-        mask = data.memorized_mask(settings.memorized, len(dataset.train), below=settings.below, above=settings.above)
+        thresholds = {"below": settings.below, "above": settings.above}
+        mask = data.memorized_mask(settings.memorized, count, **thresholds, part=rows, say=say)
         dataset = data.with_memorized(dataset, mask)
-    dataset = replace(dataset, train=_part("examples", dataset.train, settings.examples, seed))
+    dataset = replace(dataset, train=_part(dataset.train, rows), test=_part(dataset.test, test_rows))
     if settings.memorized is None:
         dataset = data.with_label_noise(dataset, settings.noise, kind=settings.noise_kind, seed=seed)
     return dataset.to(find_device(config.device))
 
 
-def _part(name: str, split: Split, wanted: int | None, seed: int) -> Split:
+def _drawn(name: str, count: int, wanted: int | None, seed: int) -> Tensor | None:
     if wanted is None:
-        return split
-    if wanted > len(split):
-        raise ValueError(f"{name} must be at most {len(split)}, which there are, got {wanted}")
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:wanted]
-    return split.subset(rows.sort().values)
+        return None
+    if wanted > count:
+        raise ValueError(f"{name} must be at most {count}, which there are, got {wanted}")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+
+
+def _part(split: Split, rows: Tensor | None) -> Split:
+    return split if rows is None else split.subset(rows)
 
 
 def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.Module:
