@@ -25,7 +25,7 @@ def label_noise(
 
     Args:
         labels: True labels, ``[N]``, int64, in ``[0, num_classes)``. Not modified.
-        num_classes: Number of classes; at least 2 for ``uniform``, 3 for ``repo``.
+        num_classes: Number of classes; to mislabel an example, at least 2 for ``uniform`` and 3 for ``repo``.
         fraction: Share of noisy examples, in ``[0, 1]``.
         kind: ``uniform`` draws each of the ``num_classes - 1`` wrong classes with equal probability. ``repo`` is the
             published code of the paper: it never draws the class just before the true one (cyclically).
@@ -42,27 +42,29 @@ def label_noise(
     """
     if kind not in get_args(NoiseKind):
         raise ValueError(f"label_noise: kind must be one of {', '.join(get_args(NoiseKind))}, got {kind!r}")
-    fewest = 2 if kind == "uniform" else 3
-    if num_classes < fewest:
-        raise ValueError(f"label_noise: num_classes must be at least {fewest} for kind {kind!r}, got {num_classes}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"label_noise: fraction must be in [0, 1], got {fraction}")
     if labels.dtype != torch.int64:
         raise TypeError(f"label_noise: labels must be torch.int64, got {labels.dtype}")
     if labels.dim() != 1:
         raise ValueError(f"label_noise: labels must be [N], got {list(labels.shape)}")
+    num = len(labels)
+    count = math.floor(Fraction(repr(float(fraction))) * num)
+    fewest = 2 if kind == "uniform" else 3
+    if count > 0 and num_classes < fewest:
+        raise ValueError(f"label_noise: num_classes must be at least {fewest} for kind {kind!r}, got {num_classes}")
     if labels.numel() and not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"label_noise: labels must be in [0, {num_classes}), got {int(labels.min())} .. {int(labels.max())}"
         )
-    num = len(labels)
-    count = math.floor(Fraction(repr(float(fraction))) * num)
+    noisy, mask = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    if count == 0:
+        return noisy, mask
     generator = torch.Generator().manual_seed(seed)
     # both are drawn for all examples and then cut, so that they do not depend on the fraction
     chosen = torch.randperm(num, generator=generator)[:count].to(labels.device)
     largest = num_classes - 1 if kind == "uniform" else num_classes - 2
     offsets = torch.randint(1, largest + 1, (num,), generator=generator)[:count].to(labels.device)
-    noisy, mask = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
     noisy[chosen] = (labels[chosen] + offsets) % num_classes
     mask[chosen] = True
     return noisy, mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,12 +111,16 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         return (scaled - MEAN) / STD, self.labels[rows], self.indices[rows]
 
     def batches(
-        self, batch_size: int, generator: torch.Generator | None = None, *, shard: tuple[int, int] = (0, 1)
+        self,
+        batch_size: int | Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        shard: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate once over all examples, in order or shuffled; the last batch may be smaller.
 
         Args:
-            batch_size: Examples in a batch, at least 1.
+            batch_size: Examples in a batch, at least 1; or those of each batch, which add up to N.
             generator: Shuffles if given; on the CPU. Drawn from once, in this call.
             shard: ``(k, n)``: of every batch cut into n slices, as equal as can be and the longer ones first, return
                 slice k alone, from 0 on.
@@ -127,15 +131,18 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         Raises:
             ValueError: If ``batch_size``, the generator's device or ``shard`` breaks the above.
         """
-        if batch_size < 1:
+        sizes = list(batch_size) if isinstance(batch_size, Sequence) else batch_size
+        if (min(sizes, default=1) if isinstance(sizes, list) else sizes) < 1:
             raise ValueError(f"batches: batch_size must be at least 1, got {batch_size}")
+        if isinstance(sizes, list) and sum(sizes) != len(self):
+            raise ValueError(f"batches: batch_size must add up to {len(self)} examples, got {sum(sizes)}")
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"batches: generator must be on the CPU, got {generator.device}")
         number, shards = shard
         if not 0 <= number < shards:
             raise ValueError(f"batches: shard must be (k, n) with k in [0, n), got {shard}")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        return (self.batch(rows.tensor_split(shards)[number]) for rows in order.split(batch_size) if len(rows))
+        return (self.batch(rows.tensor_split(shards)[number]) for rows in order.split(sizes) if len(rows))
 
     def subset(self, rows: Tensor) -> Split:
         """Return a split of the examples at ``rows`` (as in `Split.batch`), which keep their ``indices``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from memloc_ext.files import write_table
 from memloc_ext.nn.gradient_accountant import GradientAccountant
 from memloc_ext.study.accounting_files import ACCOUNTS, MODEL, PARAMETERS, account_path, load_account, save_account
 from memloc_ext.training import Backward, TrainConfig
-from memloc_ext.training.epoch import epoch_rng, train_epoch
+from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 
 _MAX_PAIRS, _MIN_PAIRS = 20, 3
 _SECONDS = 10
@@ -147,7 +146,7 @@ def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, floa
         end = _seconds(accounted.account, split.device)
     plain, full = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
-    steps = math.ceil(len(split) / config.batch_size)
+    steps = len(batch_sizes(model, len(split), config.batch_size))
     return {
         "plain_step": plain,
         "accounted_step": full,

@@ -13,6 +13,7 @@ from memloc_ext.data.split import Split
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.nn.training_flags import generator_states, kept_state
 from memloc_ext.training.config import TrainConfig
+from memloc_ext.training.epoch import batch_sizes
 
 _TOLERANCE = 0.1
 """Largest error of a gradient, relative to its norm: far above the rounding of float32, far below a wrong one's 1."""
@@ -39,8 +40,7 @@ def check_gradients(model: nn.Module, compiled: Forward, split: Split, config: T
         ValueError: If a gradient differs by more than rounding; names it.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    whole = min(config.batch_size, len(split))
-    for examples in dict.fromkeys((whole, len(split) % whole)):
+    for examples in dict.fromkeys(batch_sizes(model, len(split), config.batch_size)):
         rows = torch.arange(examples).tensor_split(distributed.world_size())[distributed.rank()]
         errors = _errors(model, compiled, split, rows, config) if names and len(rows) else torch.zeros(1)
         worst = int(errors.argmax())

@@ -16,7 +16,8 @@ class TrainConfig:
 
     Attributes:
         epochs: Passes over the split, at least 1.
-        batch_size: Examples in a batch, at least 1; the last batch of an epoch may be smaller.
+        batch_size: Examples in a batch, at least 1; the last batch of an epoch may be smaller. If a model with batch
+            norm would have a last batch of one example, that example joins the batch before.
         learning_rate: Peak of the schedule, positive.
         momentum: Of SGD, in ``[0, 1)``.
         weight_decay: Of SGD, on every parameter, at least 0.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from memloc_ext import distributed
@@ -48,6 +50,21 @@ def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Gen
         yield torch.Generator().manual_seed(order)
 
 
+def batch_sizes(model: object, examples: int, batch_size: int) -> list[int]:
+    """Return how many examples each batch of an epoch has.
+
+    The last batch may be smaller. A last batch of a single example, which batch norm cannot normalise in training mode,
+    is merged into the one before it if the model holds batch norm.
+    """
+    sizes, rest = [batch_size] * (examples // batch_size), examples % batch_size
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if rest == 1 and sizes and any(isinstance(module, _BatchNorm) for module in modules):
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
 def train_epoch(
     forward: Callable[[Tensor], Tensor],
     split: Split,
@@ -84,16 +101,21 @@ def train_epoch(
     device, world = split.device, distributed.world_size()
     is_parallel = isinstance(forward, DistributedDataParallel)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    steps = math.ceil(len(split) / config.batch_size)
+    sizes = batch_sizes(forward, len(split), config.batch_size)
+    if sizes[-1] > config.batch_size and epoch == 1 and distributed.rank() == 0:
+        warnings.warn(
+            f"train: batch_size {config.batch_size} leaves a single one of {len(split)} examples for the last batch, "
+            f"which batch norm cannot normalise; it joins the batch before, which has {sizes[-1]} examples",
+            stacklevel=2,
+        )
     mixed = config.precision != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.precision), enabled=mixed)
     total, rate = 0.0, 0.0
-    slices = split.batches(config.batch_size, generator, shard=(distributed.rank(), world))
-    for batch, (inputs, labels, ids) in enumerate(slices):
-        examples = min(config.batch_size, len(split) - batch * config.batch_size)
+    slices = split.batches(sizes, generator, shard=(distributed.rank(), world))
+    for batch, (examples, (inputs, labels, ids)) in enumerate(zip(sizes, slices, strict=True)):
         # the middle of the step, since at either end of the schedule the rate is 0 and a step would be wasted
-        middle = (epoch - 1) * steps + batch + 0.5
-        rate = config.learning_rate * SCHEDULES[config.schedule](middle, config.epochs * steps)
+        middle = (epoch - 1) * len(sizes) + batch + 0.5
+        rate = config.learning_rate * SCHEDULES[config.schedule](middle, config.epochs * len(sizes))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()

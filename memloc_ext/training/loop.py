@@ -19,7 +19,7 @@ from memloc_ext.training.backward import Backward
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
 from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.config import TrainConfig
-from memloc_ext.training.epoch import epoch_rng, train_epoch
+from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 from memloc_ext.training.report import progress_bar, tensorboard_log
 from memloc_ext.training.resume import digest, restore
 
@@ -80,7 +80,7 @@ def train(
     """
     original = getattr(model, "_orig_mod", model)  # of a compiled model, whose own state dict has other names
     _check_place(original, split)
-    _check_slices(len(split), config.batch_size, distributed.world_size())
+    _check_slices(min(batch_sizes(original, len(split), config.batch_size)), len(split), config.batch_size)
     if backward is not None and (config.compile or model is not original):
         raise ValueError("train: model must not be compiled if backward is given, which needs the calls of its modules")
     checkpoints, device, data = Path(checkpoints), split.device, digest(split)
@@ -135,12 +135,12 @@ def _check_place(model: nn.Module, split: Split) -> None:
             raise ValueError(f"train: model must be on {split.device} like split, got {name} on {value.device}")
 
 
-def _check_slices(examples: int, batch_size: int, processes: int) -> None:
-    last = examples % batch_size or batch_size
-    if min(last, examples) < processes:
+def _check_slices(smallest: int, examples: int, batch_size: int) -> None:
+    processes = distributed.world_size()
+    if smallest < processes:
         raise ValueError(
             f"train: batch_size must leave an example of every batch to each of {processes} processes, got "
-            f"{batch_size}, which leaves {min(last, examples)} of {examples} examples for the last batch"
+            f"{batch_size}, which leaves {smallest} of {examples} examples for the last batch"
         )
 
 

@@ -81,6 +81,18 @@ def test_errors(changes, error, message):
         label_noise(**{"labels": LABELS, "num_classes": 10, "fraction": 0.1, **changes})
 
 
+@pytest.mark.parametrize(("kind", "num_classes"), [("uniform", 1), ("repo", 1), ("repo", 2)])
+def test_no_noise_needs_no_other_class(kind, num_classes):
+    labels = torch.arange(10) % num_classes
+    for fraction in (0, 0.09):  # of 10 examples it is none
+        noisy, mask = label_noise(labels, num_classes, fraction, kind=kind)
+        assert torch.equal(noisy, labels)
+        assert noisy is not labels
+        assert not mask.any()
+    with pytest.raises(ValueError, match="num_classes must be at least"):
+        label_noise(labels, num_classes, 0.1, kind=kind)
+
+
 def test_a_data_set_gets_noise_in_train_only_and_once():
     split = Split.clean(torch.zeros(100, 1, 4, 4), LABELS[:100])
     dataset = Dataset("zeros", split, split, tuple("0123456789"))

@@ -125,6 +125,18 @@ def test_bad_rows(rows, error, message):
 def test_bad_batches():
     with pytest.raises(ValueError, match="batches: batch_size must be at least 1, got 0"):
         make_split().batches(0)
+    with pytest.raises(ValueError, match=r"batches: batch_size must be at least 1, got \[3, 0\]"):
+        make_split().batches([3, 0])
+    with pytest.raises(ValueError, match=r"batches: batch_size must add up to \d+ examples, got 3"):
+        make_split().batches([1, 2])
+
+
+def test_batches_of_given_sizes():
+    split = make_split()
+    sizes = (1, 3, len(split) - 4)
+    batches, (whole,) = (list(split.batches(s, torch.Generator().manual_seed(1))) for s in (sizes, [len(split)]))
+    assert [len(labels) for _, labels, _ in batches] == list(sizes)
+    assert torch.equal(torch.cat([indices for *_, indices in batches]), whole[2])
 
 
 def test_bad_split():

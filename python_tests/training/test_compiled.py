@@ -52,6 +52,13 @@ def loses(batch_size):
 _compile = torch.compile
 
 
+def test_the_batches_that_are_compared_are_those_of_the_training(split, tmp_path, monkeypatch):
+    split = split.subset(torch.arange(17))
+    monkeypatch.setattr(torch, "compile", loses(9))  # 17 examples: 8 and 9, since batch norm cannot do with 1
+    with pytest.raises(ValueError, match="compiled, in a batch of 9, the gradient of"):
+        train(build(), split, TrainConfig(epochs=1, batch_size=8, compile=True), checkpoints=tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wrong", [8, 4])  # 20 examples: 8, 8 and 4
 def test_wrong_gradients_are_an_error(split, tmp_path, monkeypatch, precision, wrong):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from memloc_ext.data import Split, digits, with_label_noise
 from memloc_ext.nn import current_example_ids, insert_example_tied_dropout
 from memloc_ext.training import TrainConfig, cosine, list_checkpoints, load_checkpoint, train
-from memloc_ext.training.epoch import epoch_rng
+from memloc_ext.training.epoch import batch_sizes, epoch_rng
 
 CONFIG = TrainConfig(epochs=3, batch_size=32, learning_rate=0.05)
 
@@ -234,6 +234,53 @@ def test_one_example_and_one_step(tmp_path):
     history = train(model, one, TrainConfig(epochs=1), checkpoints=tmp_path, progress=False)
     assert history[1]["learning_rate"] > 0
     assert not torch.equal(model[1].weight, before)
+
+
+@given(examples=st.integers(1, 40), batch_size=st.integers(1, 12))
+def test_no_batch_of_one_example_for_batch_norm(examples, batch_size):
+    plain = batch_sizes(nn.Linear(2, 2), examples, batch_size)
+    assert plain == [len(rows) for rows in torch.arange(examples).split(batch_size)]
+    sizes = batch_sizes(nn.Sequential(nn.BatchNorm1d(2)), examples, batch_size)
+    assert sum(sizes) == examples
+    if len(plain) > 1 and plain[-1] == 1 < batch_size:
+        assert sizes == [*plain[:-2], batch_size + 1]
+    else:
+        assert sizes == plain
+
+
+@pytest.mark.parametrize("examples", [9, 5])
+def test_a_last_batch_of_one_example_joins_the_one_before_where_batch_norm_needs_it(split, tmp_path, examples):
+    def small():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 10))
+
+    model, reference = small(), small()
+    split, config = (
+        split.subset(torch.arange(examples)),
+        TrainConfig(epochs=2, batch_size=4, momentum=0.0, weight_decay=0.0),
+    )
+    with pytest.warns(
+        UserWarning, match=rf"batch_size 4 leaves a single one of {examples} examples .* has 5 examples"
+    ) as told:
+        history = train(model, split, config, checkpoints=tmp_path, progress=False)
+    assert len(told) == 1
+
+    sizes = [4] * (examples // 4 - 1) + [5]
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1)
+    for record in history[1:]:
+        with epoch_rng(config.seed, int(record["epoch"]), split.device) as generator:
+            order, total = torch.randperm(examples, generator=generator), 0.0
+        for batch, rows in enumerate(order.split(sizes)):
+            inputs, labels, _ = split.batch(rows)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(reference(inputs), labels)
+            loss.backward()
+            step = (record["epoch"] - 1) * len(sizes) + batch + 0.5
+            optimizer.param_groups[0]["lr"] = config.learning_rate * cosine(step, 2 * len(sizes))
+            optimizer.step()
+            total += loss.item() * len(rows)
+        assert record["loss"] == pytest.approx(total / examples, rel=1e-5)
+    assert_same(dict(model.named_buffers()), dict(reference.named_buffers()))
 
 
 @pytest.mark.parametrize("already", [False, True])
