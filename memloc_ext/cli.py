@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -143,7 +144,10 @@ class Info:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a wrong setting or a missing file ends it with one line and exit status 1."""
+    """Run the command line; a wrong setting or a missing file ends it with one line and exit status 1.
+
+    Warnings are one line each.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in ([], ["info"]):  # needs nothing but torch and numpy
         print(info())
@@ -163,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         | Annotated[Dropout, subcommand("dropout")]
         | Annotated[Info, subcommand("info")]
     )
+    in_full, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"memloc: {shown(str(text))}\n"
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
         command = tyro.cli(commands, prog="memloc", args=arguments, config=flags, description=__doc__)
@@ -174,6 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"memloc: {shown(str(error))}")
     except KeyboardInterrupt:
         sys.exit("memloc: interrupted; the same command goes on from the last finished epoch")
+    finally:
+        warnings.formatwarning = in_full
 
 
 def _say(line: str) -> None:

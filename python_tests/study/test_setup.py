@@ -1,9 +1,14 @@
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import memloc_ext
+from memloc_ext.cli import main
 from memloc_ext.study import DataConfig, StudyConfig, load_data
 
 PART = StudyConfig(data=DataConfig(examples=300), device="cpu")
@@ -28,6 +33,32 @@ def test_scores_of_just_the_chosen_examples_mark_them(tmp_path: Path) -> None:
         assert torch.equal(train.labels, train.true_labels)
         assert len(said) == 1
         assert said[0].startswith(f"{tmp_path / name}: read as scores of ")
+
+
+def test_one_class_of_images_of_any_size_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, count in (("train", 9), ("test", 2)):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (8, 7 + number % 3), 20 * number).save(tmp_path / part / "cat" / f"{number}.png")
+
+    def show(message: Warning, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    model = ["--model", "resnet9", "--width", "0.1", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    arguments = ["train", "--dataset", f"folder:{tmp_path}", *model, "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"num_classes must be at least 2 .* got 1; give fraction 0 \(--noise 0\)"):
+        main([*arguments, "--noise", "0.5"])
+    formatted = warnings.formatwarning
+    main([*arguments, "--noise", "0"])
+    assert warnings.formatwarning is formatted
+    lines = capsys.readouterr().err.splitlines()
+    joined = "memloc: train: batch_size 8 leaves a single one of 9 examples for the last batch, which batch norm cannot"
+    assert [line.startswith(joined) for line in lines if "batch" in line] == [True]
+    run = memloc_ext.load_run(tmp_path / "run")
+    assert run.metrics[0]["clean"] == 1
 
 
 @pytest.mark.parametrize("name", ["below", "above"])
