@@ -69,7 +69,7 @@ def memorized_mask(
             kind, mask = _from_scores(column, num_examples, rows, below, above)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    say(f"{path}: read as {kind}{_source(column)}: {int(mask.sum())} memorized")
+    say(f"{path}: read as {kind}{_source(column, num_examples, rows)}: {int(mask.sum())} memorized")
     return mask
 
 
@@ -121,13 +121,14 @@ def _examples(column: Column, num_examples: int, rows: Tensor) -> Tensor:
         if count not in (num_examples, len(rows)):
             chosen = f" or of the {len(rows)} chosen" if len(rows) < num_examples else ""
             raise ValueError(
-                f"must hold one value for each of the {num_examples} examples{chosen}, got {count}{_source(column)}"
+                f"must hold one value for each of the {num_examples} examples{chosen}, got {count}"
+                f"{_source(column, num_examples, rows)}"
             )
         return torch.arange(num_examples) if count == num_examples else rows
     _check_numbers("example numbers", numbers, column, num_examples)
     examples = torch.from_numpy(numbers)
-    if len(rows) == count < num_examples and torch.equal(examples.sort().values, torch.arange(count)):
-        return rows[examples]  # numbered among those chosen
+    if _numbers_chosen(column, num_examples, rows):
+        return rows[examples]
     lacking = rows[~torch.isin(rows, examples)]
     if len(lacking):
         raise ValueError(f"must hold one value for each example, got none for example {int(lacking[0])}")
@@ -155,10 +156,17 @@ def _marked(num_examples: int, examples: Tensor) -> Tensor:
     return mask
 
 
-def _source(column: Column) -> str:
+def _numbers_chosen(column: Column, num_examples: int, rows: Tensor) -> bool:
+    """Whether the numbers count the examples that were chosen, and not those of the split."""
+    numbers, count = column.numbers, len(column.values)
+    return numbers is not None and len(rows) == count < num_examples and set(numbers) == set(range(count))
+
+
+def _source(column: Column, num_examples: int, rows: Tensor) -> str:
     names = [f"column {column.name!r}"] if column.name is not None else []
     if column.numbers is not None:
-        names.append(f"examples as numbered in column {column.numbers_name or 1!r}")
+        of = "those chosen" if _numbers_chosen(column, num_examples, rows) else "all"
+        names.append(f"numbered among {of} in column {column.numbers_name or 1!r}")
     return f" ({', '.join(names)})" if names else ""
 
 

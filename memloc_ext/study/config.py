@@ -26,8 +26,8 @@ class DataConfig:
         test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1].
         noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
-        memorized: File of a mask, of indices or of scores, of all training examples or those of examples; what it tells
-            counts as memorized, in place of label noise.
+        memorized: File of a mask, of indices or of scores, in place of label noise; of all training examples, or of
+            those that examples and the seed choose.
         below: Memorized are the scores below this (C-scores: 0.5).
         above: Memorized are the scores above this (Feldman-Zhang).
     """

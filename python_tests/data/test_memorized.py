@@ -161,7 +161,7 @@ def test_missing_file(tmp_path):
 
 TEXTS = {
     "spreadsheet.csv": (b"\xef\xbb\xbfTRUE\r\nFALSE\r\nTRUE\r\n", {}, "a mask of 3 examples: 2"),
-    "series.csv": (b",0\n0,0.1\n1,0.9\n2,0.2\n", {"below": 0.5}, "(column '0', examples as numbered in column 1): 2"),
+    "series.csv": (b",0\n0,0.1\n1,0.9\n2,0.2\n", {"below": 0.5}, "(column '0', numbered among all in column 1): 2"),
     "frame.csv": (b"score\n0.1\n0.9\n0.2\n", {"below": 0.5}, "memorized below 0.5 (column 'score'): 2"),
     "no_names.csv": (
         b"0\n0.1\n0.9\n0.2\n",
@@ -172,23 +172,23 @@ TEXTS = {
     "sorted.csv": (
         b"idx,c-score\n0,0.1\n2,0.2\n1,0.9\n",
         {"below": 0.5},
-        "(column 'c-score', examples as numbered in column 'idx')",
+        "(column 'c-score', numbered among all in column 'idx')",
     ),
     "last.csv": (
         b"Score,Index\n0.2,2\n0.1,0\n0.9,1\n",
         {"below": 0.5},
-        "(column 'Score', examples as numbered in column 'Index')",
+        "(column 'Score', numbered among all in column 'Index')",
     ),
     "others.csv": (b',label,score\n2,"3, 4",0.2\n1,x,0.9\n0,3,0.1\n', {"below": 0.5}, "column 'score'"),
     "mask.csv": (b",memorized\n0,1\n1,0\n2,1\n", {}, "a mask of 3 examples (column 'memorized', "),
     "indices.csv": (
         b",0\n0,2\n1,0\n",
         {},
-        "the indices of 2 examples (column '0', examples as numbered in column 1): 2",
+        "the indices of 2 examples (column '0', numbered among all in column 1): 2",
     ),
     "commas.csv": (b"0.1,\n0.9\n0.2,,\n,,\n", {"below": 0.5}, "scores of 3 examples"),
     "comments.txt": (b"# of 2020\n\n0.1 # low\n#\n0.9\n0.2\n\n", {"below": 0.5}, "scores of 3 examples"),
-    "savetxt.txt": (b"# n score\n2e0 2e-1\n1e0 9e-1\n0e0 1e-1\n", {"below": 0.5}, "examples as numbered in column 1"),
+    "savetxt.txt": (b"# n score\n2e0 2e-1\n1e0 9e-1\n0e0 1e-1\n", {"below": 0.5}, "numbered among all in column 1"),
     "savetxt_mask.txt": (b"1.0e+00\n0.0e+00\n1.0e+00\n", {}, "a mask of 3 examples: 2"),
     "r.csv": (b'"","x"\n"2",0.2\n"0",0.1\n"1",0.9\n', {"below": 0.5}, "column 'x'"),
     "tabs.TSV": (b"\tscore\n2\t-0.2\n1\t-0.9\n0\t-0.1\n", {"above": -0.5}, "memorized above -0.5"),
@@ -240,9 +240,9 @@ PART = torch.tensor([1, 3, 4, 8])
     ("text", "understood"),
     [
         ("0.1 0.9 0.2 0.8", "scores of the 4 examples chosen,"),
-        (",score 0,0.1 1,0.9 2,0.2 3,0.8", "scores of the 4 examples chosen,"),
-        (",score 3,0.8 1,0.9 2,0.2 0,0.1", "scores of the 4 examples chosen,"),
-        (",score 1,0.1 3,0.9 4,0.2 8,0.8", "scores of the 4 examples chosen,"),
+        (",score 0,0.1 1,0.9 2,0.2 3,0.8", "numbered among those chosen in column 1"),
+        (",score 3,0.8 1,0.9 2,0.2 0,0.1", "numbered among those chosen in column 1"),
+        (",score 1,0.1 3,0.9 4,0.2 8,0.8", "numbered among all in column 1"),
         (",score 8,0.8 1,0.1 4,0.2 3,0.9 2,0.7", "scores of 5 examples,"),
         ("0.9 0.1 0.9 0.9 0.2 0.9 0.9 0.9 0.8 0.9", "scores of 10 examples,"),
     ],
