@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from memloc_ext.nn.gradient_accountant.embedding import Embedding
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Repeated
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
-from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, Rows
+from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, OwnRowsUse, Rows
 
 
 class Broadcast(Rule):
@@ -48,7 +49,20 @@ class Broadcast(Rule):
         # its gradient is the table's, and the lookup passes that on itself
         self.record(0, EmbeddingUse(same, rows, table.shape[0], self.source.padding_idx))
         run = self.session.run
-        return (rows.sum(0) if run is None or run.wants(self.source.weight.parameter) else None,)
+        return (rows.sum(0) if run is None or run.wants(self.source.weight) else None,)
+
+
+class OwnRows(Rule):
+    """A parameter with rows where the examples are: each example meets its own."""
+
+    def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        return value.detach(), ()
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        run = self.session.run
+        return (self.record(0, OwnRowsUse(grad, self.layout if run is None else run.place(self.layout))),)
 
 
 def broadcast(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
@@ -76,13 +90,13 @@ def broadcast(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def cat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle ``cat`` of activations and repeated parameters, as class tokens are."""
+    """Handle ``cat`` and ``stack`` of activations and repeated parameters, as class tokens are."""
     given, dim = list(args[0]), kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if kwargs.keys() - {"dim"} or not isinstance(dim, int):
         return NotImplemented
-    rank = given[0].dim()
+    rank, along = given[0].dim(), func.__name__ != "stack"
     places = {session.layout(t) for t in given if not session.shared(t)}
-    if len(places) != 1 or (layout := places.pop()) is None or layout.dim == dim % rank:
+    if len(places) != 1 or (layout := places.pop()) is None or (along and layout.dim == dim % rank):
         return NotImplemented
     for i, t in enumerate(given):
         if session.shared(t) and t.requires_grad:
@@ -93,13 +107,13 @@ def cat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def repeat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle ``parameter.repeat(batch, 1, ...)``: remember of what it is a copy."""
+    """Handle ``parameter.repeat(batch, 1, ...)`` and its like: remember of what it is a copy."""
     parameter, result = args[0], func(*args, **kwargs)
-    weight = session.weight(parameter)
     own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
-    whole = all(size in (1, repeated) for size, repeated in zip(own, result.shape, strict=True))
-    if weight is not None and whole and result.requires_grad:
-        session.remember(result, Repeated(weight, parameter))
+    whole = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))
+    weight = session.weight(parameter) if whole else None
+    if weight is not None and result.requires_grad:
+        session.remember(result, Repeated(weight, weight.tensor))
     return result
 
 
@@ -113,16 +127,23 @@ def _repeat(session: Session, t: Tensor, layout: Layout, rank: int) -> Tensor | 
     source = session.source(t)
     own = [1] * (rank - t.dim()) + list(t.shape)
     place = layout.dim - (rank - t.dim())  # of the examples, in t
+    if own[layout.dim] not in (1, layout.size):
+        return None
     if source is None:
         value = t
-        if place >= 0 and own[layout.dim] == layout.size and t.stride(place) == 0:
-            value = t.narrow(place, 0, 1)  # of an expanded one
+        if place >= 0 and own[layout.dim] == layout.size > 1 and t.stride(place) == 0:
+            with session:
+                value = t.narrow(place, 0, 1)  # of an expanded one
         weight = session.weight(value)
         if weight is None:
             return None
         source = Repeated(weight, value)
-    shape = [1] * (rank - source.value.dim()) + list(source.value.shape)
-    if shape[layout.dim] != 1 or own[layout.dim] not in (1, layout.size):
-        return None  # it has rows of its own where the examples are
+    if place >= 0 and layout.size > 1 and source.value.dim() == t.dim() and source.value.shape[place] == layout.size:
+        inside, indices = replace(layout, dim=place), source.indices
+        if indices is None:
+            return OwnRows(session, [source.weight], inside)(source.value)
+        if place == t.dim() - 1:
+            return None
+        return Embedding(session, source.weight, inside, source.padding_idx)(indices, source.weight.tensor)
     own[layout.dim] = layout.size
     return Broadcast(session, source, layout, own)(source.value)

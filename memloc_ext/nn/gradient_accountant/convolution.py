@@ -94,8 +94,11 @@ def convolution_transposed(session: Session, func: Any, args: Any, kwargs: Any) 
 def _run(session: Session, given: Mapping[str, Any], settings: tuple[Any, ...], pad: Sequence[int] = ()) -> Any:
     """Run the rule, if the parameters are plain ones and the examples are the input's rows, padded beforehand."""
     input, weight, bias = given["input"], given["weight"], given.get("bias")
-    layout, weights = session.layout(input), session.weights(weight, bias)
-    if layout is None or weights is None or not layout.rows_first or input.dim() != len(settings[0]) + 2:
+    layout = session.layout(input)
+    if layout is None or not layout.rows_first or input.dim() != len(settings[0]) + 2:
+        return NotImplemented
+    weights = session.weights(weight, bias)
+    if weights is None:
         return NotImplemented
     if any(pad):
         input = F.pad(input, list(pad))

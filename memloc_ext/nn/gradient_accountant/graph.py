@@ -85,7 +85,7 @@ def _below(rule: Rule, edges: Sequence[tuple[Any, int]], found: Reached) -> list
     """Return the edges below a layer, its parameters left out, which are taken note of."""
     below = []
     for weight, edge in zip([rule.weights[i] for i in rule.given], edges, strict=True):
-        if weight is None:
+        if weight is None or weight.derived is not None:
             below.append(edge)
         else:
             found.seen[id(weight.parameter)] = weight.parameter

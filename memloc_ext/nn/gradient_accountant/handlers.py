@@ -31,7 +31,7 @@ HANDLERS: dict[Any, Handler] = {
     F.rms_norm: rms_norm,
     F.multi_head_attention_forward: attention,
     **dict.fromkeys(ELEMENTWISE, broadcast),
-    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
-    "repeat": repeat,
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
+    **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
 }
 """Function, or the name of a function and of the tensor method that does the same, to its handler."""

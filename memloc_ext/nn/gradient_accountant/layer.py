@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.losses import TWICE
 from memloc_ext.nn.gradient_accountant.run import Run, Weight
-from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import Use
+
+if TYPE_CHECKING:
+    from memloc_ext.nn.gradient_accountant.session import Session
 
 
 class Rule:
@@ -22,11 +24,13 @@ class Rule:
     Args:
         session: That the layer is part of.
         weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
-        layout: Of the layer's input and output.
+        layout: Of the layer's input and output; None if examples have no part in them.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout) -> None:
-        self.session, self.weights, self.layout = session, list(weights), layout
+    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout | None = None) -> None:
+        self.session, self.weights = session, list(weights)
+        if layout is not None:
+            self.layout = layout
         self.given: list[int] = []  # places of the arguments that are tensors
 
     def forward(self, *tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -69,12 +73,17 @@ class Rule:
         return rows.unflatten(0, (layout.before, layout.batch, layout.after)).sum((0, 2))
 
     def __call__(self, *tensors: Any) -> Any:
-        """Run the layer."""
+        """Run the layer, with copies in the place of what is derived from parameters."""
         self.session.count(self.layout, *self.weights)
-        self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
-        out = _Layer.apply(self, *tensors)
+        copies = {i: w.tensor for i, w in enumerate(self.weights) if w is not None and w.derived is not None}
+        out = self.apply(*(copies.get(i, t) for i, t in enumerate(tensors)))
         self.session.remember(out, self.layout)
         return out
+
+    def apply(self, *tensors: Any) -> Any:
+        """Run the layer as it is."""
+        self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
+        return _Layer.apply(self, *tensors)
 
 
 class _Layer(torch.autograd.Function):

@@ -95,8 +95,11 @@ def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
-    layout, weights = session.layout(input), session.weights(weight)
-    if layout is None or weights is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
+    layout = session.layout(input)
+    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
+        return NotImplemented
+    weights = session.weights(weight)
+    if weights is None:
         return NotImplemented
     shift = session.weights(bias)
     outputs = weight.shape[1:] if transposed else weight.shape[:1]

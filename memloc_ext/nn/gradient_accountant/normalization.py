@@ -269,8 +269,10 @@ def _run(rule: Callable[..., _Norm], session: Session, given: Mapping[str, Any],
     """Run a rule, if the parameters are plain ones and the examples are not among what is normalised together."""
     input, weight, bias = given["input"], given.get("weight"), given.get("bias")
     shape = given.get("normalized_shape")
-    layout, weights = session.layout(input), session.weights(weight, bias)
-    if layout is None or weights is None:
+    layout = session.layout(input)
+    if layout is None or layout.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
+        return NotImplemented  # examples are normalised together
+    weights = session.weights(weight, bias)
+    if weights is None:
         return NotImplemented
-    apart = layout.dim == 0 and input.dim() >= 2 if shape is None else layout.dim < input.dim() - len(shape)
-    return rule(session, [None, *weights], layout, *settings)(input, weight, bias) if apart else NotImplemented
+    return rule(session, [None, *weights], layout, *settings)(input, weight, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,28 @@ from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.uses import Rows, Use, accumulated, combined_sqnorm
 from memloc_ext.ops import Groups
 
+if TYPE_CHECKING:
+    from memloc_ext.nn.gradient_accountant.derived import Derived
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, or a view of it: a slice, a transposed one, a part of a split one.
+    """A parameter, or a view of it: a slice, a transposed one, a part of a split one; or what stands in its place.
 
     Attributes:
-        parameter: What is trained.
-        tensor: What the function was given.
+        parameter: What is trained, or a tensor that is computed from such.
+        tensor: What the function is run with.
+        derived: How it is computed, or None.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     tensor: Tensor
+    derived: Derived | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return [self.parameter] if self.derived is None else self.derived.parameters
 
     @property
     def whole(self) -> bool:
@@ -86,6 +97,7 @@ class Run:
         self._calls = calls
         self._whole: Groups | None = None
         self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
+        self._derived: dict[Derived, list[Use]] = {}
 
     def place(self, layout: Layout) -> Layout:
         """Return where the examples are, given where the rows of the model's input are."""
@@ -98,7 +110,7 @@ class Run:
             )
         return layout.of(self.batch)
 
-    def wants(self, parameter: nn.Parameter) -> bool:
+    def wants(self, weight: Weight) -> bool:
         """Return whether a parameter's gradient of the whole batch is computed."""
         return self.weight_grads
 
@@ -109,13 +121,21 @@ class Run:
         the tensors they are made of, until all of them are known.
         """
         key, whole = id(weight.parameter), weight.tensor.numel() == weight.parameter.numel()
-        wanted = self.wants(weight.parameter)
-        if key in self.slow:
+        wanted = self.wants(weight)
+        if all(id(parameter) in self.slow for parameter in weight.parameters):
             return use.total().to(weight.tensor.dtype) if wanted else None
-        alone = self._calls.get(key) == 1 and key not in self.sqnorm and whole
+        if weight.derived is not None:
+            self._derived.setdefault(weight.derived, []).append(use)
+            return None
+        alone = self._calls.get(key) == 1 and key not in self._held and whole
+        if key in self.sqnorm:  # found out too late that there is another use
+            raise ValueError(
+                f"GradientAccountant: a parameter of shape {list(weight.parameter.shape)} is used in a way that "
+                "reentrant checkpointing hides: give checkpoint use_reentrant=False"
+            )
         gradient = None
         if wanted and (alone or self.groups is not None):
-            groups = self.groups or self._all_in_one(use.device)
+            groups = self.summed(use.device)
             sqnorm, sums = use.sqnorm_and_groups(groups)
             gradient = sums.sum(0) if groups.num > 1 else sums[0]
             if self.groups is not None:
@@ -130,6 +150,10 @@ class Run:
         if not alone:
             self._held[key].append((weight, use))
         return None if gradient is None else gradient.to(weight.tensor.dtype)
+
+    def take(self, derived: Derived) -> list[Use]:
+        """Return the uses of a tensor that is computed from parameters, now that all are known."""
+        return self._derived.pop(derived, [])
 
     def finish(self) -> None:
         """Compute the norms of the parameters whose uses were held."""
@@ -155,7 +179,10 @@ class Run:
             self.sqnorm.pop(key, None)
             self.group_grad.pop(key, None)
 
-    def _all_in_one(self, device: torch.device) -> Groups:
+    def summed(self, device: torch.device) -> Groups:
+        """Return the groups over whose examples gradients are added up: all in one, if there are none."""
+        if self.groups is not None:
+            return self.groups
         if self._whole is None:
             self._whole = Groups.single(self.batch, device)
         return self._whole
@@ -184,13 +211,13 @@ class OneByOne(Run):
         super().__init__(run.batch, None, True, {}, wanted, run._several)
         self.undivided = True
 
-    def wants(self, parameter: nn.Parameter) -> bool:
-        """Return whether it is one of these parameters."""
-        return id(parameter) in self.slow
+    def wants(self, weight: Weight) -> bool:
+        """Return whether it is one of these parameters, or computed from one."""
+        return any(id(parameter) in self.slow for parameter in weight.parameters)
 
     def record(self, weight: Weight, use: Use) -> Tensor | None:
         """Take no note."""
-        return use.total().to(weight.tensor.dtype) if self.wants(weight.parameter) else None
+        return use.total().to(weight.tensor.dtype) if self.wants(weight) else None
 
 
 def _held_sqnorm(uses: list[tuple[Weight, Use]]) -> Tensor:

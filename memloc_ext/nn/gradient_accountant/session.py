@@ -13,6 +13,7 @@ from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from memloc_ext.nn.gradient_accountant.derived import derive
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass, collect, tensors
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
@@ -71,6 +72,7 @@ class Session(TorchFunctionMode):
         self.replaying = False  # whether the model runs on one example, which is not to be seen
         self._first = first
         self._model, self.batch_dim, self._handlers = model, batch_dim, handlers
+        self.derived = Places()  # what stands in the place of a tensor
         self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
@@ -165,35 +167,36 @@ class Session(TorchFunctionMode):
         collect(args, given)
         if kwargs:
             collect(kwargs, given)
-        weights = [t for t in given if t.requires_grad and (self._parameter(t) is not None or self.source(t))]
+        weights = [t for t in given if t.requires_grad and self.shared(t)]
         result = NotImplemented
         if weights or func is F.batch_norm:  # which may mix the examples
             handler = self._handlers.get(func) or self._handlers.get(name)
             if handler is not None:
                 result = handler(self, func, args, kwargs)
-        if result is NotImplemented:
+        handled = result is not NotImplemented
+        if not handled:
             result = func(*args, **kwargs)
-            if weights and self.run is not None:
-                self._refuse_hidden(weights, result)
         if func in MEANS:
             remember_mean(self, func, args, kwargs, result)
         self._place(func, name, args, kwargs, given, result)
+        if weights and not handled and self.run is not None:
+            self._refuse_hidden(weights, result)
         return result
 
     def weight(self, t: object) -> Weight | None:
-        """Return which parameter, or view of one whose elements are all different, a tensor is, or None."""
+        """Return which parameter, view of one whose elements are all different, or derived tensor this is, or None."""
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return None
         parameter = self._parameter(t)
-        if parameter is None or not isinstance(t, Tensor):
-            return None
-        if t is not parameter and (_overlaps(t) or not parameter.is_contiguous() or t.dtype != parameter.dtype):
-            return None
-        return Weight(parameter, t)
+        if parameter is not None and (t is parameter or _is_part(t, parameter)):
+            return Weight(parameter, t)
+        return derive(self, t)
 
     def weights(self, *values: Tensor | None) -> list[Weight | None] | None:
-        """Return which parameter, or view of one, each is; None if one is computed from parameters in another way."""
+        """Return the weight that each is, or None if one that wants a gradient is none."""
         weights = [self.weight(t) for t in values]
-        derived = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
-        return None if derived else weights
+        other = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
+        return None if other else weights
 
     def source(self, t: Tensor) -> Repeated | None:
         """Return which parameter a tensor repeats, or looks up the same rows of for all examples, or None."""
@@ -227,10 +230,10 @@ class Session(TorchFunctionMode):
             return _SHARED if t.is_leaf else None
         return Layout(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
 
-    def count(self, layout: Layout, *weights: Weight | None) -> None:
+    def count(self, layout: Layout | None, *weights: Weight | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
         if self.run is None:
-            if not self._inside and not self.calls:
+            if layout is not None and not self._inside and not self.calls:
                 self.batch = layout.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
 
@@ -289,7 +292,7 @@ class Session(TorchFunctionMode):
         computed = [t for t in tensors(result) if t.requires_grad and not self.shared(t)]
         known = {} if self.run is None else self.run.slow
         for weight in map(self.weight, weights):
-            if computed and weight is not None and id(weight.parameter) not in known:
+            if computed and weight is not None and not all(id(parameter) in known for parameter in weight.parameters):
                 raise ValueError(
                     f"GradientAccountant: the layer of a parameter of shape {list(weight.parameter.shape)} is not "
                     "covered, and reentrant checkpointing hides it: give checkpoint use_reentrant=False"
@@ -301,12 +304,14 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def _overlaps(t: Tensor) -> bool:
-    """Return whether two elements of a tensor may be the same in memory."""
+def _is_part(t: Tensor, parameter: Tensor) -> bool:
+    """Return whether a view of a parameter is a part of it whose elements are all different."""
+    if not parameter.is_contiguous() or t.dtype != parameter.dtype:
+        return False
     span = 1
     for step, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:
             if step < span:
-                return True
+                return False
             span += step * (size - 1)
-    return False
+    return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
+from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.ops import Groups
 from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
@@ -83,6 +84,35 @@ class Rows(Use):
         if groups.num > 16:  # many small groups
             return super().sqnorm_and_groups(groups)
         return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
+
+
+class OwnRowsUse(Use):
+    """A parameter of which each example has rows of its own, and no part in the others.
+
+    Args:
+        grad: Of the parameter, for all examples together.
+        layout: Where the examples are in it.
+    """
+
+    def __init__(self, grad: Tensor, layout: Layout) -> None:
+        self.grad, self.layout = grad, layout
+        self.batch, self.shape, self.dtype, self.device = layout.batch, grad.shape, accumulated(grad.dtype), grad.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
+        rows = self.layout.first(self.grad)
+        for place, b in zip(result, range(begin, end), strict=True):
+            self.layout.first(place)[b] = rows[b]
+        return result
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self.grad
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        return Rows(self.layout.first(self.grad)).sqnorm()
 
 
 class LinearUse(Use):
@@ -298,11 +328,16 @@ def materialised_sqnorm(uses: Sequence[Use]) -> Tensor:
     first = uses[0]
     norms = torch.zeros(first.batch, dtype=first.dtype, device=first.device)
     for begin, end in chunks(first.batch, first.shape, first.dtype):
-        gradient = first.gradients(begin, end)
-        for use in uses[1:]:
-            gradient = gradient + use.gradients(begin, end)
-        norms[begin:end] = Rows(gradient).sqnorm()
+        norms[begin:end] = Rows(sum_of_gradients(uses, begin, end)).sqnorm()
     return norms
+
+
+def sum_of_gradients(uses: Sequence[Use], begin: int, end: int) -> Tensor:
+    """Return the gradients of examples ``begin`` to ``end`` of one parameter, ``[end - begin, *shape]``."""
+    gradient = uses[0].gradients(begin, end)
+    for use in uses[1:]:
+        gradient = gradient + use.gradients(begin, end)
+    return gradient
 
 
 def row_sqnorms(rows: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import torch
 from accounting import Model, account_of, check, grads, parameter, targets
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 
 from memloc_ext import GradientAccountant
 
@@ -39,29 +38,6 @@ UNCOVERED = {
     ),
     "function": (lambda: Model(lambda m, x: Doubled.apply(x, m.w), w=parameter(3)), (B, 3), {"w"}),
     "einsum": (lambda: Model(lambda m, x: torch.einsum("bi,oi->bo", x, m.w), w=parameter(5, 3)), (B, 3), {"w"}),
-    "weight norm": (
-        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 5)), nn.Linear(5, 2)),
-        (B, 3),
-        {f"0.parametrizations.weight.original{i}" for i in (0, 1)} | {"0.bias"},
-    ),
-    "spectral norm": (
-        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 3, 2, bias=False)), nn.BatchNorm2d(3)),
-        (B, 2, 3, 3),
-        {"0.parametrizations.weight.original"},
-    ),
-    "standardised weight": (
-        lambda: Model(lambda m, x: F.conv2d(x, F.layer_norm(m.c.weight, (2, 3, 3))), c=nn.Conv2d(2, 3, 3, bias=False)),
-        (B, 2, 4, 4),
-        {"c.weight"},
-    ),
-    "complex view": (
-        lambda: Model(
-            lambda m, x: torch.view_as_real(torch.fft.rfft(x) * torch.view_as_complex(m.w)).flatten(1),
-            w=parameter(3, 2),
-        ),
-        (B, B),
-        {"w"},
-    ),
     "assigned token": (
         lambda: Model(
             lambda m, x: m.l(x).index_fill(1, torch.tensor([1]), 0).clone() + _token(m, x),
@@ -75,11 +51,6 @@ UNCOVERED = {
         lambda: Model(lambda m, x: x + m.w[: len(x)] * torch.ones_like(x), w=parameter(1, 3)),
         (B, 3),
         None,
-    ),
-    "product of parameters": (
-        lambda: Model(lambda m, x: x * (m.a * m.b), a=parameter(3), b=parameter(3)),
-        (B, 3),
-        "ab",
     ),
     "tracked instance norm": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)),
