@@ -117,6 +117,15 @@ def repeat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
+def spread(session: Session, t: Tensor, layout: Layout) -> Tensor | None:
+    """Return a tensor of this layout, so that what each example adds to its gradient is known; else None."""
+    if not t.requires_grad:
+        return t
+    if session.shared(t):
+        return _repeat(session, t, layout, t.dim())
+    return t if session.layout(t) == layout else None
+
+
 def _aligned(session: Session, t: Tensor, rank: int) -> Layout | None:
     layout = session.layout(t)
     return None if layout is None else replace(layout, dim=layout.dim + rank - t.dim())

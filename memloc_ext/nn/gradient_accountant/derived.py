@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
@@ -37,7 +37,7 @@ class Derived(Rule):
         self.edge, self.leaves, self.value = get_gradient_edge(value), list(leaves), value.detach()
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[nn.Parameter]:
         """Those of the model that the tensor is computed from."""
         return [weight.parameter for weight in self.weights if weight is not None]
 
@@ -59,7 +59,7 @@ class Derived(Rule):
                 result[i] = gradients[0]
         return tuple(result)
 
-    def _each(self, run: Run, uses: Sequence[Use]) -> list[Use]:
+    def _each(self, run: Run, uses: Sequence[Use]) -> list[DerivedUse]:
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
         batch, dtype = uses[0].batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
@@ -74,7 +74,8 @@ class Derived(Rule):
                 norms[i][begin:end] = Rows(part).sqnorm()
                 if groups is not None and (total := sums[i]) is not None:
                     total.index_add_(0, groups.ids[begin:end], part.to(total.dtype))
-        return [DerivedUse(self, leaf, uses, *each) for leaf, *each in zip(self.leaves, norms, sums, strict=True)]
+        parts = zip(self.leaves, norms, sums, strict=True)
+        return [DerivedUse(self, leaf, uses, norm, total) for leaf, norm, total in parts]
 
     def pull_back(self, gradients: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients ``[n, *]`` of what the tensor is computed from, given ``[n, *shape]`` of its own."""
@@ -148,7 +149,7 @@ def derive(session: Session, t: Tensor) -> Weight | None:
     if any(id(leaf) in session.parameters for leaf in leaves):
         rule = Derived(session, t, leaves)
         copy = rule.apply(*leaves)
-        weight = Weight(copy, copy, rule)
+        weight = Weight(cast("nn.Parameter", copy), copy, rule)
         session.count(None, *rule.weights)
     session.derived.put(t, (t._version, weight))
     return weight

@@ -14,6 +14,7 @@ from memloc_ext.nn.gradient_accountant.embedding import embedding, getitem
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE
 from memloc_ext.nn.gradient_accountant.linear import addmm, linear, matmul
 from memloc_ext.nn.gradient_accountant.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from memloc_ext.nn.gradient_accountant.recurrent import cell, recurrent
 from memloc_ext.nn.gradient_accountant.session import Handler
 
 HANDLERS: dict[Any, Handler] = {
@@ -30,6 +31,8 @@ HANDLERS: dict[Any, Handler] = {
     F.instance_norm: instance_norm,
     F.rms_norm: rms_norm,
     F.multi_head_attention_forward: attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
     **dict.fromkeys(ELEMENTWISE, broadcast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),

@@ -33,11 +33,11 @@ class Rule:
             self.layout = layout
         self.given: list[int] = []  # places of the arguments that are tensors
 
-    def forward(self, *tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the output, and what `backward` is to be given."""
+    def forward(self, *tensors: Any) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Return the output, or several, and what `backward` is to be given."""
         raise NotImplementedError
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the tensors that need one; those of parameters by `record`."""
         raise NotImplementedError
 
@@ -77,7 +77,8 @@ class Rule:
         self.session.count(self.layout, *self.weights)
         copies = {i: w.tensor for i, w in enumerate(self.weights) if w is not None and w.derived is not None}
         out = self.apply(*(copies.get(i, t) for i, t in enumerate(tensors)))
-        self.session.remember(out, self.layout)
+        if isinstance(out, Tensor):
+            self.session.remember(out, self.layout)
         return out
 
     def apply(self, *tensors: Any) -> Any:
@@ -88,7 +89,7 @@ class Rule:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor | tuple[Tensor, ...]:
         ctx.rule = rule
         device = next(t.device.type for t in tensors if t is not None)
         rule.session.coarse |= torch.is_autocast_enabled(device)
@@ -98,12 +99,12 @@ class _Layer(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
-        with torch._C.DisableTorchFunction(), _exactly(grad.device.type):
+        with torch._C.DisableTorchFunction(), _exactly(given[0].device.type):
             with torch.no_grad():
                 detached = [None if t is None else t.detach() for t in saved]
-                grads = ctx.rule.backward(detached, needs, grad)
+                grads = ctx.rule.backward(detached, needs, *given)
             return (None, *(_once(grads) if torch.is_grad_enabled() else grads))
 
 

@@ -23,17 +23,17 @@ class Weight:
     """A parameter, or a view of it: a slice, a transposed one, a part of a split one; or what stands in its place.
 
     Attributes:
-        parameter: What is trained, or a tensor that is computed from such.
+        parameter: What is trained; of a tensor that is computed from such, its copy.
         tensor: What the function is run with.
         derived: How it is computed, or None.
     """
 
-    parameter: Tensor
+    parameter: nn.Parameter
     tensor: Tensor
     derived: Derived | None = None
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [self.parameter] if self.derived is None else self.derived.parameters
 

@@ -129,6 +129,20 @@ def check(
     return account
 
 
+def held(model: nn.Module, x: Tensor, **arguments) -> Account:
+    """Hold norms and gradients of a model of float64 against the truth, and return the account."""
+    y = targets(len(x)).double()
+    exact = per_example_gradients(model, weighted, x, y)
+    model.zero_grad()
+    account, warned = account_of(model, weighted, x, y, **arguments)
+    assert not warned
+    torch.testing.assert_close(account.sqnorm, squared_norms(exact))
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, exact[name].mean(0), msg=name)
+    return account
+
+
 def by_group(gradients: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """Return what each of four groups adds to the gradient of a mean loss."""
     members = torch.stack([ids == group for group in range(4)])

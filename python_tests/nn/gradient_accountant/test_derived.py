@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from accounting import Model, account_of, assert_same, check, grads, parameter, targets, weighted
+from accounting import Model, account_of, assert_same, check, grads, held, parameter, targets, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from memloc_ext import GradientAccountant
-from memloc_ext.nn.gradient_accountant import Account
-from memloc_ext.reference.gradient_accountant import per_example_gradients, squared_norms
+from memloc_ext.reference.gradient_accountant import per_example_gradients
 
 B = 4  # many sizes below are equal to it
 APART = torch.arange(B) - torch.arange(B)[:, None] + 3
@@ -136,20 +135,6 @@ def test_derived(name: str) -> None:
     torch.manual_seed(0)
     factory, shape = DERIVED[name]
     check(factory().eval(), torch.randn(shape))
-
-
-def held(model: nn.Module, x: Tensor, **arguments) -> Account:
-    """Hold norms and gradients of a model of float64 against the truth, and return the account."""
-    y = targets(len(x)).double()
-    exact = per_example_gradients(model, weighted, x, y)
-    model.zero_grad()
-    account, warned = account_of(model, weighted, x, y, **arguments)
-    assert not warned
-    torch.testing.assert_close(account.sqnorm, squared_norms(exact))
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, exact[name].mean(0), msg=name)
-    return account
 
 
 def test_weight_norm_by_hooks() -> None:

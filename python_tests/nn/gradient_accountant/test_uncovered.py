@@ -102,27 +102,6 @@ def test_a_complex_parameter() -> None:
         torch.testing.assert_close(account.sqnorm["w"][b], g.abs().square().sum())
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent(kind: type[nn.RNNBase]) -> None:
-    torch.manual_seed(0)
-    model = Model(lambda m, x: m.l(m.r(x)[0]), r=kind(3, 4, 2, batch_first=True), l=nn.Linear(4, 2))
-    names = {f"r.{name}" for name, _ in model.r.named_parameters()}
-    check(model, torch.randn(B, 5, 3), uncovered=names)
-
-
-def test_recurrent_cell() -> None:
-    torch.manual_seed(0)
-
-    def run(m: nn.Module, x: Tensor) -> Tensor:
-        h = x.new_zeros(len(x), 4)
-        for t in range(x.shape[1]):
-            h = m.cell(x[:, t], h)
-        return m.l(h)
-
-    model = Model(run, cell=nn.GRUCell(3, 4), l=nn.Linear(4, 2))
-    check(model, torch.randn(B, 5, 3), uncovered={f"cell.{name}" for name, _ in model.cell.named_parameters()})
-
-
 def test_outputs_may_be_nested() -> None:
     torch.manual_seed(0)
     model = Model(lambda m, x: {"a": {"b": [m.p(m.l(x)), 3]}}, l=nn.Linear(3, 2), p=nn.PReLU())
