@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
@@ -53,6 +54,54 @@ def embedding(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     padding_idx = -1 if padding_idx is None else padding_idx % max(1, table.shape[0])
     indices = given["input"]
     return _look_up(session, indices, table, padding_idx, session.layout(indices), session.shared(indices))
+
+
+def embedding_bag(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.embedding_bag` where each bag is an example's: a lookup, and what is made of it."""
+    names = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
+    more = ("per_sample_weights", "include_last_offset", "padding_idx")
+    given = dict(zip((*names, *more), args, strict=False)) | kwargs
+    plain = ("max_norm", "scale_grad_by_freq", "sparse", "include_last_offset")
+    indices, offsets, factors = given["input"], given.get("offsets"), given.get("per_sample_weights")
+    if any(given.get(name) for name in plain) or not indices.numel():
+        return NotImplemented
+    real = torch.ones_like(indices, dtype=torch.bool)
+    if given.get("padding_idx") is not None:
+        real = indices != given["padding_idx"] % len(given["weight"])
+    if offsets is None:
+        layout = session.layout(indices)
+    else:  # bags of different lengths, one behind the other
+        layout, mixed = session.layout(offsets), session.layout(indices)
+        if factors is not None:
+            return NotImplemented
+        if layout is None and mixed is not None:  # indices were taken for examples, but these are the bags
+            layout = Layout(0, 1, len(offsets), 1)
+            session.batch = layout.batch if session.run is None else session.batch
+        indices, real = _bags(offsets, indices, real)
+    if layout is None or layout.dim:
+        return NotImplemented
+    for t in (indices, real):
+        session.remember(t, layout)
+    with session:
+        rows = F.embedding(indices, given["weight"])
+        if given.get("mode", "mean") == "max":
+            found = rows.masked_fill(~real[..., None], -torch.inf).max(1).values
+            return found.masked_fill(~real.any(1, keepdim=True), 0)
+        rows = rows * (real if factors is None else real * factors)[..., None].to(rows.dtype)
+        total = rows.sum(1)
+        if given.get("mode", "mean") == "sum":
+            return total
+        return total / real.sum(1, keepdim=True).clamp(min=1).to(total.dtype)
+
+
+def _bags(offsets: Tensor, *values: Tensor) -> list[Tensor]:
+    """Return values of bags that lie one behind the other as ``[bags, longest]``, zeros behind."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(values[0])])])
+    lengths = ends - offsets
+    places = offsets[:, None] + torch.arange(int(lengths.max()), device=offsets.device)
+    inside = places < ends[:, None]
+    places = places.clamp(max=len(values[0]) - 1)
+    return [value[places].where(inside, value.new_zeros(())) for value in values]
 
 
 def getitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:

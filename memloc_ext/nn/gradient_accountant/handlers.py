@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from memloc_ext.nn.gradient_accountant.activation import prelu
 from memloc_ext.nn.gradient_accountant.attention import attention
 from memloc_ext.nn.gradient_accountant.broadcast import broadcast, cat, repeat
+from memloc_ext.nn.gradient_accountant.contraction import bmm, einsum
 from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
-from memloc_ext.nn.gradient_accountant.embedding import embedding, getitem
+from memloc_ext.nn.gradient_accountant.embedding import embedding, embedding_bag, getitem
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE
-from memloc_ext.nn.gradient_accountant.linear import addmm, linear, matmul
+from memloc_ext.nn.gradient_accountant.linear import addmm, bilinear, linear, matmul
 from memloc_ext.nn.gradient_accountant.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from memloc_ext.nn.gradient_accountant.recurrent import cell, recurrent
 from memloc_ext.nn.gradient_accountant.session import Handler
@@ -21,9 +23,14 @@ HANDLERS: dict[Any, Handler] = {
     F.linear: linear,
     **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm"), matmul),
     "addmm": addmm,
+    "bilinear": bilinear,
+    "bmm": bmm,
+    torch.einsum: einsum,
+    "prelu": prelu,
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution_transposed),
     F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
     "__getitem__": getitem,
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm,
@@ -33,7 +40,7 @@ HANDLERS: dict[Any, Handler] = {
     F.multi_head_attention_forward: attention,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
-    **dict.fromkeys(ELEMENTWISE, broadcast),
+    **dict.fromkeys((*ELEMENTWISE, "scaled_dot_product_attention"), broadcast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
 }

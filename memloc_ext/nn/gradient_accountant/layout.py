@@ -141,6 +141,10 @@ class Layout:
         """Return the layout for fewer examples, each of which takes the place of several."""
         return replace(self, batch=batch, after=self.after * (self.batch // batch))
 
+    def at(self, dim: int, t: Tensor) -> Layout:
+        """Return the layout with the examples in a dimension, if there is but one: all is its own; else this one."""
+        return Layout(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
+
     def first(self, t: Tensor) -> Tensor:
         """Return activations of this layout as ``[batch, *]``."""
         if self.before == self.after == 1:

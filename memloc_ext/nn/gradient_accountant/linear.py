@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memloc_ext.nn.gradient_accountant.contraction import product
 from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
@@ -79,10 +80,12 @@ def linear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def matmul(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle the product of activations with a parameter ``[in, out]``."""
+    """Handle the product of activations with a parameter, as ``[in, out]``."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     input, weight = reversed(args) if func.__name__ == "__rmatmul__" else args
+    if weight.dim() != 2 or session.shared(input):
+        return product(session, input, weight)
     return _run(session, input, weight, None, transposed=True)
 
 
@@ -107,6 +110,13 @@ def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, t
         return _run(session, input, weight, None, transposed) + bias
     layer = Linear(session, [None, *weights, *shift], layout, autocast_dtype(input), transposed)
     return layer(input, weight, bias)
+
+
+def bilinear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.bilinear`: a linear layer of the products of two inputs."""
+    first, second, weight, bias = _bind(("input1", "input2", "weight", "bias"), args, kwargs)
+    with session:
+        return F.linear((first[..., None] * second[..., None, :]).flatten(-2), weight.flatten(1), bias)
 
 
 def _bind(names: Sequence[str], args: Any, kwargs: Any) -> list[Any]:

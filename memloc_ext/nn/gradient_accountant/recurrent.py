@@ -65,7 +65,7 @@ class Recurrent(Rule):
         inputs = (x, before, None, None, projected[1] if projected else None)
         grads = (gates, recurrent, gates, recurrent, projected[0] if projected else None)
         recorded = [
-            self._recorded(i + 3, source, g) if needed else None
+            self._recorded(i + 3, source, g) if needed and g is not None else None
             for i, (needed, source, g) in enumerate(zip(needs[3:], inputs, grads, strict=True))
         ]
         return gates @ w_ih if needs[0] else None, grad_h, grad_c, *recorded
@@ -133,6 +133,7 @@ def recurrent(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     input, state, flat, biased, layers, dropout, training, both, batch_first = args
     layout = session.layout(input)
+    layout = layout and layout.at(0 if batch_first else 1, input)
     if layout is None or layout.dim != (0 if batch_first else 1):
         return NotImplemented
     x, layout, directions = input.transpose(0, 1) if batch_first else input, replace(layout, dim=1), 1 + both
@@ -163,6 +164,7 @@ def cell(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle what `torch.nn.LSTMCell`, ``GRUCell`` and ``RNNCell`` call: a layer of one token."""
     input, state, *weights = args
     layout = session.layout(input)
+    layout = layout and layout.at(0, input)
     if layout is None or layout.dim or not input.numel() or kwargs:
         return NotImplemented
     each, states = _each(session, weights, 1, len(weights) == 4), _states(session, state, layout)

@@ -38,6 +38,17 @@ class Model(nn.Module):
         return self.function(self, *inputs)
 
 
+class Uncovered(nn.Module):
+    """An activation that no rule knows; ``size``: of the weight."""
+
+    def __init__(self, size: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.logaddexp(x, self.weight)
+
+
 def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape))
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from accounting import Model, account_of, assert_same, check, grads, small, sums, total
+from accounting import Model, Uncovered, account_of, assert_same, check, grads, small, sums, total
 from torch import Tensor, nn
 
 from memloc_ext import GradientAccountant
@@ -57,7 +57,7 @@ def test_sum_of_losses_and_a_retained_graph() -> None:
 @pytest.mark.filterwarnings("ignore:GradientAccountant")
 def test_two_forward_then_two_backward_passes(layer: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2), nn.PReLU() if layer == "uncovered" else nn.ReLU())
+    model = nn.Sequential(nn.Linear(3, 2), Uncovered() if layer == "uncovered" else nn.ReLU())
     inputs = torch.randn(B, 3), torch.randn(B, 3)
     with GradientAccountant(model) as accountant:
         losses = [model(x).square().sum() for x in inputs]
@@ -116,7 +116,7 @@ def test_threads_share_an_accountant() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    model, x = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.PReLU(), nn.Linear(5, 2)), torch.randn(B, 3)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), Uncovered(), nn.Linear(5, 2)), torch.randn(B, 3)
     model[0].bias.requires_grad_(False)
     plain = copy.deepcopy(model)
     total(plain, x).backward()
@@ -141,7 +141,7 @@ def test_nothing_is_left_behind() -> None:
 # An optimizer may step in such a hook.
 @pytest.mark.filterwarnings("ignore:GradientAccountant")
 def test_hooks_after_accumulation_without_weight_gradients() -> None:
-    model, calls = nn.Sequential(nn.Linear(3, 2), nn.PReLU()), []
+    model, calls = nn.Sequential(nn.Linear(3, 2), Uncovered()), []
     model[1].weight.register_post_accumulate_grad_hook(calls.append)
     with GradientAccountant(model) as accountant:
         accountant.backward(model(torch.randn(B, 3)).square().sum(), loss_reduction="sum", weight_grads=False)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accounting import (
     Model,
+    Uncovered,
     account_of,
     assert_as_accurate,
     assert_same,
@@ -117,7 +118,7 @@ def test_a_parameter_that_is_not_covered_under_checkpointing() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         return m.head(checkpoint(m.block, m.stem(x), use_reentrant=False))
 
-    block = nn.Sequential(nn.Linear(3, 3), nn.PReLU(3))
+    block = nn.Sequential(nn.Linear(3, 3), Uncovered(3))
     model = Model(run, stem=nn.Linear(3, 3), block=block, head=nn.Linear(3, 2))
     check(model, torch.randn(B, 3), uncovered={"block.1.weight"})
 
@@ -125,7 +126,7 @@ def test_a_parameter_that_is_not_covered_under_checkpointing() -> None:
 # Right or refused.
 def test_an_uncovered_parameter_under_reentrant_checkpointing() -> None:
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(3, 3), nn.PReLU(3))
+    block = nn.Sequential(nn.Linear(3, 3), Uncovered(3))
     model = Model(lambda m, x: checkpoint(m.block, m.stem(x), use_reentrant=True), stem=nn.Linear(3, 3), block=block)
     try:
         account, warned = account_of(model, weighted, torch.randn(B, 3), targets(B), weight_grads=False)
