@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memloc_ext.nn.gradient_accountant.broadcast import spread
 from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
@@ -54,10 +56,15 @@ def contract(session: Session, x: Tensor, w: Tensor, letters: tuple[str, str, st
     own, given, result = letters
     layout = session.layout(x)
     free, rows = [a for a in given if a not in own], [a for a in own if a not in given]
-    if layout is None or not rows or not x.numel() or len({*own}) < len(own):
+    if layout is None or not x.numel() or len({*own}) < len(own):
         return NotImplemented
-    if own[layout.at(own.index(rows[0]), x).dim] in given:
-        return NotImplemented
+    layout = layout.at(own.index(rows[0]), x) if rows else layout
+    if (letter := own[layout.dim]) in given:  # rows for each example, as positions are that were repeated
+        each = spread(session, w, replace(layout, dim=given.index(letter)))
+        if each is None:
+            return NotImplemented
+        with session:
+            return torch.einsum(f"{own},{given}->{result}", x, each)
     batched = [a for a in given if a in own and a in result]
     summed = [a for a in given if a in own and a not in result]
     if sorted([*batched, *free, *rows]) != sorted(result):

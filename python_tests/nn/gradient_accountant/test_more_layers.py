@@ -90,6 +90,20 @@ LAYERS = {
         lambda: Model(lambda m, x: torch.einsum("hd,bhtd->thb", m.w, x).permute(2, 1, 0), w=parameter(2, 3)),
         (B, 2, B, 3),
     ),
+    "bmm, repeated positions": (
+        lambda: Model(
+            lambda m, x: torch.bmm(x, m.l(m.w).repeat(len(x), 1, 1).mT), w=parameter(5, 3), l=nn.Linear(3, 3)
+        ),
+        (B, B, 3),
+    ),
+    "einsum, repeated positions": (
+        lambda: Model(
+            lambda m, x: torch.einsum("ibd,bjd->bij", (m.w * m.s).tile(1, len(x), 1), x),
+            w=parameter(B, 1, 3),
+            s=parameter(3),
+        ),
+        (B, B, 3),
+    ),
     "einsum, no sum": (lambda: Model(lambda m, x: torch.einsum("bc,k->bkc", x, m.w), w=parameter(5)), (B, 3)),
 }
 
