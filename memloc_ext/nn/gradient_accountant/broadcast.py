@@ -106,6 +106,20 @@ def cat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     return func(given, dim)
 
 
+def setitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle ``activations[...] = parameter``."""
+    target, index, value = args
+    if session.shared(target) or not session.shared(value):
+        return NotImplemented
+    with session:
+        part = target[index]
+    layout = session.layout(part)
+    if layout is None or value.dim() > part.dim():
+        return NotImplemented
+    each = _repeat(session, value, layout, part.dim())
+    return NotImplemented if each is None else func(target, index, each)
+
+
 def repeat(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``parameter.repeat(batch, 1, ...)`` and its like: remember of what it is a copy."""
     parameter, result = args[0], func(*args, **kwargs)

@@ -105,11 +105,14 @@ def _bags(offsets: Tensor, *values: Tensor) -> list[Tensor]:
 
 
 def getitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle ``table[indices]`` with one tensor of indices."""
+    """Handle ``table[indices]`` with one tensor of indices, of a table of rows, or of matrices as experts have."""
     table, indices = args
     integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
-    if not integers or table.dim() != 2:
+    if not integers or table.dim() < 2:
         return NotImplemented
+    if table.dim() > 2:
+        with session:
+            return table.flatten(1)[indices].unflatten(-1, table.shape[1:])
     layout, shared = session.layout(indices), session.shared(indices)
     indices = indices % table.shape[0]  # negative ones count from the end
     if layout is not None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from memloc_ext.nn.gradient_accountant.activation import prelu
 from memloc_ext.nn.gradient_accountant.attention import attention
-from memloc_ext.nn.gradient_accountant.broadcast import broadcast, cat, repeat
+from memloc_ext.nn.gradient_accountant.broadcast import broadcast, cat, repeat, setitem
 from memloc_ext.nn.gradient_accountant.contraction import bmm, einsum
 from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
 from memloc_ext.nn.gradient_accountant.embedding import embedding, embedding_bag, getitem
@@ -42,6 +42,7 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
     **dict.fromkeys((*ELEMENTWISE, "scaled_dot_product_attention"), broadcast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
+    "__setitem__": setitem,
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
 }
 """Function, or the name of a function and of the tensor method that does the same, to its handler."""

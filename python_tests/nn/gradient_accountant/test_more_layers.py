@@ -18,6 +18,19 @@ def attend(m: nn.Module, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, m.keys.expand(len(x), -1, -1, -1), q * m.scale, attn_mask=m.table)
 
 
+def assigned(m: nn.Module, x: Tensor) -> Tensor:
+    result = torch.zeros_like(x)
+    result[:, 1] = m.token
+    result[:, 0, :2] = m.token[:2] * 2
+    return m.l(x) * result
+
+
+def routed(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.flatten(0, 1)
+    expert = tokens[:, :3].argmax(-1)
+    return (torch.bmm(m.w[expert], tokens.unsqueeze(-1)).squeeze(-1) + m.b[expert]).view(len(x), -1, 2)
+
+
 LAYERS = {
     "prelu": (lambda: nn.Sequential(nn.Linear(3, 5), nn.PReLU(), nn.Linear(5, 2)), (B, 3)),
     "prelu, channels": (lambda: nn.Sequential(nn.Conv2d(2, B, 2), nn.PReLU(B)), (B, 2, 3, 3)),
@@ -104,6 +117,8 @@ LAYERS = {
         ),
         (B, B, 3),
     ),
+    "assigned token": (lambda: Model(assigned, l=nn.Linear(3, 3), token=parameter(3)), (B, 2, 3)),
+    "matrices that are looked up": (lambda: Model(routed, w=parameter(3, 2, B), b=parameter(3, 2)), (B, 5, B)),
     "einsum, no sum": (lambda: Model(lambda m, x: torch.einsum("bc,k->bkc", x, m.w), w=parameter(5)), (B, 3)),
 }
 

@@ -31,15 +31,6 @@ UNCOVERED = {
         {"0.weight"},
     ),
     "function": (lambda: Model(lambda m, x: Doubled.apply(x, m.w), w=parameter(3)), (B, 3), {"w"}),
-    "assigned token": (
-        lambda: Model(
-            lambda m, x: m.l(x).index_fill(1, torch.tensor([1]), 0).clone() + _token(m, x),
-            l=nn.Linear(3, 3),
-            token=parameter(3),
-        ),
-        (B, 2, 3),
-        {"token"},
-    ),
     "a parameter per example's place": (
         lambda: Model(lambda m, x: x + m.w[: len(x)] * torch.ones_like(x), w=parameter(1, 3)),
         (B, 3),
@@ -56,12 +47,6 @@ UNCOVERED = {
         {"c.weight", "c.bias"},
     ),
 }
-
-
-def _token(m: nn.Module, x: Tensor) -> Tensor:
-    result = torch.zeros_like(x)
-    result[:, 1] = m.token
-    return result
 
 
 def data(shape: tuple[int, ...] | str) -> Tensor:
