@@ -61,7 +61,7 @@ class OwnRows(Rule):
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `Rule`."""
-        run = self.session.run
+        run = self.telling
         return (self.record(0, OwnRowsUse(grad, self.layout if run is None else run.place(self.layout))),)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
 from memloc_ext.nn.gradient_accountant.graph import Outputs, minimal
+from memloc_ext.nn.gradient_accountant.hooks import without_hooks
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.one_by_one import agree, by_example, gradients_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
@@ -179,7 +180,8 @@ def _norms(session: Session, trial: Run, outputs: Outputs, parameters: Mapping[i
     session.run = trial
     try:
         wanted = list(parameters.values())
-        torch.autograd.grad(outputs.tensors, wanted, outputs.cotangents, retain_graph=True, allow_unused=True)
+        with without_hooks(wanted):
+            torch.autograd.grad(outputs.tensors, wanted, outputs.cotangents, retain_graph=True, allow_unused=True)
         with torch.no_grad():
             trial.finish()
     finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from memloc_ext.nn.gradient_accountant.hooks import without_hooks
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.run import Run, Weight
 from memloc_ext.nn.gradient_accountant.uses import Rows, Use, accumulated, chunks, sum_of_gradients
@@ -88,7 +89,7 @@ class Derived(Rule):
 
     def _pull(self, gradient: Tensor, leaves: Sequence[Tensor], *, batched: bool) -> list[Tensor]:
         # checkpointing recomputes here, to be seen
-        with torch._C._EnableTorchFunction(), _without_hooks(leaves), warnings.catch_warnings():
+        with torch._C._EnableTorchFunction(), without_hooks(leaves), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             found = torch.autograd.grad(
                 self.edge, leaves, gradient, retain_graph=True, allow_unused=True, is_grads_batched=batched
@@ -170,16 +171,3 @@ def _leaves(session: Session, t: Tensor) -> list[Tensor]:
             leaves.append(variable)
         pending += [below for below, _ in node.next_functions]
     return leaves
-
-
-@contextlib.contextmanager
-def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Have no hooks of the user see gradients of single examples."""
-    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in leaves if t._backward_hooks]
-    for own, _ in hooks:
-        own.clear()
-    try:
-        yield
-    finally:
-        for own, kept in hooks:
-            own.update(kept)

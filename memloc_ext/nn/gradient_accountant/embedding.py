@@ -76,7 +76,7 @@ def embedding_bag(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
             return NotImplemented
         if layout is None and mixed is not None:  # indices were taken for examples, but these are the bags
             layout = Layout(0, 1, len(offsets), 1)
-            session.batch = layout.batch if session.run is None else session.batch
+            session.recount(layout.batch)
         indices, real = _bags(offsets, indices, real)
     if layout is None or layout.dim:
         return NotImplemented

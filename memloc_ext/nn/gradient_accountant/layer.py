@@ -53,7 +53,7 @@ class Rule:
     def telling(self) -> Run | None:
         """The backward pass, if it is to tell the examples apart here."""
         run = self.session.run
-        if run is None or run.undivided or all(w is None or id(w.parameter) in run.slow for w in self.weights):
+        if run is None or run.undivided or all(w is None or run.is_slow(w) for w in self.weights):
             return None
         return run
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
 from memloc_ext.nn.gradient_accountant.graph import Outputs
+from memloc_ext.nn.gradient_accountant.hooks import without_hooks
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
 from memloc_ext.nn.gradient_accountant.session import Session
 from memloc_ext.nn.gradient_accountant.uses import BUDGET, accumulated
@@ -71,7 +72,8 @@ def gradients_of(
     session.run = run
     try:
         cotangents, wanted = outputs.of(run, chosen), list(parameters.values())
-        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
+        with without_hooks(wanted):
+            gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
     finally:
         session.run = None
     return {key: gradient for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}

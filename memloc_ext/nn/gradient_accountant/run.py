@@ -110,6 +110,10 @@ class Run:
             )
         return layout.of(self.batch)
 
+    def is_slow(self, weight: Weight) -> bool:
+        """Return whether all that is trained of it is accounted one example at a time."""
+        return all(id(parameter) in self.slow for parameter in weight.parameters)
+
     def wants(self, weight: Weight) -> bool:
         """Return whether a parameter's gradient of the whole batch is computed."""
         return self.weight_grads
@@ -122,7 +126,7 @@ class Run:
         """
         key, whole = id(weight.parameter), weight.tensor.numel() == weight.parameter.numel()
         wanted = self.wants(weight)
-        if all(id(parameter) in self.slow for parameter in weight.parameters):
+        if self.is_slow(weight):
             return use.total().to(weight.tensor.dtype) if wanted else None
         if weight.derived is not None:
             self._derived.setdefault(weight.derived, []).append(use)

@@ -103,6 +103,13 @@ class Session(TorchFunctionMode):
         if self.run is None:
             self.passes.append(entered)
 
+    def recount(self, batch: int) -> None:
+        """Take another number of examples than that of the rows of an input."""
+        if self.run is None:
+            self.batch = batch
+            if self.passes:
+                self.passes[-1].rows = batch
+
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
         self._inside -= not self.replaying

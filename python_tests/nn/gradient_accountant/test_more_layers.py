@@ -1,5 +1,7 @@
 """Activations with parameters, bags of embeddings, and products with parameters of more dimensions."""
 
+import warnings
+
 import pytest
 import torch
 from accounting import Model, check, held, parameter, targets, weighted
@@ -176,7 +178,8 @@ def test_bags_of_different_lengths(mode: str) -> None:
     bags = [[0, 3, 3, 1], [], [1], [2, 4]]
     indices, y = torch.tensor([index for own in bags for index in own]), targets(B).double()
     offsets = torch.tensor([0, 4, 4, 5])
-    with GradientAccountant(model) as accountant:
+    with warnings.catch_warnings(), GradientAccountant(model) as accountant:
+        warnings.simplefilter("error")
         output = model(indices, offsets)
         account = accountant.backward(weighted(output, y))
     torch.testing.assert_close(output, model(indices, offsets))
