@@ -69,10 +69,13 @@ class GradientAccountant:
     Nothing of the model is changed: no hooks, buffers, flags or gradients but the usual ones are left behind, and
     outside of the ``with`` it runs as ever. Each thread may open the same accountant.
 
-    Covered are linear layers and matrix products, convolutions, batch, layer, group, instance and RMS normalisation,
-    embeddings, `torch.nn.MultiheadAttention`, and parameters that meet activations element by element; used any number
-    of times, by modules or by functions. Any other parameter takes one backward pass per example, with a warning that
-    names it. Autocast, gradient checkpointing, frozen parameters, `DistributedDataParallel` and
+    Covered are linear layers, matrix products and ``einsum``, convolutions, batch, layer, group, instance and RMS
+    normalisation, embeddings and bags of them, `torch.nn.MultiheadAttention`, LSTM, GRU and RNN, PReLU, and parameters
+    that meet activations element by element; used any number of times, by modules or by functions. What is computed
+    from parameters alone, as by `torch.nn.utils.parametrizations`, takes the place of a parameter. Any other parameter
+    takes one pass per example, with a warning that names it.
+
+    Autocast, gradient checkpointing, frozen parameters, `DistributedDataParallel` and
     `torch.distributed.fsdp.fully_shard` work as usual; under the last two, norms and group gradients are those of this
     process's examples, and after `fully_shard` every parameter must be covered. What `torch.compile` compiled runs
     uncompiled here.
