@@ -10,6 +10,8 @@ SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC
 SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
 # new memory is all NaN, so that what a kernel leaves unwritten shows
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
+# threads that spin while they wait for each other take the cores from other processes, and from each other
+export OMP_WAIT_POLICY ?= passive
 READY := build/.ready$(if $(VENV),,-current)
 
 .PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-report cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
@@ -80,10 +82,11 @@ $(READY): $(VENV)/.installed $(SOURCES) build/.switches
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@mkdir -p build && touch $@
 
-$(VENV)/.installed: requirements-dev.txt
+$(VENV)/.installed: requirements-dev.txt tools/mend_torchvision.py
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 for its pinned tools")'
 	test -x $(VENV)/bin/python3 || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PYTHON) tools/mend_torchvision.py
 	@touch $@
 else
 $(READY): $(SOURCES) build/.switches

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import memloc_ext
 from memloc_ext.nn import insert_example_tied_dropout
 
-EPOCHS = 20
+EPOCHS = 10
 BATCH = 64  # of all processes together
 
 

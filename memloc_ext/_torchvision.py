@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -28,12 +27,22 @@ def import_torchvision(submodule: str = "") -> ModuleType:
     Raises:
         ImportError: If torchvision is not installed.
     """
-    if "torchvision" not in sys.modules and not _declared and not _operators_load():
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(operator + _BOXES)
-        _declared.append(library)
+    declare_missing_operators()
     return importlib.import_module(f"torchvision.{submodule}" if submodule else "torchvision")
+
+
+def declare_missing_operators() -> None:
+    """Declare what ``import torchvision`` asks for, unless it is there or torchvision's own library can be loaded.
+
+    Raises:
+        ImportError: If torchvision is not installed.
+    """
+    if hasattr(torch.ops.torchvision, "nms") or _operators_load():
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(operator + _BOXES)
+    _declared.append(library)
 
 
 def _operators_load() -> bool:

@@ -1,8 +1,14 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import memloc_ext
+
+TOOLS = Path(__file__).parents[1] / "tools"
 MODELS = """
 import torch, memloc_ext._torchvision as mend
 models = mend.import_torchvision("models")
@@ -10,6 +16,17 @@ assert models.resnet18(num_classes=3).eval()(torch.randn(1, 3, 32, 32)).shape ==
 assert mend.import_torchvision("transforms").ToTensor
 assert mend.import_torchvision() is mend.import_torchvision()
 print(len(mend._declared))
+"""
+MENDED = f"""
+import sys
+sys.path.insert(0, {str(TOOLS)!r})
+import mend_torchvision
+assert "torch" not in sys.modules
+import torchvision
+assert "memloc_ext" not in sys.modules
+from memloc_ext._torchvision import import_torchvision
+assert import_torchvision() is torchvision
+print(torchvision.models.resnet18)
 """
 MATCHING_WHEEL = """
 import torch, memloc_ext._torchvision as mend
@@ -23,28 +40,31 @@ print(len(mend._declared))
 """
 
 
-def run(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def plain_import_works() -> bool:
-    command = [sys.executable, "-c", "import torchvision"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def run(program: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program in an environment that nothing has mended: without the ``.pth`` files of its packages."""
+    paths = [*filter(None, sys.path), str(Path(memloc_ext.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-S", "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=check)
 
 
 def test_the_import_is_mended_where_it_would_fail_and_only_there() -> None:
-    assert run(MODELS) == ("0" if plain_import_works() else "1")
+    plain_import_works = run("import torchvision", check=False).returncode == 0
+    assert run(MODELS).stdout.strip() == ("0" if plain_import_works else "1")
+
+
+def test_make_mends_the_import_whatever_comes_first() -> None:
+    assert "function resnet18" in run(MENDED).stdout
 
 
 def test_a_library_that_loads_needs_no_mending() -> None:
-    assert run(MATCHING_WHEEL) == "0"
+    assert run(MATCHING_WHEEL).stdout.strip() == "0"
 
 
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from memloc_ext import _torchvision
 
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(_torchvision, "_declared", [])
+    monkeypatch.setattr(_torchvision, "torch", SimpleNamespace(ops=SimpleNamespace(torchvision=None)))
     monkeypatch.setattr(_torchvision.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'memloc_ext\[study\]'"):
         _torchvision.import_torchvision()
