@@ -13,7 +13,8 @@ import memloc_ext
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
-ARGUMENTS = ["--model", "lenet", "--epochs", "1", "--batch-size", "64", "--examples", "200", "--learning-rate", "0.02"]
+ARGUMENTS = ["--model", "lenet", "--epochs", "1", "--batch-size", "64", "--learning-rate", "0.02"]
+ARGUMENTS += ["--examples", "100", "--test-examples", "100"]
 ARGUMENTS += ["--localized", "3", "--max-units", "3", "--edited", "1", "--retrain-epochs", "1", "--skip", "controls"]
 ARGUMENTS += ["--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -52,7 +53,7 @@ def test_two_processes_make_the_run_of_one(one: Path, tmp_path: Path) -> None:
     assert files[0] == files[1]
     for model, history in single.histories.items():
         for record, other in zip(history, several.histories[model], strict=True):
-            assert record == pytest.approx(other, rel=1e-4, abs=2 / 200)
+            assert record == pytest.approx(other, rel=1e-4, abs=2 / 100)
     assert single.accounting is not None
     assert several.accounting is not None
     assert single.accounting.column("clean") == pytest.approx(several.accounting.column("clean"), rel=1e-3)
