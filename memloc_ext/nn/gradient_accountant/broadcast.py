@@ -11,6 +11,7 @@ from torch import Tensor
 from memloc_ext.nn.gradient_accountant.embedding import Embedding
 from memloc_ext.nn.gradient_accountant.layer import Rule
 from memloc_ext.nn.gradient_accountant.layout import Layout
+from memloc_ext.nn.gradient_accountant.owners import Picked
 from memloc_ext.nn.gradient_accountant.run import Repeated
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
 from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, OwnRowsUse, Rows
@@ -162,6 +163,8 @@ def _repeat(session: Session, t: Tensor, layout: Layout, rank: int) -> Tensor | 
             return None
         source = Repeated(weight, value)
     if place >= 0 and layout.size > 1 and source.value.dim() == t.dim() and source.value.shape[place] == layout.size:
+        if isinstance(layout, Picked):
+            return None
         inside, indices = replace(layout, dim=place), source.indices
         if indices is None:
             return OwnRows(session, [source.weight], inside)(source.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -121,6 +122,22 @@ def bmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     return (
         NotImplemented if weights is None else BatchedLinear(session, [None, *weights], layout, autocast_dtype(x))(x, w)
     )
+
+
+def grouped(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.grouped_mm`: rows for one expert behind those for the other."""
+    ends, plain = kwargs.get("offs"), all(value is None for name, value in kwargs.items() if name != "offs")
+    x, w = args[:2]
+    layout = session.layout(x)
+    if len(args) != 2 or ends is None or not plain or layout is None or layout.dim or x.dim() != 2 or w.dim() != 3:
+        return NotImplemented
+    ends, out = [0, *ends.tolist()], []
+    with session:
+        for i, (begin, end) in enumerate(pairwise(ends)):
+            out.append(x[begin:end] @ w[i])
+    out = torch.cat([*out, x.new_zeros(len(x) - ends[-1], w.shape[-1])])
+    session.remember(out, layout)
+    return out
 
 
 def einsum(session: Session, func: Any, args: Any, kwargs: Any) -> Any:

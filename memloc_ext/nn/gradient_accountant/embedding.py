@@ -110,6 +110,9 @@ def getitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
     if not integers or table.dim() < 2:
         return NotImplemented
+    if not indices.dim():  # a loop over experts
+        with session:
+            return table[int(indices)]
     if table.dim() > 2:
         with session:
             return table.flatten(1)[indices].unflatten(-1, table.shape[1:])

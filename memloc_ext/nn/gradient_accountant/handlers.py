@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from memloc_ext.nn.gradient_accountant.activation import prelu
 from memloc_ext.nn.gradient_accountant.attention import attention
 from memloc_ext.nn.gradient_accountant.broadcast import broadcast, cat, repeat, setitem
-from memloc_ext.nn.gradient_accountant.contraction import bmm, einsum
+from memloc_ext.nn.gradient_accountant.contraction import bmm, einsum, grouped
 from memloc_ext.nn.gradient_accountant.convolution import convolution, convolution_transposed
 from memloc_ext.nn.gradient_accountant.embedding import embedding, embedding_bag, getitem
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE
@@ -25,6 +25,7 @@ HANDLERS: dict[Any, Handler] = {
     "addmm": addmm,
     "bilinear": bilinear,
     "bmm": bmm,
+    "_grouped_mm": grouped,
     torch.einsum: einsum,
     "prelu": prelu,
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),

@@ -67,10 +67,7 @@ class Rule:
         run = self.telling
         if run is None:
             return rows.sum(0, keepdim=True)
-        layout = run.place(self.layout)
-        if layout.before == layout.after == 1:
-            return rows
-        return rows.unflatten(0, (layout.before, layout.batch, layout.after)).sum((0, 2))
+        return run.place(self.layout).summed(rows)
 
     def __call__(self, *tensors: Any) -> Any:
         """Run the layer, with copies in the place of what is derived from parameters."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from memloc_ext.nn.gradient_accountant.owners import Layout, Picked, picked
 
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel"))
 """Functions that keep the order of the elements."""
@@ -82,6 +84,7 @@ ALONG = {
     **dict.fromkeys(["topk", "kthvalue", "take_along_dim"], 2),
 }
 """Functions that pick or mix elements along one dimension, and the place of its number among their arguments."""
+_ORDERS = frozenset(("sort", "argsort", "topk"))  # which say last what they picked
 SCATTERS = frozenset(
     [
         "take",
@@ -111,55 +114,6 @@ ELEMENTWISE = frozenset(
 """Functions of elements that are in the same place, or broadcast."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Place of the examples: index ``(i * batch + b) * after + j`` of dimension ``dim`` belongs to example ``b``.
-
-    Attributes:
-        dim: From 0.
-        before: Number of ``i``.
-        batch: Number of examples.
-        after: Number of ``j``.
-    """
-
-    dim: int
-    before: int
-    batch: int
-    after: int
-
-    @property
-    def size(self) -> int:
-        """Of the dimension."""
-        return self.before * self.batch * self.after
-
-    @property
-    def rows_first(self) -> bool:
-        """Whether the tensor is ``[batch * after, *]``, so that an example's part is a slice of it."""
-        return self.dim == 0 and self.before == 1
-
-    def of(self, batch: int) -> Layout:
-        """Return the layout for fewer examples, each of which takes the place of several."""
-        return replace(self, batch=batch, after=self.after * (self.batch // batch))
-
-    def at(self, dim: int, t: Tensor) -> Layout:
-        """Return the layout with the examples in a dimension, if there is but one: all is its own; else this one."""
-        return Layout(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
-
-    def first(self, t: Tensor) -> Tensor:
-        """Return activations of this layout as ``[batch, *]``."""
-        if self.before == self.after == 1:
-            return t.movedim(self.dim, 0)
-        return t.unflatten(self.dim, (self.before, self.batch, self.after)).movedim(self.dim + 1, 0)
-
-    def alone(self) -> Layout:
-        """Return the layout of the same activations of one example."""
-        return replace(self, batch=1)
-
-    def behind(self) -> Layout:
-        """Return the layout behind one more dimension."""
-        return replace(self, dim=self.dim + 1)
-
-
 def after(
     func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]
 ) -> list[Layout | None]:
@@ -186,6 +140,8 @@ def after(
     if name in MOVES and args and source is args[0]:
         return _moved(layout, func, source, results, args, kwargs)
     if name in ALONG:
+        if name in _ORDERS and source.dim() == 1:
+            return [picked(layout, results[-1])] * len(results)
         along = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else -1)
         if not isinstance(along, int) or along % max(1, source.dim()) == layout.dim:
             return [None] * len(results)
@@ -220,6 +176,8 @@ def inside(layout: Layout, part: Tensor, whole: Tensor) -> Layout | None:
 
 def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout | None:
     """Return the layout of the same elements in another shape: the examples' digit keeps its weight."""
+    if isinstance(layout, Picked):
+        return layout if list(old[: layout.dim + 1]) == list(new[: layout.dim + 1]) else None
     weight = layout.after * math.prod(old[layout.dim + 1 :])
     below = 1
     for dim in range(len(new) - 1, -1, -1):
@@ -251,14 +209,13 @@ def _moved(
 def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     if out.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr():  # a view: its strides tell
         dims = [d for d in range(out.dim()) if out.stride(d) != 0 and out.shape[d] > 1]
-        if len(dims) != 1 or out.stride(dims[0]) != 1 or out.shape[dims[0]] != layout.size:
-            return None
-        return replace(layout, dim=dims[0])
+        if len(dims) == 1 and out.stride(dims[0]) == 1 and out.shape[dims[0]] == layout.size:
+            return replace(layout, dim=dims[0])
     for dim in range(out.dim()):  # few functions copy
         place = replace(layout, dim=dim)
         if out.shape[dim] == layout.size and torch.equal(out, _numbers(place, out)):
             return place
-    return None
+    return picked(layout, out)
 
 
 def _numbers(layout: Layout, like: Tensor) -> Tensor:
@@ -278,9 +235,7 @@ def _grown(
     """Return where a function leaves the examples: in the one dimension that is larger with one more of them."""
     layouts = {id(t): layout for t, layout in given}
     layout = given[0][1]
-    if any(
-        (other.before, other.batch, other.after) != (layout.before, layout.batch, layout.after) for _, other in given
-    ):
+    if any(replace(other, dim=0) != replace(layout, dim=0) for _, other in given):
         return [None] * len(results)
     key = (func, _key(args, layouts), _key(kwargs, layouts))
     try:

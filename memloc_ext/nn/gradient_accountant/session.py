@@ -18,6 +18,7 @@ from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass, collect,
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
 from memloc_ext.nn.gradient_accountant.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
 from memloc_ext.nn.gradient_accountant.losses import MEANS, remember_mean
+from memloc_ext.nn.gradient_accountant.owners import Picked
 from memloc_ext.nn.gradient_accountant.places import UNKNOWN, Places
 from memloc_ext.nn.gradient_accountant.run import Repeated, Run, Weight
 
@@ -131,7 +132,7 @@ class Session(TorchFunctionMode):
     def output_layout(self, t: Tensor, batch: int) -> Layout | None:
         """Return where the examples are in what the model returned: if that cannot be told, where they were."""
         layout = self.layout(t)
-        if (layout is None or layout.size % max(1, batch)) and t.dim() > self.batch_dim:
+        if (layout is None or isinstance(layout, Picked) or layout.size % max(1, batch)) and t.dim() > self.batch_dim:
             size = t.shape[self.batch_dim]
             layout = Layout(self.batch_dim, 1, size, 1) if size == batch else None
         return layout
