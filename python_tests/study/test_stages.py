@@ -89,7 +89,8 @@ def test_examples_that_changed_in_their_file_are_noticed(tmp_path: Path) -> None
     assert files(output) == before
     said = []
     run_study(config, output, stages=["train"], resume=True, say=said.append)
-    assert said[0].startswith("[1/1] train: done again, data.fingerprint = ")
+    assert said[0] == f"{scores}: read as scores of 1437 examples, memorized below 0.5: 41 memorized"
+    assert said[1].startswith("[1/1] train: done again, data.fingerprint = ")
 
 
 def test_resume_does_again_what_was_made_from_it(finished: Run, copy: Path) -> None:
