@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,10 +16,13 @@ from memloc_ext.analysis.localization.ranking import rank
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
 from memloc_ext.analysis.localization.settings import Settings
 from memloc_ext.analysis.localization.state import Search
+from memloc_ext.nn.ablation.by_model import ModelNetwork
 from memloc_ext.nn.ablation.candidates import Candidates, finite
 from memloc_ext.nn.ablation.filters import find_filters
 from memloc_ext.nn.ablation.losses import check_classes, check_logits, judge, wide
 from memloc_ext.nn.ablation.network import Network, given
+from memloc_ext.nn.ablation.one_by_one import check_how
+from memloc_ext.nn.ablation.recording import UnsupportedError
 from memloc_ext.nn.ablation.sites import producer
 from memloc_ext.nn.ablation.switched import Switched
 from memloc_ext.nn.ablation.weights import ChangedWeights
@@ -58,11 +62,11 @@ def localize(
     stay off. The search ends with a flip, after ``max_units``, or when no unit is left.
 
     The model runs in evaluation mode and is left as it was. Examples do not depend on each other: the results are
-    those of one example at a time.
+    those of one example at a time. A model that cannot be recorded, because it has recurrent layers or reads activations
+    into Python, takes a forward pass per verified unit and example, with a warning.
 
     Args:
-        model: Returns logits ``[batch, classes]``. Examples must not meet in evaluation mode, and no activation may be
-            read into Python.
+        model: Returns logits as for `ablation_losses`. Examples must not meet in evaluation mode.
         x: ``[batch, *]``, on the model's device.
         y: The labels that are to be lost, ``[batch]``, int64: those that the model was trained on.
         reference: Examples and labels that stand for the population, ``([*, *], [*])``; inside of `example_ids` also
@@ -106,7 +110,7 @@ def localize(
     Raises:
         TypeError: If a label is not int64, or a count or the seed no integer.
         ValueError: If an argument breaks the above, or the unchanged network's logits are not finite.
-        UnsupportedError: If the model reads an activation into Python or its examples meet.
+        UnsupportedError: If the model's examples meet.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
     """
@@ -137,7 +141,7 @@ class Searches:
         sites: Sequence[str] | None = None,
         memory_budget: int = 1 << 30,
     ) -> None:
-        network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
+        network = _network(model, x, settings, sites, memory_budget)
         self.model, self.network, self.settings, self.progress = model, network, settings, _nothing
         self.inputs, self.y = given(x), torch.empty(0)
         self.baselines = network.baselines(self.inputs if reference is None else reference_inputs(network, reference))
@@ -291,6 +295,22 @@ class Searches:
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
+
+
+def _network(
+    model: nn.Module, x: Tensor, settings: Settings, sites: Sequence[str] | None, memory_budget: int
+) -> Network:
+    """Return the recorded network, or with a warning the model itself if it cannot be recorded."""
+    try:
+        network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
+        with torch.no_grad():
+            network.graph.examples([t[:1] for t in given(x)], ())  # an operator may refuse this first
+        return network
+    except UnsupportedError as error:
+        check_how(settings.how, error)
+        message = f"localize: {error}; running the model once per unit and example instead"
+        warnings.warn(message, UserWarning, stacklevel=4)
+        return ModelNetwork(model, x, sites, settings.how, memory_budget, True)
 
 
 def _nothing(_: int) -> None:

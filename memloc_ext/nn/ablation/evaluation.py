@@ -68,6 +68,11 @@ class Graph:
         return {value: t for value, t in values.items() if value in keep or ~value in keep}
 
 
+    def suffix(self, site: Sequence[int], whole: Sequence[int]) -> Suffix:
+        """Return the part that depends on a site; see `Suffix`."""
+        return Suffix(self, site, whole)
+
+
 class MissingValueError(LookupError):
     """A value of the unchanged network is needed that was not kept."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,18 @@ class AblationLosses(Mapping[str, SiteLosses]):
     Attributes:
         base_loss: ``[batch]``, cross-entropy of each example in the unchanged network.
         base_predicted: ``[batch]``, int64.
+        channel_dims: Site name to the dimension of its units, for `apply_ablation`.
     """
 
-    def __init__(self, base_loss: Tensor, base_predicted: Tensor, sites: Mapping[str, SiteLosses]) -> None:
-        self.base_loss, self.base_predicted, self._sites = base_loss, base_predicted, dict(sites)
+    def __init__(
+        self,
+        base_loss: Tensor,
+        base_predicted: Tensor,
+        sites: Mapping[str, SiteLosses],
+        channel_dims: Mapping[str, int],
+    ) -> None:
+        self.base_loss, self.base_predicted = base_loss, base_predicted
+        self._sites, self.channel_dims = dict(sites), dict(channel_dims)
 
     def __getitem__(self, site: str) -> SiteLosses:
         """Return the losses of a site."""
@@ -62,17 +70,18 @@ def ablation_losses(
     *,
     reference: Tensor | None = None,
     memory_budget: int = 1 << 30,
+    progress: Callable[[int], object] | None = None,
 ) -> AblationLosses:
     """Return the exact loss of every example with every unit of some sites switched off, one unit at a time.
 
     The model runs in evaluation mode and is left as it was. What lies before a site is computed once; where a
     convolution or linear layer meets the one changed channel, only that channel's part is computed anew; the rest runs
     for many variants at a time. What cannot be run so (a model that reads activations into Python, or whose examples
-    meet in evaluation mode) takes one forward pass of the whole batch per unit, with a warning; channels are then where
-    `apply_ablation` takes them to be.
+    meet in evaluation mode, or recurrent layers) takes one forward pass of the whole batch per unit, with a warning.
 
     Args:
-        model: Returns logits ``[batch, classes]``.
+        model: Returns logits ``[batch, classes]``: a tensor, an object or mapping with ``logits``, or a tuple that begins
+            with them.
         x: ``[batch, *]``, on the model's device.
         y: Classes, ``[batch]``, int64.
         sites: Names of modules; ``<module>.heads`` for the attention heads of one that calls
@@ -84,6 +93,7 @@ def ablation_losses(
             normalisation.
         reference: Examples for ``mean``, ``[*, *]``; by default ``x``.
         memory_budget: Bytes of activations that may be held at a time, the results not counted.
+        progress: Called with the number of units that are done, each time some are, for long scans.
 
     Returns:
         Site name to losses ``[units, batch]`` and predicted classes, with those of the unchanged network beside them.
@@ -98,26 +108,52 @@ def ablation_losses(
     check_examples("ablation_losses", x, y)
     if how not in HOWS:
         raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
+    progress = progress or _nothing
     try:
         network = Network(model, x, sites, how, memory_budget)
         with torch.no_grad():
-            return _by_graph(model, network, x, y, reference)
+            return _by_graph(model, network, x, y, reference, progress)
     except UnsupportedError as error:
         message = f"ablation_losses: {error}; running the model once per unit instead"
         warnings.warn(message, UserWarning, stacklevel=2)
-    logits, variants = one_by_one(model, x, sites, how, x if reference is None else reference)
+        reason = error
+    logits, variants = one_by_one(model, x, sites, how, x if reference is None else reference, reason, progress)
     base = judge(check_logits(logits, y), y)
     found = {
-        site: SiteLosses(*(torch.stack(t) for t in zip(*(judge(rows, y) for rows in units), strict=True)))
+        site.name: SiteLosses(*(torch.stack(t) for t in zip(*(judge(rows, y) for rows in units), strict=True)))
         for site, units in variants.items()
     }
-    return AblationLosses(*base, found)
+    return AblationLosses(*base, found, {site.name: site.dim for site in variants})
 
 
-def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, reference: Tensor | None) -> AblationLosses:
+def _nothing(_: int) -> None:
+    pass
+
+
+class _Progress:
+    """Tells how many units are done, of which each takes a pair with every example."""
+
+    def __init__(self, tell: Callable[[int], object], examples: int) -> None:
+        self._tell, self._examples, self._pairs = tell, examples, 0
+
+    def add(self, pairs: int) -> None:
+        """Count pairs that are done."""
+        before, self._pairs = self._pairs // self._examples, self._pairs + pairs
+        if self._pairs // self._examples > before:
+            self._tell(self._pairs // self._examples - before)
+
+
+def _by_graph(
+    model: nn.Module,
+    network: Network,
+    x: Tensor,
+    y: Tensor,
+    reference: Tensor | None,
+    progress: Callable[[int], object],
+) -> AblationLosses:
     inputs = given(x)
     baselines = network.baselines(inputs if reference is None else given(reference))
-    step, parts, base = network.examples_at_once, [], []
+    step, parts, base, done = network.examples_at_once, [], [], _Progress(progress, len(x))
     for begin in range(0, len(x), step):
         some, classes = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
         unchanged = network.unchanged(some, recorded=begin == 0)
@@ -125,17 +161,18 @@ def _by_graph(model: nn.Module, network: Network, x: Tensor, y: Tensor, referenc
         network.check_agreement(model, some, logits)
         base.append(judge(logits, classes))
         scans = [_scan_features if features else _scan for features in network.ends_in_feature]
-        parts.append([scans[i](network, i, unchanged, classes, b) for i, b in enumerate(baselines)])
+        parts.append([scans[i](network, i, unchanged, classes, b, done) for i, b in enumerate(baselines)])
     sites = {}
     for i, site in enumerate(network.sites):
         losses, predicted = zip(*(part[i] for part in parts), strict=True)
         sites[site.name] = SiteLosses(torch.cat(losses, 1), torch.cat(predicted, 1))
     losses, predicted = zip(*base, strict=True)
-    return AblationLosses(torch.cat(losses), torch.cat(predicted), sites)
+    dims = {site.name: site.dim for site in network.sites}
+    return AblationLosses(torch.cat(losses), torch.cat(predicted), sites, dims)
 
 
 def _scan(
-    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
 ) -> tuple[Tensor, Tensor]:
     """Return losses and predictions of all units of a site, ``[units, examples]``."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
@@ -145,11 +182,12 @@ def _scan(
         loss, predicted = judge(suffix.run(unchanged, rows, slab)[:, 0], y[rows])
         losses.append(loss)
         predictions.append(predicted)
+        done.add(len(rows))
     return torch.cat(losses).reshape(units, n), torch.cat(predictions).reshape(units, n)
 
 
 def _scan_features(
-    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
 ) -> tuple[Tensor, Tensor]:
     """Return the same where each unit changes one feature of the last linear layer."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
@@ -162,6 +200,7 @@ def _scan_features(
         assert state is not None
         changed[rows, state.start] = state.values.flatten().to(changed.dtype)
         feature[chosen] = state.start
+        done.add(len(rows))
     bias = None if head.bias is None else head.bias * suffix.factor
     loss, predicted = linear_ablation_loss(features, head.weight * suffix.factor, bias, y, changed)
     return loss[feature], predicted[feature]

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.evaluation import Graph, Suffix
-from memloc_ext.nn.ablation.recorder import evaluating, record
+from memloc_ext.nn.ablation.evaluation import Graph
+from memloc_ext.nn.ablation.recorder import evaluating, logits_of, record
 from memloc_ext.nn.ablation.recording import UnsupportedError
-from memloc_ext.nn.ablation.rows import keeps_rows_apart
+from memloc_ext.nn.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
 from memloc_ext.nn.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
@@ -49,8 +49,8 @@ class Network:
         edited: bool = False,
         weights: bool = False,
     ) -> None:
-        recording = record(model, x)
-        self.graph, self.how = Graph(recording), how
+        self.graph, self.how = self._graph(model, x), how
+        recording = self.graph.recording
         self.sites = find_sites(model, recording, sites)
         self.places = [_place(self.graph, site, how) for site in self.sites]
         every = [value for place in self.places for value in place.values] if edited else []
@@ -58,7 +58,7 @@ class Network:
             if value in every[:i]:
                 same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
                 raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
-        self.suffixes = [Suffix(self.graph, place.values, every) for place in self.places]
+        self.suffixes = [self.graph.suffix(place.values, every) for place in self.places]
         self._probe(int(memory_budget), edited, weights)
 
     @property
@@ -108,6 +108,9 @@ class Network:
         shape[place.dim] = 1
         values = baseline[units].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
         return Slab(values, units, place.dim)
+
+    def _graph(self, model: nn.Module, x: Tensor) -> Graph:
+        return Graph(record(model, x))
 
     def _means(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values, x = [place.values for place in self.places], inputs[0]
@@ -169,11 +172,13 @@ class Network:
         with evaluating(model), torch.no_grad(), contextlib.ExitStack() as stack:
             if len(inputs) > 1:
                 stack.enter_context(example_ids(inputs[1]))
-            own = model(inputs[0])
+            own = logits_of(model(inputs[0]))
         eps = max(torch.finfo(dtype).eps for dtype in self.graph.recording.dtypes if dtype.is_floating_point)
         size = own.abs().max() if own.numel() else own.new_zeros(())
         if own.shape != logits.shape or bool(((own - logits).abs() > max(1e-3, 32 * eps) * size + 1e-5).any()):
-            raise UnsupportedError("the model's examples meet in evaluation mode")
+            norms = [call for call in recording.calls if call.name in BATCH_NORMS and normalises_by_batch(call)]
+            why = f": {norms[0].module or 'the model'} normalises by the statistics of the batch" if norms else ""
+            raise UnsupportedError(f"the model's examples meet in evaluation mode{why}")
 
 
 def given(x: Tensor) -> list[Tensor]:

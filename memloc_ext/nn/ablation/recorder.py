@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memloc_ext.nn.ablation.channels import Channels
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
@@ -19,18 +21,26 @@ from memloc_ext.nn.sharding import check_whole
 from memloc_ext.nn.training_flags import kept_state
 
 aten = torch.ops.aten
+_lock = threading.Lock()
+_open, _enabled = 0, True  # see `without_fast_path`
 
 
-def record(model: nn.Module, x: Tensor) -> Recording:
+def record(model: nn.Module, x: Tensor, strict: bool = True) -> Recording:
     """Record the forward pass of the first example of ``x`` in evaluation mode; the model stays as it was.
 
+    Args:
+        model: In any mode.
+        x: ``[batch, *]``.
+        strict: Whether the recording must be one that can be run again; one that cannot still tells what is where.
+
     Raises:
-        UnsupportedError: If the model reads a value of an activation into Python, mixes examples, or writes into a
-            view that it reads in another way later.
+        UnsupportedError: If it must, and the model reads a value of an activation into Python, or writes into a view
+            that it reads in another way later.
+        ValueError: If the model returns no logits; see `logits_of`.
     """
     ids = current_example_ids()
     with evaluating(model), torch.no_grad(), uncompiled(), contextlib.ExitStack() as stack:
-        recorder = Recorder()
+        recorder = Recorder(strict)
         given = [x[:1].detach().clone()]
         if ids is not None:
             given.append(ids[:1].clone())
@@ -41,21 +51,24 @@ def record(model: nn.Module, x: Tensor) -> Recording:
         for t in given:
             recorder.recording.inputs.append(recorder.put(t))
         with Readers(recorder), recorder:
-            logits = model(given[0])
-    output = recorder.value(logits)
-    if output is None:
-        raise UnsupportedError("the model must return one tensor that depends on its input")
-    recorder.recording.output = output
+            logits = logits_of(model(given[0]))
+    recorder.recording.output = recorder.output(logits)
     _merge(recorder.recording, recorder.returned)
     return recorder.recording
 
 
 class Recorder(TorchDispatchMode):
-    """Records the calls that depend on the tensors it was given by `put`."""
+    """Records the calls that depend on the tensors it was given by `put`.
 
-    def __init__(self) -> None:
+    Args:
+        strict: Whether what cannot be run again raises UnsupportedError.
+    """
+
+    def __init__(self, strict: bool = True) -> None:
         super().__init__()
+        self.strict = strict
         self.recording = Recording()
+        self.channels = Channels()
         self.modules: list[str] = [""]
         self.returned: list[Call] = []  # those of `give_back`
         self._values: dict[int, int] = {}  # id of a tensor to its value
@@ -80,6 +93,22 @@ class Recorder(TorchDispatchMode):
         """Return the value of a tensor, or None if it depends on no example."""
         return self._values.get(id(t)) if isinstance(t, Tensor) else None
 
+    def output(self, logits: Tensor) -> int:
+        """Return the value of the logits.
+
+        Raises:
+            UnsupportedError: If they depend on no example.
+        """
+        value = self.value(logits)
+        if value is None:
+            self.refuse("the model must return logits [batch, classes] that depend on its input")
+        return self.put(logits) if value is None else value
+
+    def refuse(self, reason: str) -> None:
+        """Raise UnsupportedError if the recording is to be run again."""
+        if self.strict:
+            raise UnsupportedError(reason)
+
     def _keep(self, t: Tensor) -> None:
         self._kept.append(t)
         self._storages.setdefault(storage_address(t), []).append(id(t))
@@ -91,11 +120,15 @@ class Recorder(TorchDispatchMode):
         return other
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._record(func, args, kwargs or {})
+        self.channels.follow(func, args, kwargs or {}, result)
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func._opname
         if any(id(t) in self._stale for t in tensors):
-            raise UnsupportedError(f"{func} reads what was written through a view of it")
+            self.refuse(f"{func} reads what was written through a view of it")
         for t in tensors:
             if (
                 id(t) not in self._values
@@ -103,7 +136,7 @@ class Recorder(TorchDispatchMode):
                 and storage_address(t) in self._dependent
                 and name not in _SHAPED_LIKE
             ):
-                raise UnsupportedError(f"{func} reads an activation that no operator returned")
+                self.refuse(f"{func} reads an activation that no operator returned")
         if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
             result = func(*args, **kwargs)
             for t in leaves([result]):
@@ -111,7 +144,7 @@ class Recorder(TorchDispatchMode):
                     self._keep(t)  # a constant
             return result
         if name in _ASKING:
-            raise UnsupportedError(f"{func} reads an activation into Python")
+            self.refuse(f"{func} reads an activation into Python")
         if func._schema.is_mutable:
             return self._write(func, name, args, kwargs)
         refs = replaced((args, kwargs), self._ref)
@@ -126,7 +159,11 @@ class Recorder(TorchDispatchMode):
         packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None)
         functional = getattr(packet, func._overloadname, None)
         if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
-            raise UnsupportedError(f"{func} writes into its arguments")
+            self.refuse(f"{func} writes into its arguments")
+            refs = replaced((args, kwargs), self._ref)
+            result = func(*args, **kwargs)
+            self._call(func, refs, result)
+            return result
         old = target.clone() if self.value(target) is None else target
         refs = replaced(((old, *args[1:]), kwargs), self._ref)
         promoted = functional(*args, **kwargs)
@@ -161,6 +198,29 @@ class Recorder(TorchDispatchMode):
         return t.detach() if index is None else Ref(index)
 
 
+def logits_of(output: Any) -> Tensor:
+    """Return the logits among what a model returns.
+
+    Args:
+        output: The logits; an object that has, or a mapping that holds, them by the name ``logits``; or a tuple or list
+            that begins with them.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif not isinstance(output, Tensor):
+        logits = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "the model must return logits [batch, classes]: a tensor, an object or mapping with logits, or a tuple "
+            f"that begins with them, got {type(output).__name__}"
+        )
+    return logits
+
+
 _SHAPED_LIKE = frozenset(
     (
         *(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")),
@@ -184,7 +244,7 @@ class Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING and self._recorder.value(args[0]) is not None:
-            raise UnsupportedError(f"{func.__name__} reads an activation into Python")
+            self._recorder.refuse(f"{func.__name__} reads an activation into Python")
         return func(*args, **(kwargs or {}))
 
 
@@ -220,11 +280,16 @@ def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
             recorder.modules.append(name)
+            if isinstance(module, nn.RNNBase):
+                recorder.refuse(f"{name or 'the model'} is a recurrent layer ({type(module).__name__})")
 
         def after(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
             recorder.modules.pop()
             output = output if recorder.value(output) is None else recorder.give_back(output)
-            recorder.recording.returned.setdefault(name, []).append(recorder.value(output))
+            value = recorder.value(output)
+            recorder.recording.returned.setdefault(name, []).append(value)
+            if value is not None:
+                recorder.recording.dims.setdefault(name, recorder.channels.dim(output))
             return output
 
         yield module.register_forward_pre_hook(before)
@@ -246,13 +311,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Have transformer layers run as they are written, not as one operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Have transformer layers run as they are written, not as one operator, until no thread is inside any more."""
+    global _open, _enabled
+    with _lock:
+        if _open == 0:
+            _enabled = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _open += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        with _lock:
+            _open -= 1
+            if _open == 0:
+                torch.backends.mha.set_fastpath_enabled(_enabled)
 
 
 def storage_address(t: Tensor) -> int:

@@ -95,6 +95,7 @@ class Recording:
         inputs: Values that are given: the model's input, then the example's id if one is known.
         output: The logits.
         returned: Module name to the value of each of its calls, None for what is not a single tensor.
+        dims: Module name to the dimension of the channels in what its first call returns, see `Channels`.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Recording:
     inputs: list[int] = field(default_factory=list)
     output: int = -1
     returned: dict[str, list[int | None]] = field(default_factory=dict)
+    dims: dict[str, int] = field(default_factory=dict)
 
     def readers(self) -> list[list[int]]:
         """Return which calls read each value."""

@@ -57,9 +57,8 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
             leaves[i] = t
         return call.run(leaves, function)
 
-    if call.name in BATCH_NORMS and normalises_by_batch(call):
-        raise UnsupportedError(f"{call.name} in {call.module or 'the model'} normalises by the statistics of the batch")
-    batched = places == [0] and (call.name in BATCH_NORMS or call.name in _BATCHED)
+    apart = call.name in BATCH_NORMS and not normalises_by_batch(call)
+    batched = places == [0] and (apart or call.name in _BATCHED)
     if call.name in _ATTENTION and all(t.dim() == 5 and t.shape[1] == given[0].shape[1] for t in given):
         batched = True
         for i, t in enumerate(leaves):
@@ -73,7 +72,8 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise UnsupportedError(f"{call.name} in {call.module or 'the model'}: {error}") from error
+        where = call.module or "the model"
+        raise UnsupportedError(f"{call.name} in {where} cannot be run for many examples apart from each other") from error
     results = results if isinstance(results, tuple | list) else [results]
     if not batched:
         return [t if isinstance(t, Tensor) else None for t in results]
@@ -124,5 +124,5 @@ def keeps_rows_apart(call: Call, shapes: Sequence[torch.Size]) -> bool:
 
 
 def normalises_by_batch(call: Call) -> bool:
-    """Return whether a batch norm uses the statistics of what it is given."""
+    """Return whether a batch norm uses the statistics of what it is given: where that is a batch, examples meet."""
     return not call.name.endswith("no_training") and bool(call.args[5])

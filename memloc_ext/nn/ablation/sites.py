@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.recording import Call, Recording
+from memloc_ext.nn.ablation.recording import Call, Recording, Ref
 from memloc_ext.nn.ablation.rows import BATCH_NORMS
 
 HEADS = ".heads"  # ends the name of a site whose units are the attention heads of a module
 _ATTENTION = "_scaled_dot_product"
 _LOCAL = frozenset(("clone", "_to_copy", "alias", "detach"))
-_POOLING = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "squeeze", "unsqueeze")  # channels stay
+_VIEWS = frozenset(("view", "_unsafe_view"))
+_LINEAR = frozenset(("addmm", "mm"))
+_TRANSPARENT = (nn.modules.dropout._DropoutNd, nn.Identity)  # return what they are given
 
 
 @dataclass(frozen=True)
@@ -53,37 +54,92 @@ def find_sites(model: nn.Module, recording: Recording, names: Sequence[str] | No
 
 
 def default_sites(model: nn.Module, recording: Recording) -> list[str]:
-    """Name every convolution block's output, every linear layer that feeds another, and all attention heads.
+    """Name every convolution block's output, the hidden units of every multilayer perceptron, and all attention heads.
 
-    A block is a layer and the normalisation and activations that only it goes through; its site is named by the
-    outermost module that returns that value and is called once.
+    A block is a convolution and the normalisation and activations that only it goes through. Hidden units are what
+    linear layers are given by others through operators on single elements, also where these multiply it by a gate.
+    The site is the outermost module that returns that value and is called once, dropouts apart; where no module does,
+    the last one that returned what it is computed from, or one of the factors.
     """
-    names: dict[int, str] = {}
-    for name, values in recording.returned.items():
-        if len(values) == 1 and values[0] is not None and name:
-            names.setdefault(values[0], name)
-            if len(name) < len(names[values[0]]):
-                names[values[0]] = name
-    readers, found = recording.readers(), []
+    modules, names = dict(model.named_modules()), dict[int, str]()
+    for name, values in sorted(recording.returned.items(), key=lambda item: -len(item[0])):
+        if len(values) == 1 and values[0] is not None and name and not isinstance(modules[name], _TRANSPARENT):
+            names[values[0]] = name
+    flow, found = _Flow(recording, names), list[str | None](attention(recording))
     for call in recording.calls:
-        if call.name.startswith(_ATTENTION) or not call.outputs or call.outputs[0] < 0:
-            if call.name.startswith(_ATTENTION):
-                found.append(call.module + HEADS)
-            continue
-        convolution = call.name == "convolution"
-        if not convolution and call.name not in ("addmm", "mm"):
-            continue
-        value, best = call.outputs[0], names.get(call.outputs[0])
-        while len(readers[value]) == 1:
-            reader = recording.calls[readers[value][0]]
-            if not (_is_local(reader) or (not convolution and reader.name in ("view", "_unsafe_view"))):
+        if call.name == "convolution":
+            found.append(flow.last_name(call.outputs[0]))
+        elif call.name in _LINEAR and len(call.refs) == 1 and isinstance(call.args[-2], Ref):
+            found.append(flow.hidden_units(call.refs[0]))
+    return [name for name in dict.fromkeys(found) if name is not None]
+
+
+class _Flow:
+    """Follows values through operators on single elements.
+
+    Args:
+        recording: Of the model.
+        names: Of the modules that return some of the values.
+    """
+
+    def __init__(self, recording: Recording, names: dict[int, str]) -> None:
+        self.recording, self.names = recording, names
+        self.readers, self.writer = recording.readers(), recording.writer()
+
+    def last_name(self, value: int) -> str | None:
+        """Return the last name of what only one value goes through; None if that is the model's output."""
+        best = self.names.get(value)
+        while len(self.readers[value]) == 1:
+            reader = self.recording.calls[self.readers[value][0]]
+            if not _is_local(reader):
                 break
             value = reader.outputs[0]
-            best = names.get(value, best)
-        feeds_linear = {recording.calls[i].name for i in readers[value]} <= {"addmm", "mm"} and readers[value]
-        if best is not None and value != recording.output and (convolution or feeds_linear):
-            found.append(best)
-    return list(dict.fromkeys(found))
+            best = self.names.get(value, best)
+        return None if value == self.recording.output else best
+
+    def hidden_units(self, value: int) -> str | None:
+        """Return the site of what a linear layer is given, if linear layers compute it and nothing else reads it."""
+        region, todo = set[int](), [value]
+        while todo:
+            v = todo.pop()
+            if v in region:
+                continue
+            region.add(v)
+            if v not in self.writer:
+                return None
+            call = self.recording.calls[self.writer[v]]
+            if call.name not in _LINEAR:
+                if not (_is_elementwise(call) or call.name in _VIEWS):
+                    return None
+                todo += call.refs
+        for v in region:
+            calls = [self.recording.calls[i] for i in self.readers[v]]
+            inside = {call.name for call in calls} <= _LINEAR if v == value else _outputs(calls) <= region
+            if not inside or v == self.recording.output:
+                return None
+        return self._name(value)
+
+    def _name(self, value: int) -> str | None:
+        """Return the name of a value, else of the one it is computed from, else of a factor of it."""
+        call = self.recording.calls[self.writer[value]]
+        if value in self.names or call.name in _LINEAR:
+            return self.names.get(value)
+        refs = list(dict.fromkeys(call.refs))
+        names = [self._name(ref) for ref in refs] if len(refs) == 1 or call.name == "mul" else []
+        return next((name for name in names if name is not None), None)
+
+
+def _outputs(calls: Sequence[Call]) -> set[int]:
+    return {value for call in calls for value in call.outputs}
+
+
+def attention(recording: Recording) -> dict[str, list[int]]:
+    """Return the sites of attention heads, with what each attention returns."""
+    found: dict[str, list[int]] = {}
+    for call in recording.calls:
+        if call.name.startswith(_ATTENTION):
+            found.setdefault(call.module + HEADS, []).append(call.outputs[0])
+    return found
 
 
 def producer(recording: Recording, site: Site) -> Call:
@@ -95,9 +151,9 @@ def producer(recording: Recording, site: Site) -> Call:
     writer, value = recording.writer(), site.values[0]
     while len(site.values) == 1 and value in writer:
         call = recording.calls[writer[value]]
-        if call.name in ("convolution", "addmm", "mm"):
+        if call.name == "convolution" or call.name in _LINEAR:
             return call
-        if not (_is_local(call) or call.name in ("view", "_unsafe_view")):
+        if not (_is_local(call) or call.name in _VIEWS):
             break
         value = call.refs[0]
     raise ValueError(
@@ -117,19 +173,22 @@ def _same(t: object, weight: object) -> bool:
     return isinstance(t, Tensor) and isinstance(weight, Tensor) and t.data_ptr() == weight.data_ptr()
 
 
+def _is_elementwise(call: Call) -> bool:
+    """Return whether a call keeps channels apart."""
+    return torch.Tag.pointwise in getattr(call.function, "tags", ()) or call.name in BATCH_NORMS or call.name in _LOCAL
+
+
 def _is_local(call: Call) -> bool:
     """Return whether a call keeps channels apart and reads nothing else that depends on the example."""
-    pointwise = torch.Tag.pointwise in getattr(call.function, "tags", ())
-    return len(call.refs) == 1 and (pointwise or call.name in BATCH_NORMS or call.name in _LOCAL)
+    return len(call.refs) == 1 and _is_elementwise(call)
 
 
 def _site(model: nn.Module, recording: Recording, name: str) -> Site:
     if name.endswith(HEADS):
         module = name.removesuffix(HEADS)
-        heads = [c for c in recording.calls if c.module == module and c.name.startswith(_ATTENTION)]
-        if not heads:
+        values = tuple(attention(recording).get(name, ()))
+        if not values:
             raise ValueError(f"sites: {module} calls no scaled_dot_product_attention, got {name}")
-        values = tuple(call.outputs[0] for call in heads)
         return Site(name, values, 1, recording.shapes[values[0]][1])
     modules = dict(model.named_modules())
     if name not in modules or not name:
@@ -146,27 +205,5 @@ def _site(model: nn.Module, recording: Recording, name: str) -> Site:
     shape = shapes.pop()
     if len(shape) < 2:
         raise ValueError(f"sites: {name} must return [batch, channels, *] or [batch, *, channels], got {list(shape)}")
-    dim = _channel_dim(recording, values[0])
+    dim = recording.dims[name]
     return Site(name, values, dim, shape[dim])
-
-
-def _is_of_last(call: Call) -> bool:
-    """Return whether a layer norm is of the last dimension alone."""
-    shape: Any = call.args[1]
-    return len(shape) == 1
-
-
-def _channel_dim(recording: Recording, value: int) -> int:
-    """Return the dimension of the channels: where the layer that computes a value puts them, else 1 of images."""
-    writer, rank, pooled = recording.writer(), len(recording.shapes[value]), False
-    while value in writer:
-        call = recording.calls[writer[value]]
-        if call.name in ("convolution", "native_group_norm") or call.name in BATCH_NORMS:
-            return 1
-        if not pooled and (call.name in ("addmm", "mm") or (call.name == "native_layer_norm" and _is_of_last(call))):
-            return rank - 1
-        pooled = pooled or call.name.startswith(_POOLING)
-        if not (_is_local(call) or call.name in ("view", "_unsafe_view") or call.name.startswith(_POOLING)):
-            break
-        value = call.refs[0]
-    return 1 if rank in (4, 5) else rank - 1

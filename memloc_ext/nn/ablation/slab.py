@@ -123,11 +123,13 @@ def run_slab(
     ref = call.args[0]
     if not isinstance(ref, Ref) and name != "cat":
         return None
-    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1 and not normalises_by_batch(call):
+    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
         _, weight, bias, mean, var, *_, eps = call.args
-        weight = torch.ones_like(mean) if weight is None else weight
-        scale = (var + eps).rsqrt() * weight
-        scale, mean = (t[first.indices()] for t in (scale, mean))
+        if normalises_by_batch(call):
+            var, mean = torch.var_mean(first.values.transpose(1, 2).flatten(2), 2, correction=0)
+        else:
+            var, mean = var[first.indices()], mean[first.indices()]
+        scale = (var + eps).rsqrt() * (1 if weight is None else weight[first.indices()])
         shift = 0 if bias is None else bias[first.indices()]
         rank = first.values.dim() - 3
         scale, mean, shift = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from memloc_ext.nn.ablation.channels import FollowingChannels
+from memloc_ext.nn.ablation.recorder import without_fast_path
 from memloc_ext.nn.ablation.sites import HEADS
+from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
 
 Unit = tuple[str, int]
@@ -25,31 +31,39 @@ class AppliedAblation:
 
     Args:
         model: That it is about.
-        hooks: To install.
+        edits: What is done at its sites.
     """
 
-    def __init__(self, model: nn.Module, hooks: Mapping[nn.Module, list[Any]]) -> None:
-        self.model, self._hooks = model, hooks
-        self._entered: list[list[RemovableHandle]] = []
+    def __init__(self, model: nn.Module, edits: Sequence[_Edit]) -> None:
+        self.model, self.edits, self._watch = model, edits, _Watch(edits)
+        self._entered: list[tuple[list[RemovableHandle], int, list[int]]] = []
 
     def __enter__(self) -> nn.Module:
         """Switch the units off and return the model."""
-        handles: list[RemovableHandle] = []
-        self._entered.append(handles)
-        for module, hooks in self._hooks.items():
-            for hook in hooks:
-                handles.append(module.register_forward_pre_hook(hook.before))
-                handles.append(module.register_forward_hook(hook, always_call=True))
+        counts = self._watch.runs, [edit.runs for edit in self.edits]
+        self._entered.append((hooked(self.model, self.edits, self._watch), *counts))
         return self.model
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Switch them on again."""
-        for handle in self._entered.pop():
+        """Switch them on again.
+
+        Raises:
+            ValueError: If the model ran without calling a site.
+        """
+        handles, runs, calls = self._entered.pop()
+        for handle in handles:
             handle.remove()
+        if error is None and self._watch.runs > runs:
+            missed = [edit.site for edit, before in zip(self.edits, calls, strict=True) if edit.runs == before]
+            if missed:
+                raise ValueError(
+                    f"apply_ablation: sites must be called when the model is, {', '.join(missed)} was not and nothing "
+                    "was switched off there; name a module that is called, such as one before or behind it"
+                )
 
     def copy(self) -> nn.Module:
         """Return a copy of the model in which the units are switched off for good."""
-        both = copy.deepcopy((self.model, self._hooks))
+        both = copy.deepcopy((self.model, self.edits))
         AppliedAblation(*both).__enter__()
         return both[0]
 
@@ -70,55 +84,89 @@ def apply_ablation(
     ```
 
     Nothing happens before the ``with`` or the `AppliedAblation.copy`. Weights are not changed: hooks replace what the
-    sites return, also where gradients are computed.
+    sites return, also where gradients are computed. What was compiled runs uncompiled.
 
     Args:
         model: To edit.
         units: ``(site, unit)`` pairs as `localize` returns them.
         baselines: Site to what its units are replaced by, ``[units]``; zero for sites that are not in it.
-        channel_dims: Site to the dimension of its units, for modules that return images with the channels last; by
-            default 1 for images (``[batch, channels, height, width]``), else the last.
+        channel_dims: Site to the dimension of its units, as `localize` and `ablation_losses` return them. For sites
+            that are not in it, the first run of the model is followed, and gives the same dimensions by the same rule.
 
     Raises:
         ValueError: If there is no module of a site's name, or a unit is negative; when the model runs, if a unit is
-            not below the number of channels, or a baseline has not one value for each.
+            not below the number of channels, or a baseline has not one value for each; at the end of the ``with``, if
+            the model ran and a site was not called.
     """
     by_site: dict[str, list[int]] = {}
     for site, unit in units:
         if unit < 0:
             raise ValueError(f"apply_ablation: units must be at least 0, got {unit} in {site}")
         by_site.setdefault(site, []).append(int(unit))
-    modules, hooks = dict(model.named_modules()), {}
+    modules, edits = dict(model.named_modules()), []
     for site, chosen in by_site.items():
-        name = site.removesuffix(HEADS)
-        if name not in modules:
+        if site.removesuffix(HEADS) not in modules:
             raise ValueError(f"apply_ablation: units must name modules of the model, got {site!r}")
         baseline = None if baselines is None else baselines.get(site)
         dim = None if channel_dims is None else channel_dims.get(site)
-        kind = _Heads if site != name else _Channels
-        hooks.setdefault(modules[name], []).append(kind(site, sorted(set(chosen)), baseline, dim))
-    return AppliedAblation(model, hooks)
+        edits.append(_Edit(site, sorted(set(chosen)), baseline, dim))
+    return AppliedAblation(model, edits)
 
 
-class _Channels:
-    """A forward hook that replaces channels of what a module returns."""
+class SiteHook:
+    """Changes what a module returns, or for a site of heads what its attention returns, each time it is called.
 
-    def __init__(self, site: str, units: list[int], baseline: Tensor | None, dim: int | None) -> None:
-        self.site, self.units, self.baseline, self.dim = site, units, baseline, dim
+    Args:
+        site: Name of the site.
+
+    Attributes:
+        runs: How often it was called.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site, self.runs = site, 0
+        self._modes: list[_HeadMode] = []
+
+    @property
+    def is_of_heads(self) -> bool:
+        """Whether its units are attention heads, which a function mode sees while the module runs."""
+        return self.site.endswith(HEADS)
+
+    def change(self, t: Tensor) -> Tensor:
+        """Return what takes the place of a tensor."""
+        raise NotImplementedError
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Do nothing before the module runs."""
+        """Start to look for the attention."""
+        if self.is_of_heads:
+            self._modes.append(_HeadMode(self))
+            self._modes[-1].__enter__()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return the output with the units replaced."""
+        """Return the changed output of a module."""
+        if self.is_of_heads:
+            self._modes.pop().__exit__(None, None, None)
+            return output
         if output is None:  # the module raised
             return None
         if not isinstance(output, Tensor):
             raise ValueError(f"apply_ablation: {self.site} must return a tensor, got {type(output).__name__}")
-        return self.replace(output, channel_dim(module, output) if self.dim is None else self.dim % output.dim())
+        self.runs += 1
+        return self.change(output)
 
-    def replace(self, t: Tensor, dim: int) -> Tensor:
-        """Return a tensor with the units of a dimension replaced."""
+
+class _Edit(SiteHook):
+    """Replaces units."""
+
+    def __init__(self, site: str, units: list[int], baseline: Tensor | None, dim: int | None) -> None:
+        super().__init__(site)
+        self.units, self.baseline, self.dim = units, baseline, dim
+        self.rank: int | None = None  # of the tensors that `dim` was seen in
+        self.see: Callable[[Tensor], int] | None = None  # where the channels are, while the model runs
+
+    def change(self, t: Tensor) -> Tensor:
+        """Return a tensor with the units replaced."""
+        dim = t.dim() - 3 if self.is_of_heads else self._dim(t)
         if self.units[-1] >= t.shape[dim]:
             raise ValueError(f"apply_ablation: units of {self.site} must be below {t.shape[dim]}, got {self.units[-1]}")
         index = torch.tensor(self.units, device=t.device)
@@ -131,27 +179,81 @@ class _Channels:
         shape = [*t.shape[:dim], len(index), *t.shape[dim + 1 :]]
         return t.index_copy(dim, index, values.expand(shape))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the dimension of the units need not be seen any more."""
+        return self.is_of_heads or self.dim is not None
 
-class _Heads(_Channels):
-    """The same for the attention heads of a module: a function mode sees its attention while it runs."""
+    def _dim(self, t: Tensor) -> int:
+        if self.dim is None:
+            if self.see is None:
+                raise ValueError(f"apply_ablation: {self.site} runs apart from its model; pass its channel_dims")
+            self.dim, self.rank, self.see = self.see(t), t.dim(), None
+        if self.rank not in (None, t.dim()):
+            raise ValueError(
+                f"apply_ablation: {self.site} returned a tensor of {self.rank} dimensions before and of {t.dim()} now; "
+                "edit the model anew, or pass channel_dims"
+            )
+        return self.dim % t.dim()
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
-        self._modes: list[_HeadMode] = []
+
+class _Watch:
+    """Sees to a model from outside while it runs: its channels are followed, until the edits know where theirs are.
+
+    Transformer layers run as they are written, since PyTorch's operator for a whole layer calls no site.
+    """
+
+    def __init__(self, edits: Sequence[SiteHook]) -> None:
+        self.edits, self.runs = edits, 0
+        self._open: dict[int, list[contextlib.ExitStack]] = defaultdict(list)  # by thread
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Start to look."""
-        self._modes.append(_HeadMode(self))
-        self._modes[-1].__enter__()
+        """Begin with the outermost module."""
+        stack = contextlib.ExitStack()
+        mine = self._open[threading.get_ident()]
+        mine.append(stack)
+        if len(mine) == 1:
+            self.runs += 1
+            stack.enter_context(uncompiled())
+            stack.enter_context(without_fast_path())
+            unsettled = [edit for edit in self.edits if isinstance(edit, _Edit) and not edit.is_settled]
+            if unsettled:
+                see = stack.enter_context(FollowingChannels()).channels.dim
+                for edit in unsettled:
+                    edit.see = see
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Stop looking."""
-        self._modes.pop().__exit__(None, None, None)
-        return output
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End with it."""
+        mine = self._open[threading.get_ident()]
+        mine.pop().close()
+        if not mine:
+            del self._open[threading.get_ident()]
+
+
+def hooked(model: nn.Module, hooks: Sequence[SiteHook], watch: _Watch | None = None) -> list[RemovableHandle]:
+    """Install hooks at their sites.
+
+    Args:
+        model: That has the sites.
+        hooks: One per site.
+        watch: Sees every module that has a site, or is one.
+    """
+    modules, handles = dict(model.named_modules()), []
+    if watch is not None:
+        parts = [hook.site.removesuffix(HEADS).split(".") for hook in hooks]
+        for name in dict.fromkeys(".".join(names[:end]) for names in parts for end in range(len(names) + 1)):
+            if not isinstance(modules[name], torch.jit.ScriptModule):
+                handles.append(modules[name].register_forward_pre_hook(watch.before))
+                handles.append(modules[name].register_forward_hook(watch.after, always_call=True, prepend=True))
+    for hook in hooks:
+        module = modules[hook.site.removesuffix(HEADS)]
+        handles.append(module.register_forward_pre_hook(hook.before))
+        handles.append(module.register_forward_hook(hook, always_call=True))
+    return handles
 
 
 class _HeadMode(TorchFunctionMode):
-    def __init__(self, hook: _Heads) -> None:
+    def __init__(self, hook: SiteHook) -> None:
         super().__init__()
         self._hook = hook
 
@@ -163,13 +265,7 @@ class _HeadMode(TorchFunctionMode):
             with self:
                 return in_parts(func)(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
-        return self._hook.replace(output, output.dim() - 3) if func is F.scaled_dot_product_attention else output
-
-
-def channel_dim(module: nn.Module, output: Tensor) -> int:
-    """Return the dimension of the channels in what a module returns, from what it is."""
-    leaves = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
-    if leaves and isinstance(leaves[-1], nn.Linear | nn.LayerNorm):
-        return output.dim() - 1
-    convolutional = leaves and isinstance(leaves[-1], nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
-    return 1 if convolutional or output.dim() in (4, 5) else output.dim() - 1
+        if func is not F.scaled_dot_product_attention:
+            return output
+        self._hook.runs += 1
+        return self._hook.change(output)

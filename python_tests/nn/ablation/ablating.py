@@ -11,7 +11,8 @@ from accuracy import assert_as_accurate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext import ablation_losses
+from memloc_ext import ablation_losses, apply_ablation
+from memloc_ext.nn.ablation.recorder import logits_of
 
 Units = Sequence[int]
 
@@ -175,10 +176,20 @@ def check(
         rounding = 64 if eager.dtype == torch.float64 else 16
         assert_as_accurate(found.loss[units], eager, exact, factor, rounding)
         changed = changed or bool((eager != losses.base_loss).any())
+        if how == "zero":
+            torch.testing.assert_close(edited_loss(model, x, y, site, units[-1]), eager[-1], rtol=1e-5, atol=1e-5)
     assert changed or not must_matter or all(site.endswith(".heads") for site in losses), (
         "no unit matters: the test is empty"
     )
     return dict(losses)
+
+
+def edited_loss(model: nn.Module, x: Tensor, y: Tensor, site: str, unit: int) -> Tensor:
+    """Return the losses with a unit switched off by `apply_ablation`, which is not told where the units are."""
+    model = copy.deepcopy(model).eval()
+    with apply_ablation(model, [(site, unit)]), torch.no_grad():
+        logits = logits_of(model(x))
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="none")
 
 
 def plain_heads_losses(model: nn.Module, x: Tensor, y: Tensor, project: nn.Linear, heads: int) -> Tensor:
