@@ -62,8 +62,8 @@ def localize(
     stay off. The search ends with a flip, after ``max_units``, or when no unit is left.
 
     The model runs in evaluation mode and is left as it was. Examples do not depend on each other: the results are
-    those of one example at a time. A model that cannot be recorded, because it has recurrent layers or reads activations
-    into Python, takes a forward pass per verified unit and example, with a warning.
+    those of one example at a time. A model that cannot be recorded, because it has recurrent layers or reads
+    activations into Python, takes a forward pass per verified unit and example, with a warning.
 
     Args:
         model: Returns logits as for `ablation_losses`. Examples must not meet in evaluation mode.

@@ -49,31 +49,34 @@ class _ModelGraph(Graph):
         return _ModelSuffix(self, site)
 
     def examples(
-        self,
-        inputs: Sequence[Tensor],
-        keep: Iterable[int],
-        edits: dict[int, Edit] | None = None,
-        rows: Tensor | None = None,
+        self, inputs: Sequence[Tensor], keep: Iterable[int], edits: dict[int, Edit] | None = None
     ) -> dict[int, Tensor]:
-        """Run the model.
+        return self.rows(inputs, torch.arange(len(inputs[0]), device=inputs[0].device), keep, lambda _: edits or {})
+
+    def rows(
+        self, inputs: Sequence[Tensor], rows: Tensor, keep: Iterable[int], edits: Callable[[int], dict[int, Edit]]
+    ) -> dict[int, Tensor]:
+        """Run the model; see `Graph.examples`.
 
         Args:
-            inputs: See `Graph.examples`.
-            keep: See `Graph.examples`.
-            edits: See `Graph.examples`.
-            rows: Which examples the inputs are of, for the edits; by default their positions.
+            inputs: Of each row.
+            rows: The example that each is of, for the edits.
+            keep: Values to return, besides the output and the inputs.
+            edits: Row to its edits.
         """
-        rows = torch.arange(len(inputs[0]), device=inputs[0].device) if rows is None else rows
-        found = [self._run([t[i : i + 1] for t in inputs], rows[i : i + 1], {*keep}, edits or {}) for i in range(len(rows))]
+        without_cudnn = torch.backends.cudnn.flags(enabled=False)  # it gives no gradients of recurrent layers here
+        with evaluating(self.model), uncompiled(), without_fast_path(), without_cudnn:
+            keep = {*keep}
+            found = [
+                self._run([t[i : i + 1] for t in inputs], rows[i : i + 1], keep, edits(i)) for i in range(len(rows))
+            ]
         return {value: torch.cat([one[value] for one in found]) for value in found[0]}
 
     def _run(self, inputs: list[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
-        """Return what `Graph.examples` does, of one example."""
         values = {v: t[None] for v, t in zip(self.recording.inputs, inputs, strict=True)}
         wanted = {self._sites[value] for value in {*keep, *edits} if value in self._sites}
         hooks = [_Seen(name, self._returned[name], row, values, keep, edits) for name in wanted]
-        with evaluating(self.model), uncompiled(), without_fast_path(), contextlib.ExitStack() as stack:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its recurrent layers refuse gradients here
+        with contextlib.ExitStack() as stack:
             if len(inputs) > 1:
                 stack.enter_context(example_ids(inputs[1]))
             for handle in hooked(self.model, hooks):
@@ -92,14 +95,13 @@ class _ModelSuffix(Suffix):
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
     ) -> Tensor:
-        logits = []
-        for i, row in enumerate(rows.split(1)):
-            one = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim)
-            changed = dict(edits or {})
-            changed.update({value: _then(changed.get(value), one) for value in self.site})
-            inputs = [unchanged[value][row, 0] for value in self.model_graph.recording.inputs]
-            logits.append(self.model_graph.examples(inputs, (), changed, row)[self.model_graph.recording.output])
-        return torch.cat(logits)
+        def changed(i: int) -> dict[int, Edit]:
+            one, own = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim), edits or {}
+            return own | {value: _then(own.get(value), one) for value in self.site}
+
+        recording = self.model_graph.recording
+        inputs = [unchanged[value][rows, 0] for value in recording.inputs]
+        return self.model_graph.rows(inputs, rows, (), changed)[recording.output]
 
 
 def _then(edit: Edit | None, slab: Slab) -> Edit:

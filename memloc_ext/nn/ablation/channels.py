@@ -28,16 +28,13 @@ class Channels:
         self._dims: dict[Any, int] = {}  # of tensors by the memory they show
 
     def dim(self, t: Tensor) -> int:
-        """Return the dimension of a tensor's channels.
-
-        Raises:
-            ValueError: If its memory is not known, as inside of `torch.vmap`.
-        """
-        key = _key(t)
-        if key is None and t.dim() > 2:
-            raise ValueError("the dimension of its channels cannot be seen")
-        dim = self._dims.get(key)
+        """Return the dimension of a tensor's channels."""
+        dim = self.known(t)
         return dim if dim is not None else 1 if t.dim() in (4, 5) else t.dim() - 1
+
+    def known(self, t: Tensor) -> int | None:
+        """Return the same if some operator put them there, else None, as inside of `torch.vmap`."""
+        return self._dims.get(_key(t))
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note where the channels of an operator's results are."""

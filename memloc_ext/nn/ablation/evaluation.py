@@ -67,7 +67,6 @@ class Graph:
                     values.pop(ref, None)
         return {value: t for value, t in values.items() if value in keep or ~value in keep}
 
-
     def suffix(self, site: Sequence[int], whole: Sequence[int]) -> Suffix:
         """Return the part that depends on a site; see `Suffix`."""
         return Suffix(self, site, whole)

@@ -80,8 +80,8 @@ def ablation_losses(
     meet in evaluation mode, or recurrent layers) takes one forward pass of the whole batch per unit, with a warning.
 
     Args:
-        model: Returns logits ``[batch, classes]``: a tensor, an object or mapping with ``logits``, or a tuple that begins
-            with them.
+        model: Returns logits ``[batch, classes]``: a tensor, an object or mapping with ``logits``, or a tuple that
+            begins with them.
         x: ``[batch, *]``, on the model's device.
         y: Classes, ``[batch]``, int64.
         sites: Names of modules; ``<module>.heads`` for the attention heads of one that calls

@@ -73,7 +73,9 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
         raise
     except (RuntimeError, ValueError) as error:
         where = call.module or "the model"
-        raise UnsupportedError(f"{call.name} in {where} cannot be run for many examples apart from each other") from error
+        raise UnsupportedError(
+            f"{call.name} in {where} cannot be run for many examples apart from each other"
+        ) from error
     results = results if isinstance(results, tuple | list) else [results]
     if not batched:
         return [t if isinstance(t, Tensor) else None for t in results]

@@ -45,7 +45,9 @@ def find_sites(model: nn.Module, recording: Recording, names: Sequence[str] | No
     if names is None:
         names = default_sites(model, recording)
         if not names:
-            raise ValueError("sites: the model has no convolution or hidden linear layer to switch off")
+            raise ValueError(
+                "sites: the model has no convolution or hidden linear layer to switch off; name modules of it"
+            )
     if isinstance(names, str) or len(set(names)) != len(names):
         raise ValueError(f"sites must be a list of different module names, got {names!r}")
     if not names:

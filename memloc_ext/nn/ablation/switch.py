@@ -35,7 +35,7 @@ class AppliedAblation:
     """
 
     def __init__(self, model: nn.Module, edits: Sequence[_Edit]) -> None:
-        self.model, self.edits, self._watch = model, edits, _Watch(edits)
+        self.model, self.edits, self._watch = model, edits, _Watch(model, edits)
         self._entered: list[tuple[list[RemovableHandle], int, list[int]]] = []
 
     def __enter__(self) -> nn.Module:
@@ -162,7 +162,7 @@ class _Edit(SiteHook):
         super().__init__(site)
         self.units, self.baseline, self.dim = units, baseline, dim
         self.rank: int | None = None  # of the tensors that `dim` was seen in
-        self.see: Callable[[Tensor], int] | None = None  # where the channels are, while the model runs
+        self.see: Callable[[Tensor], int | None] = _blind  # where the channels are, while the model runs
 
     def change(self, t: Tensor) -> Tensor:
         """Return a tensor with the units replaced."""
@@ -186,9 +186,10 @@ class _Edit(SiteHook):
 
     def _dim(self, t: Tensor) -> int:
         if self.dim is None:
-            if self.see is None:
+            dim = self.see(t) if t.dim() > 2 else t.dim() - 1
+            if dim is None:
                 raise ValueError(f"apply_ablation: {self.site} runs apart from its model; pass its channel_dims")
-            self.dim, self.rank, self.see = self.see(t), t.dim(), None
+            self.dim, self.rank, self.see = dim, t.dim(), _blind
         if self.rank not in (None, t.dim()):
             raise ValueError(
                 f"apply_ablation: {self.site} returned a tensor of {self.rank} dimensions before and of {t.dim()} now; "
@@ -197,14 +198,18 @@ class _Edit(SiteHook):
         return self.dim % t.dim()
 
 
+def _blind(t: Tensor) -> None:
+    """See nothing."""
+
+
 class _Watch:
     """Sees to a model from outside while it runs: its channels are followed, until the edits know where theirs are.
 
     Transformer layers run as they are written, since PyTorch's operator for a whole layer calls no site.
     """
 
-    def __init__(self, edits: Sequence[SiteHook]) -> None:
-        self.edits, self.runs = edits, 0
+    def __init__(self, model: nn.Module, edits: Sequence[_Edit]) -> None:
+        self.model, self.edits, self.runs = model, edits, 0
         self._open: dict[int, list[contextlib.ExitStack]] = defaultdict(list)  # by thread
 
     def before(self, module: nn.Module, args: Any) -> None:
@@ -216,11 +221,11 @@ class _Watch:
             self.runs += 1
             stack.enter_context(uncompiled())
             stack.enter_context(without_fast_path())
-            unsettled = [edit for edit in self.edits if isinstance(edit, _Edit) and not edit.is_settled]
+            unsettled = [edit for edit in self.edits if not edit.is_settled]
             if unsettled:
-                see = stack.enter_context(FollowingChannels()).channels.dim
-                for edit in unsettled:
-                    edit.see = see
+                channels = stack.enter_context(FollowingChannels()).channels
+                for edit in unsettled:  # of a part of the model, what came before is not seen
+                    edit.see = channels.dim if module is self.model else channels.known
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """End with it."""

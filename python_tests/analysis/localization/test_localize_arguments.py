@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 import memloc_ext
 from memloc_ext.analysis.localization import localize
-from memloc_ext.nn.ablation.recording import UnsupportedError
 
 
 def arguments(**change: Any) -> dict[str, Any]:
@@ -111,25 +110,3 @@ def test_sites_that_are_the_same_units(how: str) -> None:
     model = nn.Sequential(trained()[0][:3], trained()[0][3:])
     with pytest.raises(ValueError, match="same"):
         localize(**arguments(model=model, sites=["0", "0.2"], how=how))
-
-
-class Asking(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = trained()[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        return x if x.sum() < 1e9 else 2 * x
-
-
-class Meeting(Asking):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        return x - x.mean(0)
-
-
-@pytest.mark.parametrize("kind", [Asking, Meeting])
-def test_models_that_cannot_be_recorded(kind: type[nn.Module]) -> None:
-    with pytest.raises(UnsupportedError, match=r"reads an activation into Python|examples meet in evaluation mode"):
-        localize(**arguments(model=kind()))
