@@ -20,7 +20,7 @@ def make_kind(kind: str = "noisy", **change: Any) -> KindLocalization:
         "total": 10,
         "fitted": 9,
         "statuses": {**dict.fromkeys(STATUSES, 0), "flipped": 2, "capped": 1},
-        "mean": 8 / 3,
+        "mean": None,
         "median": 3.0,
         "histogram": [0, 1, 0, 1],
         "sites": {"conv1": 2, "blocks.0:heads": 6},

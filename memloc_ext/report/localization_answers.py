@@ -6,25 +6,31 @@ from collections.abc import Mapping
 
 from memloc_ext.analysis.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
 from memloc_ext.analysis.localization.edits import EditedAccuracy
-from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, FLIPPED
+from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
 from memloc_ext.report.figures import NAMES, percent
 from memloc_ext.report.section import Number
 
 KIND_NAMES = {"noisy": "memorized", "clean": "clean"}
+_PAPER = {"noisy": "around 5", "clean": "more"}
 
 
 def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
     """Return the number of units per example in a line per model, for the terminal."""
     lines = []
     for model, localization in localizations.items():
-        parts = [
-            f"no {KIND_NAMES[kind]} example is fitted, {statuses(result)}"
-            if result.median is None
-            else f"{_mean(result)} units flip a {KIND_NAMES[kind]} example (median {result.median:g})"
-            for kind, result in localization.kinds.items()
-        ]
+        parts = [_flips(kind, result) for kind, result in localization.kinds.items()]
         lines.append(f"Localization, {NAMES[model]}: {', '.join(parts)}; {_times(localization)}.")
     return lines
+
+
+def _flips(kind: str, result: KindLocalization) -> str:
+    name = KIND_NAMES[kind]
+    if not result.searched:
+        return f"no {name} example is fitted, {statuses(result)}"
+    median = "-" if result.median is None else f"{result.median:g}"
+    if result.mean is None:
+        return f"of the {name} examples {statuses(result)} (median {median} units)"
+    return f"{result.mean:.2f} units flip a {name} example (median {median})"
 
 
 def answers(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
@@ -41,15 +47,15 @@ def answers(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
 def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
     """Return the numbers of a localization."""
     name = NAMES[model]
-    found = [
-        Number(
-            f"{name}: units that flip a {KIND_NAMES[kind]} example, mean",
-            result.mean,
-            "",
-            {"noisy": "around 5", "clean": "more"}[kind] if model == "plain" else "",
-        )
-        for kind, result in localization.kinds.items()
-    ]
+    found = []
+    for kind, result in localization.kinds.items():
+        what, paper = f"{name}: units that flip a {KIND_NAMES[kind]} example", _PAPER[kind] if model == "plain" else ""
+        share = result.flipped / result.searched if result.searched else None
+        found += [
+            Number(f"{what}, mean", result.mean, "", paper),
+            Number(f"{what}, median", result.median, ""),
+            Number(f"{name}: {KIND_NAMES[kind]} examples that units flip", share),
+        ]
     noisy = localization.kinds.get("noisy")
     if model != "plain" and noisy is not None and noisy.units:
         share = noisy.memorization / noisy.units
@@ -59,10 +65,7 @@ def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
 
 def _counts(localization: DatasetLocalization) -> str:
     parts = [
-        f"{_mean(result)} for {KIND_NAMES[kind]} examples ({statuses(result)})"
-        if result.median is None
-        else f"{_mean(result)} on average for {KIND_NAMES[kind]} examples "
-        f"(median {result.median:g}; {statuses(result)})"
+        f"{_units(result)} for {KIND_NAMES[kind]} examples ({statuses(result)})"
         for kind, result in localization.kinds.items()
     ]
     return (
@@ -115,7 +118,8 @@ def _pool(localization: DatasetLocalization) -> list[str]:
         if result.units:
             shares[kind] = result.memorization / result.units
             parts.append(
-                f"{percent(shares[kind])} % of the units found for {KIND_NAMES[kind]} examples ({_mean(result)} each)"
+                f"{percent(shares[kind])} % of the units found for {KIND_NAMES[kind]} examples "
+                f"({result.units / result.searched:.2f} each)"
             )
     first = (
         "With example-tied dropout, each example searched with its own mask, memorization channels are "
@@ -157,7 +161,9 @@ def statuses(result: KindLocalization) -> str:
     counts = result.statuses
     text = f"{counts[FLIPPED]} of {result.localized} flipped"
     if counts[CAPPED]:
-        text += f", {counts[CAPPED]} not within the limit, with which they count"
+        text += f", {counts[CAPPED]} not within the limit"
+    if counts[EXHAUSTED]:
+        text += f", {counts[EXHAUSTED]} not with all units off"
     if counts[ALREADY_WRONG]:
         text += f", {counts[ALREADY_WRONG]} wrong already"
     return text
@@ -167,5 +173,9 @@ def _times(localization: DatasetLocalization) -> str:
     return f"{1000 * localization.seconds:.0f} ms per example"
 
 
-def _mean(result: KindLocalization) -> str:
-    return "unknown" if result.mean is None else f"{result.mean:.2f}"
+def _units(result: KindLocalization) -> str:
+    """Return the number of units that flip an example, of which searches without a flip give a lower bound alone."""
+    if result.median is None:
+        return "unknown"
+    median = f"{result.median:g}"
+    return f"{median} in the median" if result.mean is None else f"{result.mean:.2f} on average (median {median})"

@@ -50,6 +50,8 @@ def units_per_example(localizations: Mapping[str, DatasetLocalization]) -> Figur
             label = f"{_KINDS[kind]}: {result.statuses[FLIPPED]} of {result.localized} flip"
             if result.mean is not None:
                 label += f", mean {result.mean:.2f}"
+            elif result.median is not None:
+                label += f", median {result.median:g}"
             axes.bar(numbers + place * _WIDTH, shares, _WIDTH, color=COLORS[kind], label=label)
         axes.set_xlim(0.4, max([1, *(len(r.histogram) - 1 for r in localization.kinds.values())]) + 0.6)
         axes.locator_params(axis="x", integer=True)

@@ -1,22 +1,24 @@
 from made_localization import NOTHING, make_localization
 
-from memloc_ext.report.localization_answers import answers, notes, summary
+from memloc_ext.analysis.localization.dataset import STATUSES
+from memloc_ext.report.localization_answers import answers, notes, numbers, summary
 
 
 def test_the_terminal_gets_a_line_per_model() -> None:
     localization = make_localization()
     plain, tied = summary({"plain": localization, "example_tied": localization})
     assert plain == (
-        "Localization, plain training: 2.67 units flip a memorized example (median 3), 2.67 units flip a clean example "
-        "(median 3); 250 ms per example."
+        "Localization, plain training: "
+        "of the memorized examples 2 of 3 flipped, 1 not within the limit (median 3 units), "
+        "of the clean examples 2 of 3 flipped, 1 not within the limit (median 3 units); 250 ms per example."
     )
-    assert tied.startswith("Localization, example-tied dropout: 2.67 units")
+    assert tied.startswith("Localization, example-tied dropout: of the memorized examples 2 of 3 flipped")
     assert summary({}) == answers({}) == notes({}) == []
 
 
 def test_plain_training_answers_how_many_where_and_what_else() -> None:
     counts, where, noisy, clean = answers({"plain": make_localization()})
-    ends = "2.67 on average for {} examples (median 3; 2 of 3 flipped, 1 not within the limit, with which they count)"
+    ends = "3 in the median for {} examples (2 of 3 flipped, 1 not within the limit)"
     assert f"{ends.format('memorized')} and {ends.format('clean')}. The paper: around 5" in counts
     assert "75.0 % of the units found for memorized examples are in blocks.0:heads, which has 57.1 % of all" in where
     change = "from 100.0 to 90.0 % on clean, from 100.0 to 50.0 % on memorized, from 90.0 to 80.0 % on test examples"
@@ -43,6 +45,32 @@ def test_a_search_that_found_nothing_has_no_numbers() -> None:
     (counts,) = answers({"plain": localization})
     assert "is unknown for memorized examples (0 of 3 flipped, 3 wrong already) and unknown for clean" in counts
     assert answers({"example_tied": localization}) == []
+
+
+ALL = {"statuses": {**dict.fromkeys(STATUSES, 0), "flipped": 3, "already_wrong": 1}, "mean": 8 / 3, "median": 3.0}
+FEW = {"statuses": {**dict.fromkeys(STATUSES, 0), "flipped": 1, "capped": 1, "exhausted": 1}, "median": None}
+
+
+def test_searches_without_a_flip_are_not_called_flips() -> None:
+    plain = summary({"plain": make_localization(**ALL)})[0]
+    assert "2.67 units flip a memorized example (median 3), 2.67 units flip a clean example (median 3);" in plain
+    (counts, *_) = answers({"plain": make_localization(**ALL)})
+    assert "2.67 on average (median 3) for memorized examples (3 of 4 flipped, 1 wrong already)" in counts
+    few = make_localization(**FEW)
+    ends = "1 of 3 flipped, 1 not within the limit, 1 not with all units off"
+    assert f"of the clean examples {ends} (median - units)" in summary({"plain": few})[0]
+    assert f"is unknown for memorized examples ({ends}) and unknown for clean" in answers({"plain": few})[0]
+
+
+def test_numbers_are_missing_where_they_are_bounds() -> None:
+    rows = {row.what: row.value for row in numbers("plain", make_localization())}
+    name = "plain training"
+    for kind in ("memorized", "clean"):
+        assert rows[f"{name}: units that flip a {kind} example, mean"] is None
+        assert rows[f"{name}: units that flip a {kind} example, median"] == 3
+        assert rows[f"{name}: {kind} examples that units flip"] == 2 / 3
+    for change, values in ((ALL, {8 / 3, 3, 1}), (FEW, {None, 1 / 3}), (NOTHING, {None})):
+        assert {row.value for row in numbers("plain", make_localization(**change))} == values
 
 
 def test_notes_say_what_was_searched_and_evaluated() -> None:

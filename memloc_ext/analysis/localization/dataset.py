@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -73,9 +74,9 @@ class KindLocalization:
         total: Training examples of the kind.
         fitted: Those of them that the model predicts as their label.
         statuses: Status to number of localized examples.
-        mean: Mean number of units of the localized examples but those that were wrong already; None without such. A
-            search that ended without a flip counts with the units that it tried.
-        median: Their median.
+        mean: Mean number of units that flip an example, over those that were not wrong already; None without such, and
+            where a search ended without a flip: it gives a lower bound alone.
+        median: Their median, where a search without a flip counts as more than any other; None where that is the median.
         histogram: Number of flipped examples with so many units, from 0 on.
         sites: Site to the number of units that were found in it, over all examples.
         memorization: How many of the units that were found are memorization channels.
@@ -98,6 +99,16 @@ class KindLocalization:
     def localized(self) -> int:
         """Number of localized examples."""
         return sum(self.statuses.values())
+
+    @property
+    def searched(self) -> int:
+        """Number of localized examples that were not wrong already."""
+        return self.localized - self.statuses[ALREADY_WRONG]
+
+    @property
+    def flipped(self) -> int:
+        """Number of them that flipped."""
+        return self.statuses[FLIPPED]
 
     @property
     def units(self) -> int:
@@ -215,7 +226,11 @@ def _summary(
     edited: EditedAccuracy | None,
     curve: list[EditedAccuracy],
 ) -> KindLocalization:
-    numbers = [len(example.units) for example in examples if example.status != ALREADY_WRONG]
+    numbers = [
+        len(example.units) if example.status == FLIPPED else math.inf
+        for example in examples
+        if example.status != ALREADY_WRONG
+    ]
     counts = Counter(len(example.units) for example in examples if example.status == FLIPPED)
     found = Counter(unit for example in examples for unit in example.units)
     statuses = Counter(example.status for example in examples)
@@ -224,11 +239,15 @@ def _summary(
         total=total,
         fitted=fitted,
         statuses={status: statuses[status] for status in STATUSES},
-        mean=statistics.fmean(numbers) if numbers else None,
-        median=float(statistics.median(numbers)) if numbers else None,
+        mean=_finite(statistics.fmean(numbers)) if numbers else None,
+        median=_finite(statistics.median(numbers)) if numbers else None,
         histogram=[counts[number] for number in range(max(counts, default=-1) + 1)],
         sites={site.name: sum(n for (name, _), n in found.items() if name == site.name) for site in sites},
         memorization=sum(n for (name, unit), n in found.items() if unit >= first[name]),
         edited=edited,
         curve=curve,
     )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

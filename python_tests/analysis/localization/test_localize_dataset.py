@@ -1,5 +1,6 @@
 """Memorized and clean examples side by side: who is searched, what is counted, what an edit does to others."""
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -86,14 +87,16 @@ def test_every_flip_is_one(name: str, dataset: Dataset, request: pytest.FixtureR
 
 
 def test_the_summary_counts_the_examples(plain: nn.Module, dataset: Dataset) -> None:
-    result = localize_dataset(plain, dataset, replace(CONFIG, max_units=2))
+    result = localize_dataset(plain, dataset, replace(CONFIG, max_units=1))
     for kind, summary in result.kinds.items():
         rows = [row for row in result.examples if row.kind == kind]
         assert (summary.total, summary.fitted) == ({"noisy": 12, "clean": 48}[kind],) * 2
         assert summary.localized == 8
         assert {status: n for status, n in summary.statuses.items() if n} == Counter(row.status for row in rows)
-        assert summary.mean == statistics.mean(len(row.units) for row in rows)
-        assert summary.median == statistics.median(len(row.units) for row in rows)
+        units = [len(row.units) if row.status == "flipped" else math.inf for row in rows]
+        assert (summary.mean or math.inf) == statistics.mean(units)
+        assert (summary.median or math.inf) == statistics.median(units)
+        assert (summary.searched, summary.flipped) == (8, 8 - units.count(math.inf))
         flips = Counter(len(row.units) for row in rows if row.status == "flipped")
         assert {number: count for number, count in enumerate(summary.histogram) if count} == flips
         sites = Counter(site for row in rows for site, _ in row.units)
@@ -101,6 +104,7 @@ def test_the_summary_counts_the_examples(plain: nn.Module, dataset: Dataset) -> 
         assert list(summary.sites) == [site.name for site in result.sites]
         assert summary.units == sum(sites.values())
         assert summary.memorization == 0
+    assert any(summary.mean is None for summary in result.kinds.values()), "all flipped: the test is empty"
     assert (result.memorization_share, result.kept_share) == (0, 0)
     assert result.seconds > 0
 
