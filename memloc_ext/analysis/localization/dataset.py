@@ -76,7 +76,7 @@ class KindLocalization:
         statuses: Status to number of localized examples.
         mean: Mean number of units that flip an example, over those that were not wrong already; None without such, and
             where a search ended without a flip: it gives a lower bound alone.
-        median: Their median, where a search without a flip counts as more than any other; None where that is the median.
+        median: Their median, where a search without a flip counts as more than any other; None where it is the median.
         histogram: Number of flipped examples with so many units, from 0 on.
         sites: Site to the number of units that were found in it, over all examples.
         memorization: How many of the units that were found are memorization channels.

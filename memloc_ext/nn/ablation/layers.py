@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref
-from memloc_ext.nn.ablation.rows import BATCH_NORMS, normalises_by_batch
+from memloc_ext.nn.ablation.rows import BATCH_NORMS, normalises_by_batch, trimmed
 from memloc_ext.ops.conv2d_ablation import call as conv2d_ablation
 from memloc_ext.ops.linear_ablation import call as linear_ablation
 
@@ -131,7 +131,9 @@ def run_layer(layer: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
     """Run a layer on rows, ``[rows, *shape]`` to the same."""
     weight, bias = layer.folded()
     if layer.is_convolution:
-        out = F.conv2d(x.flatten(0, 1), weight, bias, *layer.geometry()).unflatten(0, x.shape[:2])
+        stride, padding, dilation = layer.geometry()
+        weight, padding = trimmed(x[0], weight, stride, padding, dilation)
+        out = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, dilation).unflatten(0, x.shape[:2])
     else:
         out = F.linear(x, weight, bias)
     if residual is not None:

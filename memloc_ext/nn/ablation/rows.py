@@ -90,8 +90,36 @@ def _copy(to: Tensor, source: Tensor, *_: object) -> Tensor:
     return source.to(to.dtype).expand_as(to)
 
 
+def trimmed(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """Return the weight of a convolution without the borders that meet padding alone, and the padding that is left.
+
+    In deep layers images are smaller than filters, for which oneDNN can take a hundred times as long.
+    """
+    left = list(padding)
+    for i, (size, pad, step, gap) in enumerate(zip(x.shape[2:], padding, stride, dilation, strict=True)):
+        taps = weight.shape[2 + i]
+        last = (size + 2 * pad - gap * (taps - 1) - 1) // step * step  # where the last window begins
+        before, behind = -((last - pad) // gap), taps + (-size - pad) // gap
+        cut = max(0, min(before, behind, pad // gap))
+        weight, left[i] = weight.narrow(2 + i, cut, taps - 2 * cut), pad - cut * gap
+    return weight, left
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    stride, padding, dilation, transposed, *others = rest
+    if not transposed:
+        weight, padding = trimmed(x, weight, stride, padding, dilation)
+    return aten.convolution.default(x, weight, bias, stride, padding, dilation, transposed, *others)
+
+
 # view: rows have other strides
-_VMAPPED: dict[object, Callable[..., Any]] = {aten.view.default: aten.reshape.default, aten.copy.default: _copy}
+_VMAPPED: dict[object, Callable[..., Any]] = {
+    aten.view.default: aten.reshape.default,
+    aten.copy.default: _copy,
+    aten.convolution.default: _convolution,
+}
 
 
 def _is_elementwise(call: Call, given: Sequence[Tensor]) -> bool:

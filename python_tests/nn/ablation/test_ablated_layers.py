@@ -3,8 +3,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from ablating import Model, check, settled
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from memloc_ext.nn.ablation.rows import trimmed
 
 B = 3
 
@@ -47,6 +51,7 @@ AFTER: dict[str, Layers] = {
     "shuffling": lambda: [nn.PixelShuffle(2), conv(1, 1), nn.PixelUnshuffle(2), nn.ChannelShuffle(2), conv(4, 4)],
     "padding": lambda: [nn.ZeroPad2d(1), conv(4, 4), nn.ReflectionPad2d(1), conv(4, 4)],
     "dropout": lambda: [nn.Dropout2d(), conv(4, 4), nn.Dropout(inplace=True)],
+    "wide filters": lambda: [nn.MaxPool2d(4), conv(4, 4, 5, groups=4), nn.ReLU(), conv(4, 4, 7, stride=2), nn.ReLU()],
     "folding": lambda: [nn.Unfold(3), nn.Fold((6, 6), 3), conv(4, 4)],
 }
 
@@ -55,6 +60,26 @@ AFTER: dict[str, Layers] = {
 def test_what_follows_the_site(name: str) -> None:
     model = nn.Sequential(conv(2, 4), nn.ReLU(), *AFTER[name](), head(4))
     check(settled(model).train(), images(), ["0", "1", "2"], dims={})
+
+
+geometry = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 3), st.integers(0, 6), st.integers(1, 3))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(geometry, geometry)
+def test_filters_are_trimmed_where_they_meet_padding_alone(rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    (height, kh, *_), (width, kw, *_) = rows, columns
+    stride, padding, dilation = ([rows[i], columns[i]] for i in (2, 3, 4))
+    assume(all(n + 2 * p > d * (k - 1) for n, k, _, p, d in (rows, columns)))
+    x, weight = torch.randn(2, 3, height, width).double(), torch.randn(4, 3, kh, kw).double()
+    expected = F.conv2d(x, weight, None, stride, padding, dilation)
+    weight, left = trimmed(x, weight, stride, padding, dilation)
+    torch.testing.assert_close(F.conv2d(x, weight, None, stride, left, dilation), expected)
+
+
+def test_a_filter_of_one_pixel_is_left_of_a_wide_one() -> None:
+    weight, padding = trimmed(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 5, 5), [1, 1], [2, 2], [1, 1])
+    assert (list(weight.shape[2:]), padding) == ([1, 3], [0, 1])
 
 
 def test_one_dimension() -> None:

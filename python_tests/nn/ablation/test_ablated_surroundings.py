@@ -1,3 +1,4 @@
+import contextlib
 import copy
 from typing import Any
 
@@ -141,6 +142,24 @@ def test_memory_budgets() -> None:
             assert torch.equal(scarce[site].predicted, plenty[site].predicted)
     with pytest.raises(ValueError, match="memory_budget"):
         ablation_losses(model, x, y, memory_budget=least - 1)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_progress_counts_the_units(slow: bool) -> None:
+    model, x, y, done = small(), images(), labels(B), list[int]()
+    if slow:
+        model = Model(lambda m, x: m.inner(x) if x.sum() < 1e9 else x, inner=model)
+    with pytest.warns(UserWarning, match="reads an activation") if slow else contextlib.nullcontext():
+        found = ablation_losses(model, x, y, progress=done.append)
+    assert sum(done) == sum(len(site.loss) for site in found.values()) == 8
+    if not slow:
+        scarce = list[int]()
+        with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+            ablation_losses(model, x, y, memory_budget=1)
+        least = int(str(error.value).split()[5])
+        ablation_losses(model, x, y, memory_budget=least, progress=scarce.append)
+        assert (sum(scarce), min(scarce)) == (8, 1)
+        assert len(scarce) > 4
 
 
 def test_the_mean_over_other_examples() -> None:
