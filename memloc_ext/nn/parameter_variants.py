@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.batch_recorder import record_batch
-from memloc_ext.nn.ablation.recorder import as_list, evaluating, without_fast_path
+from memloc_ext.nn.ablation.recorder import as_list
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
+from memloc_ext.nn.ablation.running import evaluating, without_fast_path
 from memloc_ext.nn.example_ids import current_example_ids
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,13 +15,11 @@ from memloc_ext.analysis.localization.ranking import rank
 from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
 from memloc_ext.analysis.localization.settings import Settings
 from memloc_ext.analysis.localization.state import Search
-from memloc_ext.nn.ablation.by_model import ModelNetwork
+from memloc_ext.nn.ablation.by_model import searchable
 from memloc_ext.nn.ablation.candidates import Candidates, finite
 from memloc_ext.nn.ablation.filters import find_filters
 from memloc_ext.nn.ablation.losses import check_classes, check_logits, judge, wide
-from memloc_ext.nn.ablation.network import Network, given
-from memloc_ext.nn.ablation.one_by_one import check_how
-from memloc_ext.nn.ablation.recording import UnsupportedError
+from memloc_ext.nn.ablation.network import given
 from memloc_ext.nn.ablation.sites import producer
 from memloc_ext.nn.ablation.switched import Switched
 from memloc_ext.nn.ablation.weights import ChangedWeights
@@ -141,7 +138,7 @@ class Searches:
         sites: Sequence[str] | None = None,
         memory_budget: int = 1 << 30,
     ) -> None:
-        network = _network(model, x, settings, sites, memory_budget)
+        network = searchable(model, x, sites, settings.how, memory_budget, settings.changes_weights)
         self.model, self.network, self.settings, self.progress = model, network, settings, _nothing
         self.inputs, self.y = given(x), torch.empty(0)
         self.baselines = network.baselines(self.inputs if reference is None else reference_inputs(network, reference))
@@ -295,22 +292,6 @@ class Searches:
             given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
-
-
-def _network(
-    model: nn.Module, x: Tensor, settings: Settings, sites: Sequence[str] | None, memory_budget: int
-) -> Network:
-    """Return the recorded network, or with a warning the model itself if it cannot be recorded."""
-    try:
-        network = Network(model, x, sites, settings.how, memory_budget, True, settings.changes_weights)
-        with torch.no_grad():
-            network.graph.examples([t[:1] for t in given(x)], ())  # an operator may refuse this first
-        return network
-    except UnsupportedError as error:
-        check_how(settings.how, error)
-        message = f"localize: {error}; running the model once per unit and example instead"
-        warnings.warn(message, UserWarning, stacklevel=4)
-        return ModelNetwork(model, x, sites, settings.how, memory_budget, True)
 
 
 def _nothing(_: int) -> None:

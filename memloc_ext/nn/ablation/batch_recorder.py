@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.recorder import Readers, Recorder, as_list, evaluating, storage_address, without_fast_path
+from memloc_ext.nn.ablation.recorder import Readers, Recorder, as_list, storage_address
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError
+from memloc_ext.nn.ablation.running import evaluating, without_fast_path
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.training_flags import generator_states

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.evaluation import Edit, Graph, Suffix
-from memloc_ext.nn.ablation.network import Network
-from memloc_ext.nn.ablation.recorder import evaluating, logits_of, record, without_fast_path
+from memloc_ext.nn.ablation.network import Network, given
+from memloc_ext.nn.ablation.one_by_one import check_how
+from memloc_ext.nn.ablation.recorder import record
+from memloc_ext.nn.ablation.recording import UnsupportedError
+from memloc_ext.nn.ablation.running import evaluating, logits_of, without_fast_path
 from memloc_ext.nn.ablation.sites import attention
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.ablation.switch import SiteHook, hooked
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
+
+
+def searchable(
+    model: nn.Module, x: Tensor, sites: Sequence[str] | None, how: str, memory_budget: int, weights: bool
+) -> Network:
+    """Return the recorded network for `localize`, or with a warning the model itself if it cannot be recorded.
+
+    The arguments are those of `Network`.
+    """
+    try:
+        network = Network(model, x, sites, how, memory_budget, True, weights)
+        with torch.no_grad():
+            network.graph.examples([t[:1] for t in given(x)], ())  # an operator may refuse this first
+        return network
+    except UnsupportedError as error:
+        check_how(how, error)
+        message = f"localize: {error}; running the model once per unit and example instead"
+        warnings.warn(message, UserWarning, stacklevel=4)
+        return ModelNetwork(model, x, sites, how, memory_budget, True)
 
 
 class ModelNetwork(Network):

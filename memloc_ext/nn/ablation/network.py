@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.ablation.evaluation import Graph
-from memloc_ext.nn.ablation.recorder import evaluating, logits_of, record
+from memloc_ext.nn.ablation.recorder import record
 from memloc_ext.nn.ablation.recording import UnsupportedError
 from memloc_ext.nn.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
+from memloc_ext.nn.ablation.running import evaluating, logits_of
 from memloc_ext.nn.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.nn.ablation.slab import Slab
 from memloc_ext.nn.example_ids import current_example_ids, example_ids

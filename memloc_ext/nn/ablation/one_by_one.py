@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.nn.ablation.recorder import evaluating, logits_of, record
+from memloc_ext.nn.ablation.recorder import record
 from memloc_ext.nn.ablation.recording import UnsupportedError
+from memloc_ext.nn.ablation.running import evaluating, logits_of
 from memloc_ext.nn.ablation.sites import Site, find_sites
 from memloc_ext.nn.ablation.switch import SiteHook, apply_ablation, hooked
 

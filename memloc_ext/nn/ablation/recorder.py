@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memloc_ext.nn.ablation.channels import Channels
 from memloc_ext.nn.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
+from memloc_ext.nn.ablation.running import evaluating, logits_of, without_fast_path
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
-from memloc_ext.nn.sharding import check_whole
-from memloc_ext.nn.training_flags import kept_state
 
 aten = torch.ops.aten
-_lock = threading.Lock()
-_open, _enabled = 0, True  # see `without_fast_path`
 
 
 def record(model: nn.Module, x: Tensor, strict: bool = True) -> Recording:
@@ -198,29 +194,6 @@ class Recorder(TorchDispatchMode):
         return t.detach() if index is None else Ref(index)
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the logits among what a model returns.
-
-    Args:
-        output: The logits; an object that has, or a mapping that holds, them by the name ``logits``; or a tuple or list
-            that begins with them.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    logits = output
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif not isinstance(output, Tensor):
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            "the model must return logits [batch, classes]: a tensor, an object or mapping with logits, or a tuple "
-            f"that begins with them, got {type(output).__name__}"
-        )
-    return logits
-
-
 _SHAPED_LIKE = frozenset(
     (
         *(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")),
@@ -294,37 +267,6 @@ def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
 
         yield module.register_forward_pre_hook(before)
         yield module.register_forward_hook(after)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode and leave modes, buffers and the generators as they were.
-
-    Raises:
-        ValueError: If this process has only a part of it.
-    """
-    check_whole(model)
-    with kept_state(model):
-        model.eval()
-        yield
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Have transformer layers run as they are written, not as one operator, until no thread is inside any more."""
-    global _open, _enabled
-    with _lock:
-        if _open == 0:
-            _enabled = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _open += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _open -= 1
-            if _open == 0:
-                torch.backends.mha.set_fastpath_enabled(_enabled)
 
 
 def storage_address(t: Tensor) -> int:

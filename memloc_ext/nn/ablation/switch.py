@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from memloc_ext.nn.ablation.channels import FollowingChannels
-from memloc_ext.nn.ablation.recorder import without_fast_path
+from memloc_ext.nn.ablation.running import without_fast_path
 from memloc_ext.nn.ablation.sites import HEADS
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
 from memloc_ext.nn.gradient_accountant.in_parts import in_parts
