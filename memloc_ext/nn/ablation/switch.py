@@ -62,7 +62,11 @@ class AppliedAblation:
                 )
 
     def copy(self) -> nn.Module:
-        """Return a copy of the model in which the units are switched off for good."""
+        """Return a copy of the model in which the units are switched off for good.
+
+        To compile it where the model was compiled before, call `torch._dynamo.reset` first: compiled code is found
+        again without a look at hooks.
+        """
         both = copy.deepcopy((self.model, self.edits))
         AppliedAblation(*both).__enter__()
         return both[0]
@@ -151,8 +155,13 @@ class SiteHook:
             return None
         if not isinstance(output, Tensor):
             raise ValueError(f"apply_ablation: {self.site} must return a tensor, got {type(output).__name__}")
-        self.runs += 1
+        self.ran()
         return self.change(output)
+
+    def ran(self) -> None:
+        """Count a call, but not in code that is compiled, which would be compiled anew for each number."""
+        if not torch.compiler.is_compiling():
+            self.runs += 1
 
 
 class _Edit(SiteHook):
@@ -188,7 +197,9 @@ class _Edit(SiteHook):
         if self.dim is None:
             dim = self.see(t) if t.dim() > 2 else t.dim() - 1
             if dim is None:
-                raise ValueError(f"apply_ablation: {self.site} runs apart from its model; pass its channel_dims")
+                raise ValueError(
+                    f"apply_ablation: {self.site} runs apart from its model or compiled; pass channel_dims"
+                )
             self.dim, self.rank, self.see = dim, t.dim(), _blind
         if self.rank not in (None, t.dim()):
             raise ValueError(
@@ -213,7 +224,9 @@ class _Watch:
         self._open: dict[int, list[contextlib.ExitStack]] = defaultdict(list)  # by thread
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Begin with the outermost module."""
+        """Begin with the outermost module; not of a copy that the user compiles."""
+        if torch.compiler.is_compiling():
+            return
         stack = contextlib.ExitStack()
         mine = self._open[threading.get_ident()]
         mine.append(stack)
@@ -229,6 +242,8 @@ class _Watch:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """End with it."""
+        if torch.compiler.is_compiling():
+            return
         mine = self._open[threading.get_ident()]
         mine.pop().close()
         if not mine:
@@ -272,5 +287,5 @@ class _HeadMode(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             return output
-        self._hook.runs += 1
+        self._hook.ran()
         return self._hook.change(output)

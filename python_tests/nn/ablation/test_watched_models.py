@@ -36,7 +36,7 @@ def test_parts_of_a_model() -> None:
         assert not model[0](x)[:, 1].any()
     relu = model[0][2]
     with (
-        pytest.raises(ValueError, match=r"0\.2 runs apart from its model; pass its channel_dims"),
+        pytest.raises(ValueError, match=r"0\.2 runs apart from its model or compiled; pass channel_dims"),
         apply_ablation(model, [("0.2", 1)]),
     ):
         relu(x)
@@ -128,3 +128,15 @@ def test_compiled_models_run_as_they_were_written(after: bool) -> None:
     with apply_ablation(compiled, [(f"_orig_mod.{site}", unit) for site, unit in UNITS]):
         assert torch.equal(compiled(x), expected(model, x))
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("known", ["dims", "run"])
+def test_copies_that_are_compiled(known: str) -> None:
+    model, x = small(), images()
+    edited = apply_ablation(model, UNITS, channel_dims={"2": 1, "7": 1} if known == "dims" else None).copy()
+    if known == "run":
+        edited(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(edited, backend="eager", fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(x), expected(model, x))
