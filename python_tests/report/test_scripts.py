@@ -1,5 +1,6 @@
 """The scripts that draw single figures of a run."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ def test_every_section_has_a_script_and_draws_its_figures(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("figure_*.py")), ids=lambda path: path.stem)
-def test_a_folder_without_a_run_ends_with_one_line(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"load_run: {tmp_path} holds no run, config.json is missing\n"
+def test_a_folder_without_a_run_ends_with_one_line(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == f"load_run: {tmp_path} holds no run, config.json is missing"
