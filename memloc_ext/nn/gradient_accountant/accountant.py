@@ -255,27 +255,24 @@ class GradientAccountant:
             self._check_sharded(session, found, exact_groups)
         exact = exact_groups and weight_grads
         calls = session.calls | found.uses  # the larger count of each
-        several = batch_size is not None
         slow = found.unseen | self._known_slow(session, found)
-        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, slow, several)
-        unchecked = self._unchecked(session, batch, found)
+        run = Run(
+            batch, None if exact else groups, weight_grads and not exact, calls, slow, several=batch_size is not None
+        )
         own_mean = mean and not watched and self._check != "never" and batch > 1 and returned_by_model(session, loss)
+        unchecked = self._unchecked(session, batch, found)
         if slow or exact or own_mean or unchecked is not None:
             outputs = outputs_of(session, root, loss if loss_reduction == "none" else None, found.all, run)
             if own_mean and outputs is not None:
                 with kept_state(self._model):
                     check_own_mean(session, loss, outputs, run)
-            if unchecked is not None and outputs is not None:
-                trial = Run(batch, None, False, calls, slow, several)
-                slow.update(self._compare(session, trial, outputs, found, unchecked))
+            if unchecked is not None:
+                self._compare(session, run, outputs, found, unchecked)
             if slow or exact:
                 outputs = outputs or self._no_outputs(session, slow or found.all)
                 self._account_unseen(session, run, outputs, found)
             if exact and groups is not None and outputs is not None:
                 run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
-            if unchecked is not None and outputs is None and session.passes:
-                self._known.signatures.add(unchecked)
-                warnings.warn(_UNCHECKED, UserWarning, stacklevel=2)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
         session.run = run
@@ -349,22 +346,25 @@ class GradientAccountant:
         sign = signature(self._model, source, batch, found.seen)
         return None if self._check == "first" and sign in self._known.signatures else sign
 
-    def _compare(
-        self, session: Session, trial: Run, outputs: Outputs, found: Reached, unchecked: object
-    ) -> dict[int, nn.Parameter]:
-        """Return the covered parameters whose norms are not those of plain autograd, with a warning."""
-        parameters = {key: p for key, p in found.seen.items() if key not in trial.slow}
+    def _compare(self, session: Session, run: Run, outputs: Outputs | None, found: Reached, unchecked: object) -> None:
+        """Add the covered parameters whose norms are not those of plain autograd to the slow ones, with a warning."""
+        if outputs is None:
+            if session.passes and not run.slow:
+                self._known.signatures.add(unchecked)
+                warnings.warn(_UNCHECKED, UserWarning, stacklevel=3)
+            return
+        parameters = {key: p for key, p in found.seen.items() if key not in run.slow}
         with kept_state(self._model):  # which checkpointing would update
-            wrong = different(session, trial, outputs, parameters)
+            wrong = different(session, run, outputs, parameters)
         if wrong is None:
-            return {}
+            return
+        run.slow.update(wrong)
         self._known.signatures.add(unchecked)
         names = [name for name, p in session.named_parameters() if id(p) in wrong]
         if names:
             self._known.slow.update(names)
             self._warned.update(names)
             warnings.warn(_DIFFERENT[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
-        return wrong
 
     def _no_outputs(self, session: Session, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
         names = [name for name, p in session.named_parameters() if id(p) in parameters]

@@ -94,7 +94,7 @@ def outputs_of(
 
 
 def different(
-    session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
 ) -> dict[int, nn.Parameter] | None:
     """Return the parameters whose norms are not those of plain autograd; None if that cannot be told.
 
@@ -103,11 +103,11 @@ def different(
 
     Args:
         session: That the layers are part of.
-        trial: A backward pass for norms only.
+        run: The backward pass that is to come.
         outputs: What tells the examples apart.
         parameters: To be checked, by their ``id``.
     """
-    trial.constant_statistics = True
+    trial = run.trial()
     _norms(session, trial, outputs, parameters)
     result: dict[int, nn.Parameter] = {}
     examples = _two_examples(trial, outputs)

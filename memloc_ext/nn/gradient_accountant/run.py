@@ -85,7 +85,7 @@ class Run:
         groups: Groups | None,
         weight_grads: bool,
         calls: Mapping[int, int],
-        slow: Mapping[int, nn.Parameter],
+        slow: dict[int, nn.Parameter],
         several: bool = False,
     ) -> None:
         self._several = several
@@ -98,6 +98,12 @@ class Run:
         self._whole: Groups | None = None
         self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
         self._derived: dict[Derived, list[Use]] = {}
+
+    def trial(self) -> Run:
+        """Return a pass for the norms alone, to be compared."""
+        run = Run(self.batch, None, False, self._calls, self.slow, self._several)
+        run.constant_statistics = True
+        return run
 
     def place(self, layout: Layout) -> Layout:
         """Return where the examples are, given where the rows of the model's input are."""
@@ -212,7 +218,7 @@ class OneByOne(Run):
     """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
     def __init__(self, run: Run, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(run.batch, None, True, {}, wanted, run._several)
+        super().__init__(run.batch, None, True, {}, dict(wanted), run._several)
         self.undivided = True
 
     def wants(self, weight: Weight) -> bool:
