@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memloc_ext.nn.gradient_accountant.embedding import Embedding
@@ -14,7 +15,7 @@ from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.owners import Picked
 from memloc_ext.nn.gradient_accountant.run import Repeated
 from memloc_ext.nn.gradient_accountant.session import Session, tensors
-from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, OwnRowsUse, Rows
+from memloc_ext.nn.gradient_accountant.uses import EmbeddingUse, Rows, Use, accumulated
 
 
 class Broadcast(Rule):
@@ -64,6 +65,35 @@ class OwnRows(Rule):
         """See `Rule`."""
         run = self.telling
         return (self.record(0, OwnRowsUse(grad, self.layout if run is None else run.place(self.layout))),)
+
+
+class OwnRowsUse(Use):
+    """A parameter of which each example has rows of its own, and no part in the others.
+
+    Args:
+        grad: Of the parameter, for all examples together.
+        layout: Where the examples are in it.
+    """
+
+    def __init__(self, grad: Tensor, layout: Layout) -> None:
+        self.grad, self.layout = grad, layout
+        self.batch, self.shape, self.dtype, self.device = layout.batch, grad.shape, accumulated(grad.dtype), grad.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
+        rows = self.layout.first(self.grad)
+        for place, b in zip(result, range(begin, end), strict=True):
+            self.layout.first(place)[b] = rows[b]
+        return result
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        return self.grad
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        return Rows(self.layout.first(self.grad)).sqnorm()
 
 
 def broadcast(session: Session, func: Any, args: Any, kwargs: Any) -> Any:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memloc_ext import ops
 from memloc_ext.nn.gradient_accountant.broadcast import spread
 from memloc_ext.nn.gradient_accountant.layer import Rule, autocast_dtype
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.run import Weight
 from memloc_ext.nn.gradient_accountant.session import Session
-from memloc_ext.nn.gradient_accountant.uses import BatchedLinearUse
+from memloc_ext.nn.gradient_accountant.uses import Use, accumulated
 
 _LEAD = "abcdefghijklmnopqrstuvw"
 
@@ -50,6 +51,35 @@ class BatchedLinear(Rule):
         """Return ``[batch, experts, rows, *]``."""
         first = self.examples(t)
         return first.reshape(*first.shape[:2], -1, first.shape[-1])
+
+
+class BatchedLinearUse(Use):
+    """Matrices ``[experts, in, out]``, each of a linear layer of its own.
+
+    Args:
+        input: ``[batch, experts, rows, in]``.
+        grad_output: ``[batch, experts, rows, out]``, of the same dtype.
+    """
+
+    def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+        self.input, self.grad_output = input, grad_output
+        self.batch, self.shape = len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1]))
+        self.dtype, self.device = accumulated(input.dtype), input.device
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """See `Use`."""
+        x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
+        return x.mT @ g
+
+    def total(self) -> Tensor:
+        """See `Use`."""
+        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (self.input, self.grad_output))
+        return x.mT @ g
+
+    def sqnorm(self) -> Tensor:
+        """See `Use`."""
+        norms = ops.linear_grad_sqnorm(self.input.flatten(0, 1), self.grad_output.flatten(0, 1))
+        return norms.reshape(self.batch, self.shape[0]).sum(1)
 
 
 def contract(session: Session, x: Tensor, w: Tensor, letters: tuple[str, str, str]) -> Any:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.ops import Groups
 from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
@@ -86,35 +85,6 @@ class Rows(Use):
         return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
 
 
-class OwnRowsUse(Use):
-    """A parameter of which each example has rows of its own, and no part in the others.
-
-    Args:
-        grad: Of the parameter, for all examples together.
-        layout: Where the examples are in it.
-    """
-
-    def __init__(self, grad: Tensor, layout: Layout) -> None:
-        self.grad, self.layout = grad, layout
-        self.batch, self.shape, self.dtype, self.device = layout.batch, grad.shape, accumulated(grad.dtype), grad.device
-
-    def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
-        result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
-        rows = self.layout.first(self.grad)
-        for place, b in zip(result, range(begin, end), strict=True):
-            self.layout.first(place)[b] = rows[b]
-        return result
-
-    def total(self) -> Tensor:
-        """See `Use`."""
-        return self.grad
-
-    def sqnorm(self) -> Tensor:
-        """See `Use`."""
-        return Rows(self.layout.first(self.grad)).sqnorm()
-
-
 class LinearUse(Use):
     """A linear layer's weight ``[out, in]``.
 
@@ -150,35 +120,6 @@ class LinearUse(Use):
         if self._bias is not None:
             return self.sqnorm(), linear_group_grad(self.input, self.grad_output, groups)
         return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
-
-
-class BatchedLinearUse(Use):
-    """Matrices ``[experts, in, out]``, each of a linear layer of its own.
-
-    Args:
-        input: ``[batch, experts, rows, in]``.
-        grad_output: ``[batch, experts, rows, out]``, of the same dtype.
-    """
-
-    def __init__(self, input: Tensor, grad_output: Tensor) -> None:
-        self.input, self.grad_output = input, grad_output
-        self.batch, self.shape = len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1]))
-        self.dtype, self.device = accumulated(input.dtype), input.device
-
-    def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
-        x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
-        return x.mT @ g
-
-    def total(self) -> Tensor:
-        """See `Use`."""
-        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (self.input, self.grad_output))
-        return x.mT @ g
-
-    def sqnorm(self) -> Tensor:
-        """See `Use`."""
-        norms = ops.linear_grad_sqnorm(self.input.flatten(0, 1), self.grad_output.flatten(0, 1))
-        return norms.reshape(self.batch, self.shape[0]).sum(1)
 
 
 class ConvolutionUse(Use):
