@@ -33,7 +33,7 @@ class Channels:
         return dim if dim is not None else 1 if t.dim() in (4, 5) else t.dim() - 1
 
     def known(self, t: Tensor) -> int | None:
-        """Return the same if some operator put them there, else None, as inside of `torch.vmap`."""
+        """Return the same if some operator put them there, else None."""
         return self._dims.get(_key(t))
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -195,10 +196,11 @@ class _Edit(SiteHook):
 
     def _dim(self, t: Tensor) -> int:
         if self.dim is None:
-            dim = self.see(t) if t.dim() > 2 else t.dim() - 1
+            wrapped = is_functorch_wrapped_tensor(t)  # as by vmap: operators are given another tensor
+            dim = t.dim() - 1 if t.dim() < 3 else None if wrapped else self.see(t)
             if dim is None:
                 raise ValueError(
-                    f"apply_ablation: {self.site} runs apart from its model or compiled; pass channel_dims"
+                    f"apply_ablation: {self.site} runs apart from its model, compiled or transformed; pass channel_dims"
                 )
             self.dim, self.rank, self.see = dim, t.dim(), _blind
         if self.rank not in (None, t.dim()):
