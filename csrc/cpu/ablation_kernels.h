@@ -5,6 +5,7 @@
 
 #include "conv2d.h"
 #include "cpu/compute.h"
+#include "summation.h"
 
 namespace memloc {
 

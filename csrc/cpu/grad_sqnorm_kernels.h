@@ -5,6 +5,7 @@
 
 #include "cpu/compute.h"
 #include "grad_sqnorm.h"
+#include "summation.h"
 
 namespace memloc {
 

@@ -12,6 +12,7 @@
 #include "cpu/simd.h"
 #include "cpu/vector_math.h"
 #include "linear_ablation_loss_args.h"
+#include "summation.h"
 
 namespace memloc {
 namespace {
@@ -38,7 +39,8 @@ MEMLOC_CLONES void losses(const Logits& l, const double* __restrict__ delta, int
                           E* __restrict__ logits, E* __restrict__ loss,
                           typename FloatFormat<E>::Bits* __restrict__ best) {
   using Index = typename FloatFormat<E>::Bits;
-  E most[kBlock], sum[kBlock] = {};
+  E most[kBlock];
+  double total[kBlock] = {};
   std::fill(most, most + kBlock, -std::numeric_limits<E>::infinity());
   std::fill(best, best + kBlock, Index{0});
   for (int64_t k = 0; k < l.classes; ++k) {
@@ -55,14 +57,19 @@ MEMLOC_CLONES void losses(const Logits& l, const double* __restrict__ delta, int
       best[c] = more ? index : best[c];
     }
   }
-  for (int64_t k = 0; k < l.classes; ++k) {
-    const E* const row = logits + k * kBlock;
+  for (int64_t first = 0; first < l.classes; first += kChain) {
+    E sum[kBlock] = {};
+    for (int64_t k = first; k < std::min(first + kChain, l.classes); ++k) {
+      const E* const row = logits + k * kBlock;
 #pragma omp simd
-    for (int64_t c = 0; c < count; ++c) sum[c] += exp_nonpositive(row[c] - most[c]);
+      for (int64_t c = 0; c < count; ++c) sum[c] += exp_nonpositive(row[c] - most[c]);
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) total[c] += sum[c];
   }
   const E* const at_target = logits + target * kBlock;
 #pragma omp simd
-  for (int64_t c = 0; c < count; ++c) loss[c] = log_from_one(sum[c]) - (at_target[c] - most[c]);
+  for (int64_t c = 0; c < count; ++c) loss[c] = log_from_one(static_cast<E>(total[c])) - (at_target[c] - most[c]);
 }
 
 template <typename E>
