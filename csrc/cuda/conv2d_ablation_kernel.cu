@@ -5,6 +5,7 @@
 // banks. What is too large for shared memory goes element by element, straight from global memory.
 #include "cuda/ablation_epilogue.h"
 #include "host_device.h"
+#include "summation.h"
 
 namespace memloc {
 namespace {
@@ -34,8 +35,19 @@ __device__ __forceinline__ Compute<T> weight_at(const AblationProblem& p, const 
   return compute(weight[o * p.weight_output + channel * p.weight_input + i * p.weight_row + j * p.weight_column]);
 }
 
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem p, const Cut cut) {
+// to += from, which becomes zero.
+template <typename C, int kLanes>
+__device__ __forceinline__ void add_up(C (&to)[kOutputs][kLanes], C (&from)[kOutputs][kLanes]) {
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) to[o][l] += from[o][l], from[o][l] = 0;
+  }
+}
+
+// kLong: for more kernel offsets than a chain has, whose sums take as many registers again.
+template <typename T, int kLanes, bool kLong>
+__device__ __forceinline__ void conv2d(const AblationProblem& p, const Cut& cut) {
   using C = Compute<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   C* const filters = reinterpret_cast<C*>(shared);  // [groups][taps][kOutputs]
@@ -83,9 +95,13 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem 
         from[l] = row * static_cast<int>(p.y.stride) * wide + column * static_cast<int>(p.x.stride);
       }
       C sum[kOutputs][kLanes] = {};
+      [[maybe_unused]] C chains[kLong ? kOutputs : 1][kLanes] = {};
       const C* filter = filters + group * taps * kOutputs;
       int offset = 0;
       for (int tap = 0, j = 0; tap < taps; ++tap, filter += kOutputs) {
+        if constexpr (kLong) {
+          if (tap % kChain == 0) add_up(chains, sum);
+        }
         C patch[kLanes];
 #pragma unroll
         for (int l = 0; l < kLanes; ++l) {
@@ -101,6 +117,7 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem 
         offset += next_tap;
         if (++j == kernel_x) j = 0, offset += next_row;
       }
+      if constexpr (kLong) add_up(sum, chains);
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
         if (output + o >= p.outputs) break;
@@ -118,6 +135,16 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem 
   }
 }
 
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) conv2d_kernel(const AblationProblem p, const Cut cut) {
+  conv2d<T, kLanes, false>(p, cut);
+}
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) long_conv2d_kernel(const AblationProblem p, const Cut cut) {
+  conv2d<T, kLanes, true>(p, cut);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) elements_kernel(const AblationProblem p, const Cut cut) {
   using C = Compute<T>;
@@ -129,13 +156,15 @@ __global__ void __launch_bounds__(kThreads) elements_kernel(const AblationProble
     const int64_t row = at % cut.positions / cut.columns, column = at % cut.columns;
     const int64_t channel = p.channels[k];
     const T* const change = t.change + (k * p.batch + b) * p.y.size * p.x.size;
-    C sum[1] = {};
+    C sum[1] = {}, chain = 0;
     for (int64_t tap = 0; tap < cut.taps && channel >= 0 && channel < p.inputs; ++tap) {
+      if (tap % kChain == 0) sum[0] += chain, chain = 0;
       const int64_t y = row * p.y.stride + tap / p.x.kernel * p.y.dilation - p.y.padding;
       const int64_t x = column * p.x.stride + tap % p.x.kernel * p.x.dilation - p.x.padding;
       if (y < 0 || y >= p.y.size || x < 0 || x >= p.x.size) continue;
-      sum[0] += weight_at(p, t.weight, o, channel, tap) * compute(change[y * p.x.size + x]);
+      chain += weight_at(p, t.weight, o, channel, tap) * compute(change[y * p.x.size + x]);
     }
+    sum[0] += chain;
     const C scale[1] = {value_or(t.scale, o, C{1})}, shift[1] = {value_or(t.shift, o, C{0})};
     const int64_t from_example = row_of(p, k, b) * example;
     const T* const residual = residual_at(p, t.residual, k, b * example, from_example);
@@ -183,6 +212,12 @@ cudaError_t launch(const AblationProblem& p, cudaStream_t stream) {
   const int64_t even = divide_up(pieces, divide_up(pieces, kThreads));
   const int threads = static_cast<int>(divide_up(std::max<int64_t>(even, 1), 32) * 32);
   const size_t bytes = (cut.groups * cut.taps * kOutputs + cut.part * kLanes) * sizeof(C);
+  if constexpr (sizeof(C) < sizeof(double)) {  // whose filters are shorter than two chains
+    if (cut.taps > kChain) {
+      long_conv2d_kernel<T, kLanes><<<grid_for(cut.items(p)), threads, bytes, stream>>>(p, cut);
+      return cudaGetLastError();
+    }
+  }
   conv2d_kernel<T, kLanes><<<grid_for(cut.items(p)), threads, bytes, stream>>>(p, cut);
   return cudaGetLastError();
 }

@@ -7,17 +7,12 @@
 // Not on tensor cores: their float32 is TF32, which the user did not ask for here.
 #include "cuda/grad_sqnorm_kernel.h"
 #include "cuda/grad_sqnorm_reduce.h"
+#include "cuda/grad_sqnorm_tile.h"
+#include "summation.h"
 
 namespace memloc {
 namespace {
 
-// A tile of kM outputs by kN columns; a thread has kThreadM x kThreadN of it, a slice is kDepth positions.
-template <int kM_, int kN_, int kThreadM_, int kThreadN_, int kDepth_, int kBlocks_>
-struct Tile {
-  static constexpr int kM = kM_, kN = kN_, kThreadM = kThreadM_, kThreadN = kThreadN_, kDepth = kDepth_;
-  static constexpr int kThreads = kM / kThreadM * (kN / kThreadN);
-  static constexpr int kBlocks = kBlocks_;  // to a multiprocessor, at least: bounds the registers of a thread
-};
 using Large = Tile<128, 128, 8, 8, 8, 2>;
 using Small = Tile<64, 64, 4, 4, 16, 2>;
 using Narrow = Tile<8, 64, 2, 4, 8, 8>;  // few outputs, as of a group of a depthwise convolution
@@ -37,8 +32,6 @@ struct Problem {
   uint32_t positions, columns, reciprocal;
   int64_t tiles, tiles_m, tiles_n, items, parts;
 };
-
-constexpr int kPad = 4;  // elements behind a line of shared memory, so that lanes along positions hit different banks
 
 template <typename E, typename S>
 struct Shared {
@@ -67,41 +60,6 @@ struct Share {
     for (int i = 0; i < kCount; ++i) slice[position(i)][line(i)] = compute(staged[i]);
   }
 };
-
-template <typename E, int kCount>
-struct alignas(sizeof(E) * kCount) Piece {
-  E element[kCount];
-};
-
-// kCount elements of a line for this thread: pieces of up to 16 bytes, those of neighbouring threads side by side.
-template <int kWidth, int kCount, typename E>
-__device__ __forceinline__ void fragment(E (&to)[kCount], const E (&line)[kWidth + kPad], int thread) {
-  constexpr int kLanes = kCount < 16 / static_cast<int>(sizeof(E)) ? kCount : 16 / static_cast<int>(sizeof(E));
-  constexpr int kPieces = kCount / kLanes;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const auto piece = *reinterpret_cast<const Piece<E, kLanes>*>(&line[i * (kWidth / kPieces) + thread * kLanes]);
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = piece.element[j];
-  }
-}
-
-template <typename S, typename E>
-__device__ __forceinline__ void multiply(E (&tile)[S::kThreadM][S::kThreadN], const E (&g)[S::kDepth][S::kM + kPad],
-                                         const E (&x)[S::kDepth][S::kN + kPad], int thread) {
-  constexpr int kAcross = S::kN / S::kThreadN;
-#pragma unroll
-  for (int k = 0; k < S::kDepth; ++k) {
-    E left[S::kThreadM], right[S::kThreadN];
-    fragment<S::kM>(left, g[k], thread / kAcross);
-    fragment<S::kN>(right, x[k], thread % kAcross);
-#pragma unroll
-    for (int i = 0; i < S::kThreadM; ++i) {
-#pragma unroll
-      for (int j = 0; j < S::kThreadN; ++j) tile[i][j] += left[i] * right[j];
-    }
-  }
-}
 
 // Copies this thread's elements of a slice of both operands to registers; x and g are images of one group, g from the
 // tile's first output on, of which there are `outputs`.
@@ -135,8 +93,9 @@ __device__ __forceinline__ void fetch(T (&g_staged)[Share<S, S::kM, kInner>::kCo
   }
 }
 
-// This thread's share of the squared norm of a tile; x and g as above, columns of the patches from first_n on.
-template <typename T, typename S, bool kInner, typename E>
+// This thread's share of the squared norm of a tile; x and g as above, columns of the patches from first_n on. kLong:
+// over more positions than a chain has.
+template <typename T, typename S, bool kInner, bool kLong, typename E>
 __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>& shared, const T* __restrict__ x,
                                               const T* __restrict__ g, int outputs, int64_t first_n) {
   // all of the block has passed the previous tile's last barrier, and its last look at the columns before that
@@ -152,7 +111,9 @@ __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>&
   __syncthreads();  // and is now done multiplying the previous tile
   using ShareG = Share<S, S::kM, kInner>;
   using ShareX = Share<S, S::kN, kInner>;
+  static_assert(kChain % S::kDepth == 0, "a chain is so many slices");
   E tile[S::kThreadM][S::kThreadN] = {};
+  [[maybe_unused]] E chains[kLong ? S::kThreadM : 1][S::kThreadN] = {};
   T g_staged[ShareG::kCount], x_staged[ShareX::kCount];
   Slice slice{};
   fetch<T, S, kInner>(g_staged, x_staged, p, shared, x, g, outputs, slice);
@@ -167,8 +128,12 @@ __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>&
     if (!more) break;
     ShareG::store(g_staged, shared.g[buffer ^ 1]);  // which was multiplied before the last barrier
     ShareX::store(x_staged, shared.x[buffer ^ 1]);
+    if constexpr (kLong) {
+      if (slice.first.t % kChain == 0) add_up(chains, tile);
+    }
     __syncthreads();
   }
+  if constexpr (kLong) add_up(tile, chains);
   E sum = 0;
 #pragma unroll
   for (int i = 0; i < S::kThreadM; ++i) {
@@ -178,8 +143,8 @@ __device__ __forceinline__ double tile_sqnorm(const Problem<T>& p, Shared<E, S>&
   return static_cast<double>(sum);
 }
 
-template <typename T, typename S, bool kInner>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+template <typename T, typename S, bool kInner, bool kLong>
+__global__ void __launch_bounds__(S::kThreads, (kLong ? kLongBlocks<Compute<T>, S> : S::kBlocks))
     direct_kernel(const Problem<T> p, double* __restrict__ partials) {
   __shared__ Shared<Compute<T>, S> shared;
   for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) {
@@ -190,7 +155,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       const T* const x = p.x.data + b * p.x.batch + group * p.inputs * p.x.channel;
       const T* const g = p.g.data + b * p.g.batch + (group * p.outputs + m * S::kM) * p.g.channel;
       const int outputs = static_cast<int>(min(p.outputs - m * S::kM, int64_t{S::kM}));
-      total += tile_sqnorm<T, S, kInner>(p, shared, x, g, outputs, n * S::kN);
+      total += tile_sqnorm<T, S, kInner, kLong>(p, shared, x, g, outputs, n * S::kN);
     }
     total = block_sum(total, threadIdx.x, S::kThreads);
     if (threadIdx.x == 0) partials[item] = total;
@@ -228,12 +193,16 @@ cudaError_t launch(const GradSqnormImages& images, double* partials, int64_t par
   p.tiles_m = divide_up(s.outputs, S::kM), p.tiles_n = divide_up(p.width, S::kN);
   p.tiles = s.groups * p.tiles_m * p.tiles_n;
   p.parts = parts, p.items = images.batch * parts;
-  if (channels_inner(images)) {
-    direct_kernel<T, S, true><<<grid_for(p.items), S::kThreads, 0, stream>>>(p, partials);
-  } else {
-    direct_kernel<T, S, false><<<grid_for(p.items), S::kThreads, 0, stream>>>(p, partials);
-  }
-  return cudaGetLastError();
+  const auto run = [&](auto inner) {
+    const unsigned blocks = grid_for(p.items);
+    if (p.positions > kChain) {
+      direct_kernel<T, S, inner.value, true><<<blocks, S::kThreads, 0, stream>>>(p, partials);
+    } else {
+      direct_kernel<T, S, inner.value, false><<<blocks, S::kThreads, 0, stream>>>(p, partials);
+    }
+    return cudaGetLastError();
+  };
+  return channels_inner(images) ? run(std::true_type{}) : run(std::false_type{});
 }
 
 enum class TileSize { kLarge, kSmall, kNarrow };

@@ -6,6 +6,7 @@
 // so a pair counts twice in one order and not in the other. A block takes every parts-th strip of one example.
 #include "cuda/grad_sqnorm_kernel.h"
 #include "cuda/grad_sqnorm_reduce.h"
+#include "summation.h"
 
 namespace memloc {
 namespace {
@@ -13,6 +14,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocks = 6;  // to a multiprocessor, at least: leaves a thread 80 registers
 constexpr int kStrip = 8;
+constexpr int kOffsets = 16;  // of a block's rows and columns
+static_assert(kOffsets * kOffsets <= kChain, "a block of kernel offsets is added up one by one");
 
 template <typename E>
 struct Pairs {
@@ -25,17 +28,18 @@ struct Pairs {
   int64_t left, right, left_pixels, right_pixels;  // sizes of the Grams
 };
 
-// sum[m] = sum over kernel offsets of the Gram of the pixels that left position (row, column + m) and right position
-// (right_row, right_column) meet.
-template <typename E>
-__device__ __forceinline__ void sum_offsets(E (&sum)[kStrip], const Pairs<E>& p, const E* __restrict__ pixels, int row,
-                                            int column, int right_row, int right_column) {
+// sum[m] = sum over a block of kernel offsets, from (first_i, first_j) on, of the Gram of the pixels that left position
+// (row, column + m) and right position (right_row, right_column) meet.
+template <bool kLong, typename E>
+__device__ __forceinline__ void sum_offsets(E (&sum)[kStrip], const Pairs<E>& p, const E* __restrict__ pixels,
+                                            int first_i, int first_j, int row, int column, int right_row,
+                                            int right_column) {
 #pragma unroll
   for (int m = 0; m < kStrip; ++m) sum[m] = 0;
-  for (int i = 0; i < p.y.offsets; ++i) {
+  for (int i = first_i; i < (kLong ? min(first_i + kOffsets, p.y.offsets) : p.y.offsets); ++i) {
     const int v = row + p.y.left_shift + i * p.y.step, w = right_row + p.y.right_shift + i * p.y.step;
     if (!GramAxis::inside(v, p.y.left_pixels) || !GramAxis::inside(w, p.y.right_pixels)) continue;
-    for (int j = 0; j < p.x.offsets; ++j) {
+    for (int j = first_j; j < (kLong ? min(first_j + kOffsets, p.x.offsets) : p.x.offsets); ++j) {
       const int u = column + p.x.left_shift + j * p.x.step, z = right_column + p.x.right_shift + j * p.x.step;
       if (!GramAxis::inside(z, p.x.right_pixels)) continue;
       int64_t at = (static_cast<int64_t>(v) * p.x.left_pixels + u) * p.right_pixels +
@@ -48,10 +52,10 @@ __device__ __forceinline__ void sum_offsets(E (&sum)[kStrip], const Pairs<E>& p,
   }
 }
 
-// Sums over offsets are of E; their products with the positions' Gram cancel over the pairs, so those are added in
-// double. That is one conversion and one multiply-add for all the kernel offsets of a pair.
-template <typename E>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+// Sums over a block of offsets are of E; their products with the positions' Gram cancel over the pairs, so those are
+// added in double. That is one conversion and one multiply-add for all the offsets of a block and a pair.
+template <typename E, bool kLong>
+__global__ void __launch_bounds__(kThreads, (kLong ? kBlocks - 1 : kBlocks))
     gram_kernel(const Pairs<E> p, double* __restrict__ partials, int parts) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   const int64_t items = p.count * parts;
@@ -69,13 +73,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int64_t t = own + threadIdx.x; t < p.right; t += blockDim.x) {
         const int right_row = static_cast<int>(static_cast<uint32_t>(t) / static_cast<uint32_t>(p.right_columns));
         const int right_column = static_cast<int>(t - static_cast<int64_t>(right_row) * p.right_columns);
-        E sum[kStrip];
-        sum_offsets(sum, p, pixels, row, column, right_row, right_column);
+        for (int i = 0; i < (kLong ? p.y.offsets : 1); i += kOffsets) {
+          for (int j = 0; j < (kLong ? p.x.offsets : 1); j += kOffsets) {
+            E sum[kStrip];
+            sum_offsets<kLong>(sum, p, pixels, i, j, row, column, right_row, right_column);
 #pragma unroll
-        for (int m = 0; m < kStrip; ++m) {
-          if (column + m < p.left_columns && t >= own + m) {
-            const double product = static_cast<double>(weights[m * p.right + t]) * static_cast<double>(sum[m]);
-            total += t == own + m ? product : 2 * product;
+            for (int m = 0; m < kStrip; ++m) {
+              if (column + m < p.left_columns && t >= own + m) {
+                const double product = static_cast<double>(weights[m * p.right + t]) * static_cast<double>(sum[m]);
+                total += t == own + m ? product : 2 * product;
+              }
+            }
           }
         }
       }
@@ -108,8 +116,13 @@ cudaError_t launch(const GramPairs& g, double* partials, int64_t parts, cudaStre
   p.left_pixels = static_cast<int64_t>(g.y.left_pixels) * g.x.left_pixels;
   p.right_pixels = static_cast<int64_t>(g.y.right_pixels) * g.x.right_pixels;
   const unsigned lanes = lanes_for(p.right);
-  gram_kernel<<<grid_for(g.count * parts), dim3(lanes, kThreads / lanes), 0, stream>>>(p, partials,
-                                                                                       static_cast<int>(parts));
+  const dim3 block(lanes, kThreads / lanes);
+  const int each = static_cast<int>(parts);
+  if (int64_t{p.y.offsets} * p.x.offsets > kChain) {
+    gram_kernel<E, true><<<grid_for(g.count * parts), block, 0, stream>>>(p, partials, each);
+  } else {
+    gram_kernel<E, false><<<grid_for(g.count * parts), block, 0, stream>>>(p, partials, each);
+  }
   return cudaGetLastError();
 }
 

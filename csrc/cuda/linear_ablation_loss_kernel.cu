@@ -5,21 +5,25 @@
 #include <cmath>
 
 #include "cuda/linear_ablation_loss_kernel.h"
+#include "summation.h"
 
 namespace memloc {
 namespace {
 
 constexpr int kExamples = 32, kGroups = 8;  // of a block: its columns and rows of threads
 constexpr int kFeatures = 4;                // of a thread
+constexpr int kBlocks = 2;                  // to a multiprocessor, at least: leaves a thread 128 registers
 
 // Cross-entropy and first maximum of logits that come one after the other.
 template <typename E>
 struct Running {
-  E most = -INFINITY, sum = 0, at_target = NAN;  // stays NaN for a target out of range
+  E most = -INFINITY, sum = 0, chains = 0;  // chains: the sum of those before
+  E at_target = NAN;                        // stays NaN for a target out of range
   int64_t best = 0;
 
   __device__ __forceinline__ void add(E logit, int64_t k, int64_t target) {
     const E ratio = logit == most ? E{1} : exp(-fabs(logit - most));  // of the smaller to the larger
+    chains = logit > most ? chains * ratio : chains;
     sum = logit > most ? sum * ratio + 1 : sum + ratio;
     if (!(logit <= most) && most == most) {  // the first NaN is the maximum
       most = logit;
@@ -28,13 +32,18 @@ struct Running {
     if (k == target) at_target = logit;
   }
 
+  __device__ __forceinline__ void begin_chain() {
+    chains += sum;
+    sum = 0;
+  }
+
   __device__ __forceinline__ E loss() const {
-    return log(sum) - (at_target - most) + (most - most);  // an infinite maximum makes it NaN
+    return log(chains + sum) - (at_target - most) + (most - most);  // an infinite maximum makes it NaN
   }
 };
 
 template <typename E>
-__global__ void __launch_bounds__(kExamples* kGroups)
+__global__ void __launch_bounds__(kExamples* kGroups, kBlocks)
     loss_kernel(const LinearAblationLossProblem p, int64_t example_tiles, int64_t tiles, E* __restrict__ loss,
                 int64_t* __restrict__ predicted) {
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -55,6 +64,7 @@ __global__ void __launch_bounds__(kExamples* kGroups)
       const double whole = p.logits[k * p.batch + b] + p.bias_of(k);
 #pragma unroll
       for (int i = 0; i < kFeatures; ++i) {
+        if (k % kChain == 0) running[i].begin_chain();
         running[i].add(static_cast<E>(whole - weight[i][k * p.count] * delta[i]), k, target);
       }
     }
@@ -68,7 +78,10 @@ __global__ void __launch_bounds__(kExamples* kGroups)
     for (int64_t c = first; c < min(first + kFeatures, p.count); ++c) {
       if (isfinite(p.delta(b, c))) continue;
       Running<E> alone;
-      for (int64_t k = 0; k < p.classes; ++k) alone.add(static_cast<E>(p.replaced_logit(b, c, k)), k, target);
+      for (int64_t k = 0; k < p.classes; ++k) {
+        if (k % kChain == 0) alone.begin_chain();
+        alone.add(static_cast<E>(p.replaced_logit(b, c, k)), k, target);
+      }
       loss[c * p.batch + b] = alone.loss();
       predicted[c * p.batch + b] = alone.best;
     }
