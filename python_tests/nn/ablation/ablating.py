@@ -172,7 +172,8 @@ def check(
         assert_stable(found.loss[units], off, exact)
         changed = changed or bool((found.loss[units] != losses.base_loss).any())
         if how == "zero":
-            torch.testing.assert_close(edited_loss(model, x, y, site, units[-1]).double(), exact[-1], rtol=1e-5, atol=1e-5)
+            (plain,) = plain_losses(model, x, y, site, units[-1:], how, dim, layer)
+            torch.testing.assert_close(edited_loss(model, x, y, site, units[-1]), plain, rtol=1e-5, atol=1e-5)
     assert changed or not must_matter or all(site.endswith(".heads") for site in losses), (
         "no unit matters: the test is empty"
     )
