@@ -14,7 +14,7 @@ from bench.gpu_goals import Goal
 from bench.workloads import Step, Workload
 
 SMALL = {
-    "ResNet-9": (functools.partial(gpu_goals.ResNet9, width=0.125), 512),
+    "ResNet-9": (functools.partial(gpu_goals.ResNet9, width=0.5), 512),
     "ViT-small": (functools.partial(gpu_goals.VisionTransformer, dim=64), 256),
 }
 
