@@ -21,8 +21,8 @@ demo: $(READY)  ## the study on real digits: a table, and a report to open in a 
 	$(PYTHON) -m memloc_ext run --edited 5 --width 0.25 --p-gen 0.3
 
 test: export OMP_NUM_THREADS ?= 1  # the processes share the cores; what needs more threads in a test asks for them
-test: $(READY)  ## all tests; those marked cuda are skipped without a GPU
-	$(PYTHON) -m pytest $(if $(VENV),-n auto --maxprocesses 8 --dist loadfile -p no:benchmark)
+test: $(READY)  ## all tests, or those of TESTS; those marked cuda are skipped without a GPU
+	$(PYTHON) -m pytest $(if $(VENV),-n auto --maxprocesses 8 --dist loadfile -p no:benchmark) $(TESTS)
 
 cuda-test: $(READY)  ## tests that need a GPU, and nothing else
 	MEMLOC_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda
