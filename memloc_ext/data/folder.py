@@ -72,7 +72,7 @@ def folder(path: str | Path, image_size: int | None = None) -> Dataset:
 
 
 def _shown_folders(place: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images(place: Path) -> list[str]:

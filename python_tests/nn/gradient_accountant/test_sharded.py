@@ -1,6 +1,7 @@
 """What `fully_shard` has split over two processes is accounted as a whole model is, or refused."""
 
 import copy
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def join(rank: int, store: str) -> None:
         refused(rank)
         dist.barrier()  # a process that leaves early takes the connection from one that still sends
     finally:
+        gc.collect()  # a wrapped model that is collected later, without its group, ends the process
         dist.destroy_process_group()
 
 

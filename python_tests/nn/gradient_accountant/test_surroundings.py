@@ -1,4 +1,5 @@
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,6 +226,7 @@ def _in_group(rank: int, world: int, store: str, check_: Callable[[int], None]) 
         check_(rank)
         dist.barrier()  # a process that leaves early takes the connection from one that still sends
     finally:
+        gc.collect()  # a wrapped model that is collected later, without its group, ends the process
         dist.destroy_process_group()
 
 
