@@ -50,7 +50,7 @@ def folder(path: str | Path, image_size: int | None = None) -> Dataset:
         listed.append({name: files for name, files in found.items() if files})
         if not listed[-1]:
             raise FileNotFoundError(f"folder: {path / part} must hold images, but none was found")
-        if empty := ", ".join(found.keys() - listed[-1]):
+        if empty := ", ".join(name for name, files in found.items() if not files):
             warnings.warn(f"folder: a class must hold images; {path / part} has none in {empty}", stacklevel=2)
     train, test = listed
     if train.keys() != test.keys():
@@ -72,7 +72,7 @@ def folder(path: str | Path, image_size: int | None = None) -> Dataset:
 
 
 def _shown_folders(place: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+    return [entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _images(place: Path) -> list[str]:
