@@ -9,6 +9,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+        broken = pytest.mark.skip(reason="torch 2.13 compiles no C++ for the CPU capability 'default'")
+        for item in items:
+            if "compile_fullgraph" in item.name:
+                item.add_marker(broken)
     if torch.cuda.is_available() and memloc_ext.has_cuda_kernels:
         return
     if config.pluginmanager.has_plugin("tools.cuda_on_cpu.plugin"):
