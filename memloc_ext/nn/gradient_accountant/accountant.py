@@ -28,7 +28,7 @@ from memloc_ext.nn.gradient_accountant.check import (
     signature,
 )
 from memloc_ext.nn.gradient_accountant.compiled import uncompiled
-from memloc_ext.nn.gradient_accountant.forward_pass import tensors
+from memloc_ext.nn.gradient_accountant.forward_pass import tensors, unwrapped
 from memloc_ext.nn.gradient_accountant.graph import Outputs, Reached, reached
 from memloc_ext.nn.gradient_accountant.handlers import HANDLERS
 from memloc_ext.nn.gradient_accountant.losses import check_example_weights, check_loss
@@ -40,9 +40,9 @@ from memloc_ext.nn.gradient_accountant.sharded import gathering, watch
 from memloc_ext.nn.training_flags import kept_state
 
 # by whether the losses of examples depend on each other
-_DIFFERENT = {
-    False: "GradientAccountant: a check of two examples found other norms for {}: these take a pass per example from "
-    "now on; name inputs that are the same for all examples by shared_inputs=",
+_DISAGREE = {
+    False: "GradientAccountant: a check of two examples found norms that disagree with autograd, of {}: from now on "
+    "these parameters take a pass per example; name inputs that are the same for all examples in shared_inputs",
     True: "GradientAccountant: an example's loss depends on what the model returned for others, as a contrastive loss "
     "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
     "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
@@ -91,8 +91,8 @@ class GradientAccountant:
         model: Its parameters that require gradients are accounted, under their names.
         batch_dim: Dimension of the examples in the model's inputs: 0, or 1 for ``[tokens, batch, *]``.
         shared_inputs: Inputs of the model that are the same for all examples: names of arguments, or positions.
-        check: Which backward passes are held against plain autograd, for two random examples: the ``first`` of the
-            model and of its inputs' dtypes, training flags and number of examples, which takes three more backward
+        check: Which backward passes are checked against plain autograd, for two random examples: the ``first`` of
+            each number of examples, with these dtypes of inputs and training flags, which takes three more backward
             passes; ``always``; or ``never``. A parameter whose norm differs takes a pass per example from then on, with
             a warning.
 
@@ -173,18 +173,17 @@ class GradientAccountant:
         ]
         return hooks + [watch(session, name, module, sharded) for name, module in sharded.items()]
 
-    def _shared(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
-        """Return the inputs that are the same for all examples, by their ``id``."""
+    def _shared(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the inputs that are the same for all examples."""
         if not self._shared_inputs:
-            return set()
-        model = self._model.module if isinstance(self._model, DistributedDataParallel) else self._model
-        names = list(inspect.signature(model.forward).parameters)
+            return []
+        names = list(inspect.signature(unwrapped(self._model).forward).parameters)
         given = dict(enumerate(args)) | dict(zip(names, args, strict=False)) | dict(kwargs)
         missing = [item for item in self._shared_inputs if item not in given]
         if missing:
             rule = f"shared_inputs must be among the inputs that the model is given, {list(given)}"
             raise ValueError(f"GradientAccountant: {rule}, got {missing}")
-        return {id(t) for item in self._shared_inputs for t in tensors(given[item])}
+        return tensors([given[item] for item in self._shared_inputs])
 
     @property
     def _sessions(self) -> list[tuple[Session, ExitStack]]:
@@ -222,8 +221,8 @@ class GradientAccountant:
             exact_groups: Get the groups' gradients from one backward pass per group, which is exact also where
                 examples meet (batch normalisation in training mode). A ``mean`` or ``sum`` must then depend on the
                 model through what it returns, with the examples in dimension ``batch_dim``.
-            batch_size: Number of examples, if an example has several rows of the model's input, one behind the other;
-                by default each row is one.
+            batch_size: Number of examples, if each has the same number of consecutive rows of the model's input; by
+                default each row is one.
             retain_graph: Keep the graph for another backward pass.
 
         Returns:
@@ -275,14 +274,13 @@ class GradientAccountant:
                 run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
-        session.run = run
         try:
-            if inputs is None or inputs:
-                root.backward(retain_graph=retain_graph, inputs=inputs)
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                run.finish()
+            with session.accounting(run):
+                if inputs is None or inputs:
+                    root.backward(retain_graph=retain_graph, inputs=inputs)
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    run.finish()
         finally:
-            session.run = None
             if not retain_graph:
                 session.calls.clear()
                 with torch._C.DisableTorchFunction():
@@ -319,9 +317,9 @@ class GradientAccountant:
             if source.rows not in (None, batch) and batch in source.sizes:
                 self._known.first = source.sizes.index(batch)
                 warnings.warn(
-                    f"GradientAccountant: the model's first input has {source.rows} rows, another one has {batch}, the "
-                    "number of examples: this pass takes a backward pass per example; give shared_inputs= the names of "
-                    "inputs that are the same for all examples",
+                    f"GradientAccountant: the model's first input has {source.rows} rows, and another has {batch}, the "
+                    "number of examples: every layer takes a pass per example in this step; name inputs that are the "
+                    "same for all examples in shared_inputs",
                     UserWarning,
                     stacklevel=3,
                 )
@@ -364,7 +362,7 @@ class GradientAccountant:
         if names:
             self._known.slow.update(names)
             self._warned.update(names)
-            warnings.warn(_DIFFERENT[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
+            warnings.warn(_DISAGREE[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
 
     def _no_outputs(self, session: Session, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
         names = [name for name, p in session.named_parameters() if id(p) in parameters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.gradient_accountant.forward_pass import ForwardPass
 from memloc_ext.nn.gradient_accountant.graph import Outputs, minimal
-from memloc_ext.nn.gradient_accountant.hooks import without_hooks
 from memloc_ext.nn.gradient_accountant.layout import Layout
 from memloc_ext.nn.gradient_accountant.one_by_one import agree, by_example, gradients_of
 from memloc_ext.nn.gradient_accountant.run import OneByOne, Run
@@ -21,8 +21,9 @@ from memloc_ext.nn.gradient_accountant.uses import Rows
 
 _EXAMPLES = 2
 _random = random.Random(0)
-_DIFFERENT = {torch.float64: (1e-6, 1e-20), torch.float32: (2e-3, 1e-10)}  # of a norm, of all norms together; squared
-_COARSE = (0.1, 1e-4)  # with 16 bits
+# how far a squared norm may be off: of itself, and of all parameters' together; rounding stays far below
+_TOLERANCE = {torch.float64: (1e-6, 1e-20), torch.float32: (2e-3, 1e-10)}
+_TOLERANCE_16_BITS = (0.1, 1e-4)
 
 
 @dataclass
@@ -80,11 +81,8 @@ def outputs_of(
     layouts = [session.output_layout(t, run.batch) for t in outputs or ()]
     if not outputs or None in layouts:
         return own
-    session.run = OneByOne(run, {})
-    try:
+    with session.accounting(OneByOne(run, {})):
         cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
-    finally:
-        session.run = None
     sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
     source = next(iter(sources.values())) if len(sources) == 1 else None
     result = Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None], source)
@@ -108,7 +106,7 @@ def different(
         parameters: To be checked, by their ``id``.
     """
     trial = run.trial()
-    _norms(session, trial, outputs, parameters)
+    gradients_of(session, trial, outputs, parameters)
     result: dict[int, nn.Parameter] = {}
     examples = _two_examples(trial, outputs)
     for example in examples:
@@ -116,14 +114,14 @@ def different(
         plain.constant_statistics = True
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
         gradients = gradients_of(session, plain, outputs, parameters, chosen)
-        exact = {key: Rows(_dense(gradient)[None]).sqnorm()[0] for key, gradient in gradients.items()}
-        total = float(sum(norm.double() for norm in exact.values()))
-        if not torch.isfinite(torch.tensor(total)):  # another example's NaN, times zero
+        exact = {key: float(Rows(gradient[None]).sqnorm()[0]) for key, gradient in gradients.items()}
+        total = sum(exact.values())
+        if not math.isfinite(total):  # another example's NaN, times zero
             return None
         for key, p in parameters.items():
-            relative, absolute = _COARSE if session.coarse else _DIFFERENT.get(p.dtype, _COARSE)
-            own, other = (float(norms[key]) if key in norms else 0.0 for norms in (_of(trial, example), exact))
-            if not abs(own - other) <= relative * max(own, other) + absolute * total:
+            tolerance = _TOLERANCE_16_BITS if session.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
+            own, other = float(trial.sqnorm[key][example]) if key in trial.sqnorm else 0.0, exact.get(key, 0.0)
+            if not abs(own - other) <= tolerance[0] * max(own, other) + tolerance[1] * total:
                 result[key] = p
     return result if examples else None
 
@@ -176,22 +174,6 @@ def check_own_mean(session: Session, loss: Tensor, outputs: Outputs, run: Run) -
                 )
 
 
-def _norms(session: Session, trial: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
-    session.run = trial
-    try:
-        wanted = list(parameters.values())
-        with without_hooks(wanted):
-            torch.autograd.grad(outputs.tensors, wanted, outputs.cotangents, retain_graph=True, allow_unused=True)
-        with torch.no_grad():
-            trial.finish()
-    finally:
-        session.run = None
-
-
-def _of(trial: Run, example: int) -> dict[int, Tensor]:
-    return {key: norms[example] for key, norms in trial.sqnorm.items()}
-
-
 def _two_examples(run: Run, outputs: Outputs) -> list[int]:
     """Return two examples, of those that have a finite part in the loss."""
     sizes = torch.stack(
@@ -202,7 +184,3 @@ def _two_examples(run: Run, outputs: Outputs) -> list[int]:
     ).sum(0)
     candidates = (sizes.isfinite() & (sizes > 0)).nonzero().flatten().tolist()
     return _random.sample(candidates, min(_EXAMPLES, len(candidates)))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -74,12 +74,17 @@ class ForwardPass:
             ValueError: If the model returns another number of tensors.
         """
         new = {id(old): part for old, part in zip(self.parts(batch), parts, strict=True)}
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = unwrapped(self.model)
         args, kwargs = mapped((self.args, self.kwargs), lambda t: new.get(id(t), t))
         with torch.autocast(*self.autocast) if self.autocast is not None else nullcontext():
             everything = tensors(functional_call(model, dict(parameters), args, kwargs))
         places = {id(old): t for old, t in zip(self._returned, everything, strict=True)}
         return [places[id(t)] for t in wanted]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that a `DistributedDataParallel` wraps; any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def tensors(value: object) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def in_parts(function: Any) -> Callable[..., Any]:
-    """Return the same Python function, but not asking first whether somebody wants to handle it as a whole."""
+    """Return the same Python function, without its question whether it is handled as a whole."""
     names = {name: lambda *_: False for name in function.__code__.co_names if name.startswith("has_torch_function")}
     scope = {**vars(sys.modules[function.__module__]), **names}
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)

@@ -45,7 +45,7 @@ class Rule:
         """Take note of a parameter's use and return its gradient of the batch, if parameters get gradients."""
         weight, run = self.weights[index], self.session.run
         assert weight is not None
-        if run is None:  # a backward pass that nobody accounts
+        if run is None:  # a backward pass that is not accounted
             return use.total().to(weight.tensor.dtype)
         return run.record(weight, use)
 
@@ -58,7 +58,7 @@ class Rule:
         return run
 
     def examples(self, t: Tensor) -> Tensor:
-        """Return activations as ``[batch, *]``; where nobody tells the examples apart, as one example."""
+        """Return activations as ``[batch, *]``, or as one example where they are not told apart."""
         run = self.telling
         return t[None] if run is None else run.place(self.layout).first(t)
 

@@ -14,93 +14,27 @@ from memloc_ext.nn.gradient_accountant.owners import Layout, Picked, picked
 
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel"))
 """Functions that keep the order of the elements."""
-MOVES = frozenset(
-    [
-        "permute",
-        "transpose",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "adjoint",
-        "squeeze",
-        "unsqueeze",
-        "select",
-        "narrow",
-        "__getitem__",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unsafe_chunk",
-        "unsafe_split",
-        "hsplit",
-        "vsplit",
-        "dsplit",
-        "unbind",
-        "expand",
-        "expand_as",
-        "broadcast_to",
-        "flip",
-        "fliplr",
-        "flipud",
-        "roll",
-        "rot90",
-        "index_select",
-        "unfold",
-        "diagonal",
-        "as_strided",
-        "swapaxes_",
-        "transpose_",
-        "squeeze_",
-        "unsqueeze_",
-        "t_",
-        "__get__",
-    ]
-)
+_MOVES = """
+    permute transpose t T mT H mH movedim moveaxis swapaxes swapdims adjoint squeeze unsqueeze select narrow
+    __getitem__ chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind
+    expand expand_as broadcast_to flip fliplr flipud roll rot90 index_select unfold diagonal as_strided swapaxes_
+    transpose_ squeeze_ unsqueeze_ t_ __get__
+"""
+MOVES = frozenset(_MOVES.split())
 """Functions that pick elements by place: what they do to the examples' numbers, they do to the examples."""
-ALONG = {
-    **dict.fromkeys(
-        [
-            "gather",
-            "scatter",
-            "scatter_",
-            "scatter_add",
-            "scatter_add_",
-            "scatter_reduce",
-            "cumsum",
-            "cumprod",
-            "sort",
-            "argsort",
-        ],
-        1,
-    ),
-    **dict.fromkeys(["index_add", "index_add_", "index_copy", "index_copy_"], 1),
-    **dict.fromkeys(["topk", "kthvalue", "take_along_dim"], 2),
-}
+_DIM_FIRST = """
+    gather scatter scatter_ scatter_add scatter_add_ scatter_reduce cumsum cumprod sort argsort index_add
+    index_add_ index_copy index_copy_
+"""
+_DIM_SECOND = "topk kthvalue take_along_dim"
+ALONG = dict.fromkeys(_DIM_FIRST.split(), 1) | dict.fromkeys(_DIM_SECOND.split(), 2)
 """Functions that pick or mix elements along one dimension, and the place of its number among their arguments."""
 _ORDERS = frozenset(("sort", "argsort", "topk"))  # which say last what they picked
-SCATTERS = frozenset(
-    [
-        "take",
-        "msort",
-        "index_put",
-        "index_put_",
-        "masked_scatter",
-        "masked_scatter_",
-        "masked_select",
-        "bincount",
-        "unique",
-        "repeat_interleave",
-        "histc",
-        "nonzero",
-    ]
-)
+_SCATTERS = """
+    take msort index_put index_put_ masked_scatter masked_scatter_ masked_select bincount unique repeat_interleave
+    histc nonzero
+"""
+SCATTERS = frozenset(_SCATTERS.split())
 """Functions that may put rows anywhere, by what is in tensors."""
 _NAMES = "add sub rsub mul div true_divide pow maximum minimum where lerp addcmul addcdiv multiply subtract divide"
 _OPERATORS = "add sub mul truediv div pow"

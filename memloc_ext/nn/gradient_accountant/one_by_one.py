@@ -66,17 +66,17 @@ def add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int
 
 
 def gradients_of(
-    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], chosen: Tensor
+    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], chosen: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """Return the gradients of what the chosen examples add to the loss, by the ``id`` of each parameter."""
-    session.run = run
-    try:
-        cotangents, wanted = outputs.of(run, chosen), list(parameters.values())
-        with without_hooks(wanted):
-            gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
-    finally:
-        session.run = None
-    return {key: gradient for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
+    cotangents = outputs.cotangents if chosen is None else outputs.of(run, chosen)
+    wanted = list(parameters.values())
+    with session.accounting(run), without_hooks(wanted):
+        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            run.finish()
+    found = zip(parameters, gradients, strict=True)
+    return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
 
 
 def _account_alone(

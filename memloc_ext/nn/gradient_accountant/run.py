@@ -89,7 +89,7 @@ class Run:
         several: bool = False,
     ) -> None:
         self._several = several
-        self.undivided = False  # whether nobody asks for the examples' own gradients
+        self.undivided = False  # whether per-example gradients are not needed
         self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
         self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}

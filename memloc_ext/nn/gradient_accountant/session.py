@@ -38,9 +38,8 @@ _QUESTIONS = frozenset(
     )
 )
 _SHARED = object()
-_SHAPED_LIKE = frozenset(
-    ("expand_as", "view_as", "reshape_as", "type_as", "to")
-)  # of the second only shape or type counts
+# of their second argument only shape or type counts
+_SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))
 _FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
 
 
@@ -55,7 +54,7 @@ class Session(TorchFunctionMode):
         model: Its parameters that require gradients are accounted.
         batch_dim: Dimension of the examples in the model's inputs.
         handlers: Function, or name of one, to its handler: ``handler(session, function, args, kwargs)`` runs it or
-            returns NotImplemented to have it run as if nobody looked.
+            returns NotImplemented to leave it to PyTorch.
         first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
     """
 
@@ -79,18 +78,18 @@ class Session(TorchFunctionMode):
         self._fixed = {*self.parameters, *map(id, self._buffers)}
         self._inside = 0
 
-    def enter_model(self, args: Any, kwargs: Any, shared: set[int]) -> None:
+    def enter_model(self, args: Any, kwargs: Any, shared: Sequence[Tensor]) -> None:
         """Take the number of examples from the model's inputs, and these for what belongs to examples.
 
         Args:
             args: What the model is called with.
             kwargs: What it is called with by name.
-            shared: Inputs, by their ``id``, that are the same for all examples.
+            shared: Inputs that are the same for all examples.
         """
         self._inside += not self.replaying
         if self.replaying or self._inside > 1:
             return
-        entered = ForwardPass(self._model, args, kwargs, self.batch_dim, shared)
+        entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
         if entered.inputs and self.run is None:
             first = self._first if self._first is not None and self._first < len(entered.sizes) else None
             several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
@@ -98,9 +97,8 @@ class Session(TorchFunctionMode):
         entered.rows = self.batch
         for t, size in zip(entered.inputs, entered.sizes, strict=True):
             self._places.put(t, Layout(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
-        for t in tensors((args, kwargs)):
-            if id(t) in shared:
-                self._places.put(t, _SHARED)
+        for t in shared:
+            self._places.put(t, _SHARED)
         if self.run is None:
             self.passes.append(entered)
 
@@ -138,8 +136,17 @@ class Session(TorchFunctionMode):
         return layout
 
     @contextmanager
+    def accounting(self, run: Run) -> Iterator[None]:
+        """Have the layers tell a backward pass of what they add."""
+        self.run = run
+        try:
+            yield
+        finally:
+            self.run = None
+
+    @contextmanager
     def not_looking(self) -> Iterator[None]:
-        """Have the model run as if nobody looked."""
+        """Run the model without the accountant."""
         self.replaying = True
         try:
             with torch._C.DisableTorchFunction():
