@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.sharding import check_whole
+from memloc_ext.nn.shared_context import SharedContext
 from memloc_ext.nn.training_flags import kept_state
-
-_lock = threading.Lock()
-_open, _enabled = 0, True  # see `without_fast_path`
 
 
 def logits_of(output: Any) -> Tensor:
@@ -54,18 +51,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Have transformer layers run as they are written, not as one operator, until no thread is inside any more."""
-    global _open, _enabled
-    with _lock:
-        if _open == 0:
-            _enabled = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _open += 1
+def _as_written() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        with _lock:
-            _open -= 1
-            if _open == 0:
-                torch.backends.mha.set_fastpath_enabled(_enabled)
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+without_fast_path = SharedContext(_as_written)
+"""Have transformer layers run as they are written, not as one operator, until no thread is inside any more."""

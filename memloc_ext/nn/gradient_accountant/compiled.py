@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-_lock = threading.Lock()
-_open = 0
-_stance = ExitStack()
+from memloc_ext.nn.shared_context import SharedContext
+
+
+@contextmanager
+def _force_eager() -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        except RuntimeError as error:
+            raise RuntimeError("GradientAccountant: open it outside of what torch.compile compiles") from error
+        yield
+
+
+_eager = SharedContext(_force_eager)
 
 
 @contextmanager
@@ -21,21 +31,8 @@ def uncompiled() -> Iterator[None]:
     Raises:
         RuntimeError: If called from a compiled function.
     """
-    global _open
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
-    with _lock:
-        if _open == 0:
-            try:
-                _stance.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as error:
-                raise RuntimeError("GradientAccountant: open it outside of what torch.compile compiles") from error
-        _open += 1
-    try:
+    with _eager():
         yield
-    finally:
-        with _lock:
-            _open -= 1
-            if _open == 0:
-                _stance.close()
