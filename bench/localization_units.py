@@ -21,9 +21,9 @@ import tyro
 
 from bench.trained import MNIST_EXAMPLES, REFERENCE, STUDIES, Trained, mnist_folder, trained
 from memloc_ext import localize
-from memloc_ext.analysis.localization import Found
 from memloc_ext.files import write_json
 from memloc_ext.info import info
+from memloc_ext.probes.localization import Found
 
 
 @dataclasses.dataclass(frozen=True)

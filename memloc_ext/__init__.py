@@ -1,18 +1,19 @@
 """Where does a neural network memorize? Fast PyTorch operators and the probes built on them."""
 
-from memloc_ext import _wait_policy, analysis, data, models, nn, ops, training  # noqa: F401, the first before torch
+from memloc_ext import _wait_policy, data, models, nn, ops, probes, training  # noqa: F401, the first before torch
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
-from memloc_ext.analysis import localize, retrain, rewind
-from memloc_ext.nn import GradientAccountant, ablation_losses, apply_ablation, example_ids
+from memloc_ext.ablation import ablation_losses, apply_ablation
+from memloc_ext.accounting import GradientAccountant
+from memloc_ext.nn import example_ids
 from memloc_ext.ops import plan
+from memloc_ext.probes import localize, retrain, rewind
 from memloc_ext.study import load_run
 
 __all__ = [
     "GradientAccountant",
     "__version__",
     "ablation_losses",
-    "analysis",
     "apply_ablation",
     "data",
     "example_ids",
@@ -23,6 +24,7 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "probes",
     "retrain",
     "rewind",
     "training",

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from memloc_ext.analysis.localization.dataset import (
+from memloc_ext.probes.localization.dataset import (
     STATUSES,
     DatasetLocalization,
     KindLocalization,
     LocalizedExample,
     LocalizedSite,
 )
-from memloc_ext.analysis.localization.edits import EditedAccuracy
+from memloc_ext.probes.localization.edits import EditedAccuracy
 
 
 def make_kind(kind: str = "noisy", **change: Any) -> KindLocalization:

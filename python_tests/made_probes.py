@@ -1,6 +1,6 @@
 """Rewindings and retrainings made up for tests of what is done with them."""
 
-from memloc_ext.analysis import (
+from memloc_ext.probes import (
     Accuracy,
     GroupRetraining,
     GroupRewinding,

@@ -34,7 +34,7 @@ def test_the_code_of_a_tutorial_runs(
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["ops", "nn", "analysis", "data", "models", "training"])
+@pytest.mark.parametrize("module", ["ops", "nn", "probes", "data", "models", "training"])
 def test_the_reference_has_every_public_function_and_class(module: str) -> None:
     documented = set(re.findall(r"^::: .*?(\w+)$", (ROOT / "docs" / "api" / f"{module}.md").read_text(), re.MULTILINE))
     public = getattr(memloc_ext, module)

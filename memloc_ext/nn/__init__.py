@@ -1,32 +1,15 @@
 """Modules: thin shells over `memloc_ext.ops`, and ways to put them into a model."""
 
-from memloc_ext.nn.ablation import (
-    AblationLosses,
-    AppliedAblation,
-    SiteLosses,
-    UnsupportedError,
-    ablation_losses,
-    apply_ablation,
-)
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
 from memloc_ext.nn.example_tied_dropout import MODES, RESCALES, ExampleTiedDropout, dropout_mode, set_dropout_mode
 from memloc_ext.nn.fixed_dropout import FixedDropout
-from memloc_ext.nn.gradient_accountant import Account, GradientAccountant
 from memloc_ext.nn.insert import insert_after, insert_example_tied_dropout
 
 __all__ = [
     "MODES",
     "RESCALES",
-    "AblationLosses",
-    "Account",
-    "AppliedAblation",
     "ExampleTiedDropout",
     "FixedDropout",
-    "GradientAccountant",
-    "SiteLosses",
-    "UnsupportedError",
-    "ablation_losses",
-    "apply_ablation",
     "current_example_ids",
     "dropout_mode",
     "example_ids",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from memloc_ext.analysis import Accuracy
+    from memloc_ext.probes import Accuracy
 
 NAMES: dict[str, str] = {
     "plain": "plain training",

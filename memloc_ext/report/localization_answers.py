@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memloc_ext.analysis.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
-from memloc_ext.analysis.localization.edits import EditedAccuracy
-from memloc_ext.analysis.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
+from memloc_ext.probes.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
+from memloc_ext.probes.localization.edits import EditedAccuracy
+from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
 from memloc_ext.report.figures import NAMES, percent
 from memloc_ext.report.section import Number
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memloc_ext.analysis.localization.dataset import DatasetLocalization
-from memloc_ext.analysis.localization.result import FLIPPED
+from memloc_ext.probes.localization.dataset import DatasetLocalization
+from memloc_ext.probes.localization.result import FLIPPED
 from memloc_ext.report.figures import COLORS, NAMES, new_figure, percent
 
 if TYPE_CHECKING:

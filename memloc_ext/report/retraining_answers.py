@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memloc_ext.analysis import Retraining
-from memloc_ext.analysis.retraining import FITTED
+from memloc_ext.probes import Retraining
+from memloc_ext.probes.retraining import FITTED
 from memloc_ext.report.figures import percent
 from memloc_ext.report.section import Number
 

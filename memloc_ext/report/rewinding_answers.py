@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memloc_ext.analysis import Rewinding
+from memloc_ext.probes import Rewinding
 from memloc_ext.report.figures import percent
 from memloc_ext.report.section import Number
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext import distributed
-from memloc_ext.analysis import EpochAccount, GradientAccounting
+from memloc_ext.accounting import GradientAccountant
 from memloc_ext.data import Split
 from memloc_ext.files import write_table
-from memloc_ext.nn.gradient_accountant import GradientAccountant
+from memloc_ext.probes import EpochAccount, GradientAccounting
 from memloc_ext.study.accounting_files import ACCOUNTS, MODEL, PARAMETERS, account_path, load_account, save_account
 from memloc_ext.training import Backward, TrainConfig
 from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch

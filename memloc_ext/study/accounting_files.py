@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.files import open_archive, parsed, read_as, read_bytes, write_atomically
+from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
 
 ACCOUNTS = "accounting"
 """Folder of the epochs' files, and name of the table per epoch and layer group."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memloc_ext import data
-from memloc_ext.analysis import LocalizationConfig, RetrainConfig, RewindConfig
+from memloc_ext.probes import LocalizationConfig, RetrainConfig, RewindConfig
 from memloc_ext.training import TrainConfig
 
 

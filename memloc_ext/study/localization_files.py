@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memloc_ext.analysis.localization.dataset import (
+from memloc_ext.files import parsed, read_as, write_json, write_table
+from memloc_ext.probes.localization.dataset import (
     KINDS,
     STATUSES,
     DatasetLocalization,
@@ -15,7 +16,6 @@ from memloc_ext.analysis.localization.dataset import (
     LocalizedExample,
     LocalizedSite,
 )
-from memloc_ext.files import parsed, read_as, write_json, write_table
 
 LOCALIZATION = "localization"
 """Name of the table of the examples."""

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memloc_ext.analysis import GroupRetraining, RetrainedEpoch, Retraining
-from memloc_ext.analysis.retraining import STOPPED
 from memloc_ext.files import parsed, read_as, write_table
+from memloc_ext.probes import GroupRetraining, RetrainedEpoch, Retraining
+from memloc_ext.probes.retraining import STOPPED
 from memloc_ext.study.rewinding_files import SHARES, UNCHANGED, parsed_accuracy, split_rows
 
 RETRAINING = "retraining"

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from memloc_ext.analysis import Accuracy, GroupRewinding, Rewinding, RewoundAccuracy
 from memloc_ext.files import parsed, read_as, write_table
+from memloc_ext.probes import Accuracy, GroupRewinding, Rewinding, RewoundAccuracy
 
 REWINDING = "rewinding"
 """Name of the table."""

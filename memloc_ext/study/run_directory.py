@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from memloc_ext.analysis import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.files import parsed, read_as, remove_temporaries, write_json
+from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.study.accounting_files import Accounting, load_accounting
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.localization_files import load_localization

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
-from memloc_ext.analysis import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
-from memloc_ext.analysis.layer_states import checked_state, chosen_groups
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
 from memloc_ext.files import write_json, write_table
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
+from memloc_ext.probes import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
+from memloc_ext.probes.layer_states import checked_state, chosen_groups
 from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
 from memloc_ext.study.accounting_files import ACCOUNTS, COST
 from memloc_ext.study.config import StudyConfig

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import distributed
+from memloc_ext.borrowing import generator_states, kept_state
 from memloc_ext.data.split import Split
 from memloc_ext.nn.example_ids import example_ids
-from memloc_ext.nn.training_flags import generator_states, kept_state
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import batch_sizes
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memloc_ext import distributed
+from memloc_ext.borrowing import kept_training_flags
 from memloc_ext.data.split import Split
-from memloc_ext.nn.training_flags import kept_training_flags
 from memloc_ext.training.backward import Backward
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
 from memloc_ext.training.compiled import check_gradients

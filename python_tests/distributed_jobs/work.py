@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import distributed, models
-from memloc_ext.analysis import LocalizationConfig, accuracy, localize_dataset
-from memloc_ext.analysis.localization import chunks
 from memloc_ext.data import Dataset, digits, with_label_noise
 from memloc_ext.models.vit import ViT
 from memloc_ext.nn import example_ids, insert_example_tied_dropout
 from memloc_ext.nn.example_ids import current_example_ids
 from memloc_ext.parts import PartFiles
+from memloc_ext.probes import LocalizationConfig, accuracy, localize_dataset
+from memloc_ext.probes.localization import chunks
 from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost
 from memloc_ext.training import TrainConfig, train
 from memloc_ext.training.epoch import epoch_rng

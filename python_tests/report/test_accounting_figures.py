@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
+from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.report import figures
 from memloc_ext.report.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
 from memloc_ext.study.accounting_files import MODEL, Accounting, account_path, save_account

@@ -1,6 +1,6 @@
 from made_localization import NOTHING, make_localization
 
-from memloc_ext.analysis.localization.dataset import STATUSES
+from memloc_ext.probes.localization.dataset import STATUSES
 from memloc_ext.report.localization_answers import answers, notes, numbers, summary
 
 

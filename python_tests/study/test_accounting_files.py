@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memloc_ext.analysis import EpochAccount, GroupAccount, ParameterAccount
+from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.study.accounting_files import (
     MODEL,
     Accounting,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from made_probes import made_retraining
 
-from memloc_ext.analysis import Accuracy, Retraining
+from memloc_ext.probes import Accuracy, Retraining
 from memloc_ext.study.retraining_files import load_retraining, save_retraining
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from made_probes import made_rewinding
 
-from memloc_ext.analysis import Accuracy, Rewinding
+from memloc_ext.probes import Accuracy, Rewinding
 from memloc_ext.study.rewinding_files import load_rewinding, save_rewinding
 
 

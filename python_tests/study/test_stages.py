@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import memloc_ext
-from memloc_ext.analysis import LocalizationConfig
 from memloc_ext.cli import main
+from memloc_ext.probes import LocalizationConfig
 from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, run_study
 from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES

@@ -1,0 +1,161 @@
+"""Convolutions and linear layers with what follows them, of a slab or of rows that differ all over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc_ext.ablation.recording import Call, Recording, Ref
+from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch, trimmed
+from memloc_ext.ops.conv2d_ablation import call as conv2d_ablation
+from memloc_ext.ops.linear_ablation import call as linear_ablation
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``relu(scale * layer(input) + shift + residual)``, of which all but the layer may be missing.
+
+    Attributes:
+        call: The convolution or matrix product.
+        input: The value that it is given.
+        weight: ``[out, in, *]``.
+        bias: ``[out]``.
+        scale: ``[out]``.
+        shift: ``[out]``.
+        residual: A value that is added.
+        relu: Whether a ReLU ends it.
+        output: The value of the whole.
+        calls: Positions of the calls that it stands for.
+    """
+
+    call: Call
+    input: int
+    weight: Tensor
+    bias: Tensor | None
+    output: int
+    calls: tuple[int, ...]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: int | None = None
+    relu: bool = False
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution."""
+        return self.call.name == "convolution"
+
+    def geometry(self) -> tuple[list[int], list[int], list[int]]:
+        """Return stride, padding and dilation of a convolution."""
+        stride, padding, dilation = (list(self.call.args[i]) for i in (3, 4, 5))
+        return stride, padding, dilation
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias that do the scale and shift too."""
+        if self.scale is None or self.shift is None:
+            return self.weight, self.bias
+        bias = self.shift if self.bias is None else self.shift + self.bias * self.scale
+        return self.weight * self.scale.reshape(-1, *[1] * (self.weight.dim() - 1)), bias
+
+
+def find_layer(
+    recording: Recording, readers: Sequence[Sequence[int]], position: int, taken: set[int], whole: Sequence[int]
+) -> Layer | None:
+    """Return the layer that begins at a call, with as much of what follows as belongs to it alone.
+
+    Args:
+        recording: Of the model.
+        readers: See `Recording.readers`.
+        position: Of a call.
+        taken: Calls that belong to another layer.
+        whole: Values that must be there.
+    """
+    call = recording.calls[position]
+    layer = _plain(recording, call, position)
+    if layer is None:
+        return None
+    while True:
+        value = layer.output
+        ends = value in whole or value == recording.output or len(readers[value]) != 1
+        if ends or readers[value][0] in taken:
+            return layer
+        position = readers[value][0]
+        call = recording.calls[position]
+        calls, output = (*layer.calls, position), call.outputs[0]
+        if call.name == "relu":
+            return replace(layer, relu=True, calls=calls, output=output)
+        if not layer.is_convolution or layer.residual is not None:
+            return layer
+        if call.name in BATCH_NORMS and layer.scale is None and not normalises_by_batch(call):
+            _, weight, bias, mean, var, *_, eps = call.args
+            if mean.dtype != layer.weight.dtype:  # under autocast
+                return layer
+            scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            layer = replace(layer, scale=scale, shift=shift, calls=calls, output=output)
+        elif call.name == "add" and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
+            other = next((a.index for a in call.args if a.index != value), None)
+            if other is None or any(kinds[other] != kinds[value] for kinds in (recording.shapes, recording.dtypes)):
+                return layer
+            layer = replace(layer, residual=other, calls=calls, output=output)
+        else:
+            return layer
+
+
+def _plain(recording: Recording, call: Call, position: int) -> Layer | None:
+    refs = call.refs
+    weight: Any
+    if len(refs) != 1:
+        return None
+    if call.name == "convolution" and isinstance(call.args[0], Ref):
+        _, weight, bias, _, _, _, transposed, _, groups = call.args
+        if transposed or groups != 1 or weight.dim() != 4:
+            return None
+        return Layer(call, refs[0], weight, bias, call.outputs[0], (position,))
+    if call.name == "addmm" and isinstance(call.args[1], Ref) and not call.kwargs and call.args[0].dim() == 1:
+        weight = call.args[2]
+        return Layer(call, refs[0], weight.t(), call.args[0], call.outputs[0], (position,))
+    if call.name == "mm" and isinstance(call.args[0], Ref):
+        weight = call.args[1]
+        return Layer(call, refs[0], weight.t(), None, call.outputs[0], (position,))
+    return None
+
+
+def run_layer(layer: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Run a layer on rows, ``[rows, *shape]`` to the same."""
+    weight, bias = layer.folded()
+    if layer.is_convolution:
+        stride, padding, dilation = layer.geometry()
+        weight, padding = trimmed(x[0], weight, stride, padding, dilation)
+        out = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, dilation).unflatten(0, x.shape[:2])
+    else:
+        out = F.linear(x, weight, bias)
+    if residual is not None:
+        out += residual
+    return out.relu_() if layer.relu else out
+
+
+def run_layer_on_channel(
+    layer: Layer, change: Tensor, channels: Tensor, unchanged: Tensor, rows: Tensor, residual: Tensor | None
+) -> Tensor:
+    """Run a layer on rows of which one input channel each differs from the unchanged network's.
+
+    Args:
+        layer: To run.
+        change: New minus old values, ``[rows, *shape]`` with one channel.
+        channels: Of each row.
+        unchanged: The layer's own output in the unchanged network, before the scale: ``[examples, *shape]``.
+        rows: Example of each row.
+        residual: ``[rows, *shape]``.
+    """
+    rest = (layer.scale, layer.shift, residual, layer.relu, rows)
+    if layer.is_convolution:
+        operands = (unchanged[:, 0], change[:, 0], layer.weight, channels, *layer.geometry())
+        return conv2d_ablation(*operands, *rest)
+    return linear_ablation(unchanged, change[..., 0][:, None], layer.weight, channels, *rest)[:, 0]

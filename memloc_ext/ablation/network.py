@@ -1,0 +1,216 @@
+"""A recorded model together with the sites that are to be switched off in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.ablation.evaluation import Graph
+from memloc_ext.ablation.recorder import record
+from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
+from memloc_ext.ablation.running import evaluating, logits_of
+from memloc_ext.ablation.sites import Site, find_sites, is_alone, producer
+from memloc_ext.ablation.slab import Slab
+from memloc_ext.nn.example_ids import current_example_ids, example_ids
+
+HOWS = ("zero", "mean", "filter")
+_SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'
+_CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing there
+
+
+class Network:
+    """A model as a graph, its sites, and how much memory running it takes.
+
+    Args:
+        model: In any mode; run in evaluation mode.
+        x: ``[batch, *]``, at least one example.
+        sites: See `ablation_losses`.
+        how: See `ablation_losses`.
+        memory_budget: Bytes.
+        edited: Whether units of all sites may be switched off in what is compared with.
+        weights: Whether what the sites' layers read is needed too: ``how`` is ``filter``.
+
+    Raises:
+        UnsupportedError: If the model cannot be recorded.
+        ValueError: If ``sites``, ``how`` or the budget does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        sites: Sequence[str] | None,
+        how: str,
+        memory_budget: int,
+        edited: bool = False,
+        weights: bool = False,
+    ) -> None:
+        self.graph, self.how = self._graph(model, x), how
+        recording = self.graph.recording
+        self.sites = find_sites(model, recording, sites)
+        self.places = [_place(self.graph, site, how) for site in self.sites]
+        every = [value for place in self.places for value in place.values] if edited else []
+        for i, value in enumerate(every):
+            if value in every[:i]:
+                same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
+                raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
+        self.suffixes = [self.graph.suffix(place.values, every) for place in self.places]
+        self._probe(int(memory_budget), edited, weights)
+
+    @property
+    def output(self) -> int:
+        """The logits' value."""
+        return self.graph.recording.output
+
+    def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return what each site's units are replaced by, ``[units]``.
+
+        Args:
+            inputs: Of the examples of whose activations ``how="mean"`` takes the mean.
+        """
+        if self.how == "mean":
+            with torch.no_grad():
+                return self._means(inputs)
+        out = []
+        for site, place in zip(self.sites, self.places, strict=True):
+            bias = _bias(self.graph, site) if self.how == "filter" else None
+            dtype, device = self.graph.recording.dtypes[place.values[0]], inputs[0].device
+            out.append(torch.zeros(place.units, dtype=dtype, device=device) if bias is None else bias.to(dtype))
+        return out
+
+    def unchanged(self, inputs: Sequence[Tensor], recorded: bool) -> dict[int, Tensor]:
+        """Return the values that the sites' suffixes need of some examples, ``[examples, *shape]``.
+
+        Args:
+            inputs: As of `Graph.examples`.
+            recorded: Whether the first of them is the one that was recorded, whose values are there already, once.
+        """
+        sample, self._sample = self._sample, {}  # not held while variants run
+        if not recorded or not sample or len(inputs[0]) == 1:  # one at least is run, to find out what cannot be
+            return self.graph.examples(inputs, self.needed)
+        others = self.graph.examples([t[1:] for t in inputs], self.needed)
+        return {value: torch.cat([t, others[value]]) for value, t in sample.items()}
+
+    def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
+        """Return the units of a site switched off, one per row.
+
+        Args:
+            index: Of the site.
+            units: ``[rows]``, int64.
+            baseline: ``[units]``.
+        """
+        place = self.places[index]
+        shape = list(self.graph.recording.shapes[place.values[0]])
+        shape[place.dim] = 1
+        values = baseline[units].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+        return Slab(values, units, place.dim)
+
+    def _graph(self, model: nn.Module, x: Tensor) -> Graph:
+        return Graph(record(model, x))
+
+    def _means(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        values, x = [place.values for place in self.places], inputs[0]
+        sums = [torch.zeros(place.units, dtype=torch.float64, device=x.device) for place in self.places]
+        for begin in range(0, len(x), self.examples_at_once):
+            some = [t[begin : begin + self.examples_at_once] for t in inputs]
+            part = self.graph.examples(some, {v for vs in values for v in vs})
+            for total, vs, place in zip(sums, values, self.places, strict=True):
+                for v in vs:
+                    moved = part[v].movedim(place.dim + 1, 0).flatten(1)
+                    total += moved.double().mean(1) * (len(part[v]) / len(vs))
+        places = zip(sums, self.places, strict=True)
+        return [(total / len(x)).to(self.graph.recording.dtypes[place.values[0]]) for total, place in places]
+
+    def _probe(self, budget: int, edited: bool, weights: bool) -> None:
+        """Run every suffix on one row, to see what it needs."""
+        unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
+        self.graph.recording.sample.clear()
+        device = unchanged[0].device
+        row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ends_in_feature: list[bool] = []  # of each suffix, whether its head is given one changed feature
+        for i, suffix in enumerate(self.suffixes):
+            dtype = self.graph.recording.dtypes[self.places[i].values[0]]
+            slab = self.slab(i, row, torch.zeros(self.places[i].units, dtype=dtype, device=device))
+            self.ends_in_feature.append(suffix.feature(unchanged, row, slab) is not None)
+            if self.ends_in_feature[i] and suffix.head is not None:
+                suffix.needed.add(suffix.head.input)
+            suffix.run(unchanged, row, slab)
+            # what is a slab no longer where it is edited is read in another way, with one edit or with all of them
+            slabs = sorted(suffix.slabs)
+            for values in [*([value] for value in slabs), slabs] if slabs else []:
+                suffix.run(unchanged, row, slab, dict.fromkeys(values, _same))
+        self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
+        if weights:
+            self.needed.update(producer(self.graph.recording, site).refs[0] for site in self.sites)
+        self._sample = {} if edited else {value: unchanged[value] for value in self.needed}
+        sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
+        example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
+        example += sum(sizes[v] for place in self.places for v in place.values) if edited else 0
+        row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
+        least = _SHARE * max(example, row_bytes, 1)
+        if budget < least:
+            raise ValueError(
+                f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
+            )
+        self.share = budget // _SHARE
+        self.examples_at_once = self.share // max(1, example)
+        self.gradients_at_once = max(1, self.share // max(1, 2 * sum(sizes.values())))
+        share = self.share if device.type == "cuda" else min(self.share, max(row_bytes, _CACHED))
+        self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
+
+    def check_agreement(self, model: nn.Module, inputs: Sequence[Tensor], logits: Tensor) -> None:
+        """Raise UnsupportedError if the model itself gives other logits for a batch: examples meet in it."""
+        recording = self.graph.recording
+        if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
+            if len(logits) < 2:
+                return
+            inputs, logits = [t[:2] for t in inputs], logits[:2]  # a number in a call may still be that of the examples
+        with evaluating(model), torch.no_grad(), contextlib.ExitStack() as stack:
+            if len(inputs) > 1:
+                stack.enter_context(example_ids(inputs[1]))
+            own = logits_of(model(inputs[0]))
+        eps = max(torch.finfo(dtype).eps for dtype in self.graph.recording.dtypes if dtype.is_floating_point)
+        size = own.abs().max() if own.numel() else own.new_zeros(())
+        if own.shape != logits.shape or bool(((own - logits).abs() > max(1e-3, 32 * eps) * size + 1e-5).any()):
+            norms = [call for call in recording.calls if call.name in BATCH_NORMS and normalises_by_batch(call)]
+            why = f": {norms[0].module or 'the model'} normalises by the statistics of the batch" if norms else ""
+            raise UnsupportedError(f"the model's examples meet in evaluation mode{why}")
+
+
+def given(x: Tensor) -> list[Tensor]:
+    """Return the recording's inputs for a batch: the examples, and their ids if they are named."""
+    ids = current_example_ids()
+    if ids is None:
+        return [x]
+    if len(ids) != len(x):
+        raise ValueError(f"example_ids must name each example; got {len(ids)} ids for a batch of {len(x)}")
+    return [x, ids]
+
+
+def _same(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+    """Return what an edit is given."""
+    return t
+
+
+def _place(graph: Graph, site: Site, how: str) -> Site:
+    """Return where the units are replaced: at the site, or in the output of the layer whose filters are zeroed."""
+    if how != "filter":
+        return site
+    call = producer(graph.recording, site)
+    if not is_alone(graph.recording, call):
+        raise ValueError(f"how='filter' needs weights that serve one call alone; those that compute {site.name} do not")
+    value = call.outputs[0]
+    if graph.recording.shapes[value][1] != site.units:
+        raise ValueError(f"how='filter' needs one filter per unit; {site.name} has {site.units} units")
+    return replace(site, values=(value,), dim=1)
+
+
+def _bias(graph: Graph, site: Site) -> Tensor | None:
+    call = producer(graph.recording, site)
+    bias = call.args[2] if call.name == "convolution" else call.args[0] if call.name == "addmm" else None
+    return bias if isinstance(bias, Tensor) else None

@@ -1,0 +1,192 @@
+"""Variants that differ from the unchanged network in a few neighbouring channels, and operators that keep them so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memloc_ext.ablation.recording import Call, Ref
+from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch
+
+_POOLS = frozenset(("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"))
+_REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
+_RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"))
+_SAME = frozenset(("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh"))
+
+
+@dataclass
+class Slab:
+    """In row ``r``, indices ``start[r]`` to ``start[r] + width`` of one dimension are replaced.
+
+    Attributes:
+        values: What they are replaced by, ``[rows, *shape]`` with ``width`` at the dimension.
+        start: ``[rows]``, int64.
+        dim: Of the value without rows.
+    """
+
+    values: Tensor
+    start: Tensor
+    dim: int
+
+    @property
+    def width(self) -> int:
+        """How many indices are replaced."""
+        return self.values.shape[self.dim + 1]
+
+    def indices(self) -> Tensor:
+        """Return the replaced indices, ``[rows, width]``."""
+        return self.start[:, None] + torch.arange(self.width, device=self.start.device)
+
+    def of(self, unchanged: Tensor, rows: Tensor) -> Tensor:
+        """Return the values that the unchanged network has there.
+
+        Args:
+            unchanged: ``[examples, *shape]``.
+            rows: Example of each row.
+        """
+        picked = unchanged.movedim(self.dim + 1, 1)[rows[:, None], self.indices()]
+        return picked.movedim(1, self.dim + 1)
+
+    def of_constant(self, t: Tensor, rank: int) -> Tensor:
+        """Return the part of a constant that meets the slab when it is broadcast to values of so many dimensions."""
+        place = self.dim - (rank - t.dim())
+        if place < 0 or t.shape[place] == 1:
+            return t
+        picked = t.movedim(place, 0)[self.indices()]  # [rows, width, *]
+        picked = picked.movedim(1, place + 1)
+        return picked.reshape(len(picked), *[1] * (rank - t.dim()), *picked.shape[1:])
+
+    def dense(self, unchanged: Tensor, rows: Tensor) -> Tensor:
+        """Return the whole values, ``[rows, *shape]``; see `of`."""
+        return self.written_into(unchanged[rows])
+
+    def written_into(self, values: Tensor) -> Tensor:
+        """Return ``values`` themselves, ``[rows, *shape]``, with the replaced ones in them."""
+        index = torch.arange(len(values), device=values.device)[:, None]
+        values.movedim(self.dim + 1, 1)[index, self.indices()] = self.values.movedim(self.dim + 1, 1).to(values.dtype)
+        return values
+
+
+def run_slab(
+    call: Call,
+    slabs: dict[int, Slab],
+    shapes: Sequence[torch.Size],
+    unchanged: Callable[[int], Tensor],
+    rows: Tensor,
+    dense: Callable[[int], bool],
+) -> list[Slab] | None:
+    """Run a call on slabs if its outputs are slabs too.
+
+    Args:
+        call: That reads a slab.
+        slabs: Value to slab.
+        shapes: Of the values, without rows.
+        unchanged: Value to what it is in the unchanged network, ``[examples, *shape]``.
+        rows: Example of each row.
+        dense: Whether a value differs all over.
+
+    Returns:
+        A slab per output, or None if they are none.
+    """
+    refs = call.refs
+    own = [slabs[ref] for ref in refs if ref in slabs]
+    if any(dense(ref) for ref in refs) or any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
+        return None
+    first = own[0]
+    if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
+        return None
+    name = call.name
+    arguments: list[Any] = list(call.args)
+    function: Any = call.function
+    if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
+        shape = shapes[call.outputs[0]]
+        if any(shapes[ref].numel() and len(shapes[ref]) != len(shape) for ref in refs):
+            return None
+        for ref in refs:
+            if shapes[ref][first.dim] != shape[first.dim]:
+                return None
+        given = []
+        for leaf in call.leaves:
+            if isinstance(leaf, Ref):
+                kept = slabs.get(leaf.index)
+                given.append(kept.values if kept else first.of(unchanged(leaf.index), rows))
+            elif isinstance(leaf, Tensor):
+                given.append(first.of_constant(leaf, len(shape)))
+            else:
+                given.append(leaf)
+        return [Slab(call.run(given), first.start, first.dim)]
+    ref = call.args[0]
+    if not isinstance(ref, Ref) and name != "cat":
+        return None
+    if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
+        _, weight, bias, mean, var, *_, eps = call.args
+        if normalises_by_batch(call):
+            var, mean = torch.var_mean(first.values.transpose(1, 2).flatten(2), 2, correction=0)
+        else:
+            var, mean = var[first.indices()], mean[first.indices()]
+        scale = (var + eps).rsqrt() * (1 if weight is None else weight[first.indices()])
+        shift = 0 if bias is None else bias[first.indices()]
+        rank = first.values.dim() - 3
+        scale, mean, shift = (
+            t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
+        )
+        return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
+    if name in _POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
+        pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
+        pooled = pooled if isinstance(pooled, tuple) else (pooled,)
+        return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]
+    if name in _REDUCTIONS and len(call.args) > 1 and call.args[1]:
+        rank = len(shapes[ref.index])
+        dims = {d % rank for d in call.args[1]}
+        if first.dim in dims:
+            return None
+        keep = len(shapes[call.outputs[0]]) == rank
+        dim = first.dim if keep else first.dim - sum(d < first.dim for d in dims)
+        return [Slab(torch.vmap(lambda t: function(t, *call.args[1:], **call.kwargs))(first.values), first.start, dim)]
+    if name in _RESHAPES and getattr(function, "_overloadname", "") != "dtype":
+        return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
+    if name in ("transpose", "permute", "t"):
+        rank = len(shapes[ref.index])
+        order, arguments = list(range(rank)), list[Any](call.args)
+        if name == "permute":
+            order = [d % rank for d in arguments[1]]
+        else:
+            a, b = (d % rank for d in (arguments[1:] if name == "transpose" else (0, rank - 1)))
+            order[a], order[b] = order[b], order[a]
+        values = first.values.permute(0, *(d + 1 for d in order))
+        return [Slab(values, first.start, order.index(first.dim))]
+    if name == "cat":
+        return _concatenated(call, first, slabs, shapes)
+    return None
+
+
+def _reshaped(slab: Slab, old: torch.Size, new: torch.Size) -> list[Slab] | None:
+    """Return a slab of the same elements in another shape, if they are neighbours there too."""
+    outer, inner = math.prod(old[: slab.dim]), math.prod(old[slab.dim + 1 :])
+    for dim, size in enumerate(new):
+        block = math.prod(new[dim + 1 :])
+        if math.prod(new[:dim]) != outer or (size == 1 and old[slab.dim] != 1) or not block:
+            continue
+        if inner % block:
+            continue
+        shape = (len(slab.values), *new[:dim], slab.width * inner // block, *new[dim + 1 :])
+        return [Slab(slab.values.reshape(shape), (slab.start * inner).div(block, rounding_mode="floor"), dim)]
+    return None
+
+
+def _concatenated(call: Call, slab: Slab, slabs: dict[int, Slab], shapes: Sequence[torch.Size]) -> list[Slab] | None:
+    """Return the slab behind the channels that come before it."""
+    arguments: list[Any] = [*call.args, 0]
+    parts, dim = arguments[0], arguments[1]
+    sizes = [(shapes[p.index] if isinstance(p, Ref) else p.shape) for p in parts]
+    dim %= len(sizes[0])
+    changed = [i for i, p in enumerate(parts) if isinstance(p, Ref) and p.index in slabs]
+    if dim != slab.dim or len(changed) != 1:
+        return None
+    before = sum(size[dim] for size in sizes[: changed[0]])
+    return [Slab(slab.values, slab.start + before, dim)]

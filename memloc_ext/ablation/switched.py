@@ -1,0 +1,173 @@
+"""Units that are switched off for each example on its own, while a recording runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from memloc_ext.ablation.candidates import Candidates, finite
+from memloc_ext.ablation.evaluation import Edit
+from memloc_ext.ablation.gradients import gradients
+from memloc_ext.ablation.network import Network
+from memloc_ext.ablation.sites import Site
+from memloc_ext.ablation.slab import Slab
+from memloc_ext.ablation.weight_changes import WeightChange
+from memloc_ext.ops import ablate_channels, channel_saliency
+
+
+class Switched:
+    """Each example's set of switched-off units.
+
+    Args:
+        network: Whose units they are.
+        baselines: See `Network.baselines`.
+        masks: Per site ``[examples, units]``, bool.
+
+    Attributes:
+        starts: Number of each site's first unit when they are numbered through all sites, then how many there are.
+    """
+
+    def __init__(self, network: Network, baselines: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        self.network, self.baselines, self.masks = network, baselines, list(masks)
+        self.starts = list(accumulate((len(b) for b in baselines), initial=0))
+
+    @classmethod
+    def none(cls, network: Network, baselines: Sequence[Tensor], examples: int) -> Switched:
+        """Return the empty sets of so many examples."""
+        masks = [torch.zeros(examples, len(b), dtype=torch.bool, device=b.device) for b in baselines]
+        return cls(network, baselines, masks)
+
+    def of(self, examples: Tensor) -> Switched:
+        """Return the sets of some examples, ``[*]`` of their indices; copies."""
+        return Switched(self.network, self.baselines, [mask[examples] for mask in self.masks])
+
+    def edits(self) -> dict[int, Edit]:
+        """Return what `Graph.examples` and `Suffix.run` are to be given."""
+        edits: dict[int, Edit] = {}
+        for place, baseline, mask in zip(self.network.places, self.baselines, self.masks, strict=True):
+            if bool(mask.any()):
+                for value in place.values:
+                    edits[value] = _edit(mask, baseline, place.dim)
+        return edits
+
+    def add(self, examples: Tensor, chosen: Candidates) -> None:
+        """Add one unit to the sets of some examples."""
+        units = chosen.units[:, 0]
+        for mask, start, end in zip(self.masks, self.starts, self.starts[1:], strict=False):
+            here = (units >= start) & (units < end)
+            mask[examples[here], units[here] - start] = True
+
+    def bytes_per_example(self, units: int) -> int:
+        """Return how much memory so many units of an example take besides the masks."""
+        return 0
+
+    def changed(self, example: int) -> list[WeightChange]:
+        """Return what is done to an example's weights: nothing."""
+        return []
+
+    def slab(
+        self, site: int, candidates: Candidates, rows: Tensor, columns: Tensor, unchanged: dict[int, Tensor]
+    ) -> Slab:
+        """Return some candidates of a site switched off, one per row.
+
+        Args:
+            site: Index of the site.
+            candidates: Of the examples.
+            rows: Example of each row, in rising order.
+            columns: Candidate of each row.
+            unchanged: Values with what is switched off already, ``[examples, *shape]``.
+        """
+        units = candidates.units[rows, columns] - self.starts[site]
+        return self.network.slab(site, units, self.baselines[site])
+
+    def screen(
+        self,
+        inputs: Sequence[Tensor],
+        loss: Callable[[Tensor], Tensor],
+        copies: int,
+        population: Tensor | None,
+        count: int,
+    ) -> Candidates:
+        """Return the units that raise an example's loss most over the population's, to first order.
+
+        Args:
+            inputs: As of `Graph.examples`; each example ``copies`` times.
+            loss: Logits ``[examples * copies, classes]`` to a number, the sum of the examples' losses.
+            copies: Rows of each example.
+            population: See `total`.
+            count: How many, at most those that are not switched off yet.
+        """
+        own = torch.cat(first_order(inputs, self, loss), 1).unflatten(0, (-1, copies)).sum(1)
+        sets = self.of(torch.arange(0, len(inputs[0]), copies, device=own.device))
+        return sets.best(own if population is None else own - population, population, count)
+
+    def best(self, scores: Tensor, population: Tensor | None, count: int) -> Candidates:
+        """Return the units with the largest scores, ``[examples, units]``, of those that are not switched off."""
+        scores, units = finite(scores).masked_fill(torch.cat(self.masks, 1), -torch.inf).topk(count, 1)
+        return Candidates(units, scores, torch.zeros_like(scores) if population is None else population[units])
+
+    def total(self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the first-order change of a loss when a unit is switched off, ``[units]``; see `first_order`."""
+        return torch.cat(first_order(inputs, self, loss), 1).sum(0)
+
+
+def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
+    def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+        row, unit = mask[rows].nonzero(as_tuple=True)
+        offsets = torch.searchsorted(row, torch.arange(len(rows) + 1, device=row.device))
+        return ablate_channels(t, offsets, unit, baseline.to(t.dtype), dim + 1)
+
+    return edit
+
+
+def first_order(
+    inputs: Sequence[Tensor],
+    switched: Switched,
+    loss: Callable[[Tensor], Tensor],
+    only: int | None = None,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """Return the first-order change of a loss when a unit is switched off, per site ``[examples, units]``.
+
+    That is the sum over positions of (baseline - activation) times the gradient with respect to the activation.
+
+    Args:
+        inputs: As of `Graph.examples`.
+        switched: Units of the same examples that are switched off already.
+        loss: Logits ``[examples, classes]`` to a number, the sum of the examples' losses.
+        only: Index of the one site that is asked about; by default all are.
+        scale: Where between the baseline, 0, and the activation, 1, the gradient is taken; not 0.
+    """
+    network, edits = switched.network, switched.edits()
+
+    def scaled(value: int, place: Site, baseline: Tensor) -> Edit:
+        def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+            t = edits[value](t, rows, read) if value in edits else t
+            origin = baseline.to(t.dtype).reshape(-1, *[1] * (t.dim() - place.dim - 2))
+            return origin + scale * (t - origin)
+
+        return edit
+
+    sites = list(zip(network.places, switched.baselines, strict=True))
+    asked = sites if only is None else sites[only : only + 1]
+    values = [value for place, _ in asked for value in place.values]
+    towards = {}
+    if scale != 1:
+        towards = {value: scaled(value, place, baseline) for place, baseline in asked for value in place.values}
+    found, grads, _ = gradients(network.graph, inputs, loss, values, edits | towards)
+    changes, given = [], iter(zip(found, grads, strict=True))
+    for place, baseline in asked:
+        change = baseline.new_zeros(len(inputs[0]), len(baseline))
+        for _ in place.values:
+            activation, grad = next(given)
+            if grad is None:
+                continue
+            own = channel_saliency(activation.detach(), grad, place.dim + 1)
+            if bool(baseline.any()):
+                own = own - baseline * grad.movedim(place.dim + 1, 1).flatten(2).sum(2)
+            change = change - own
+        changes.append(change / scale)
+    return changes

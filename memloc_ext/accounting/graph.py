@@ -1,0 +1,137 @@
+"""Which parameters a loss depends on, and where: a walk over the autograd graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.accounting.forward_pass import ForwardPass
+from memloc_ext.accounting.layer import Rule
+from memloc_ext.accounting.layout import Layout
+from memloc_ext.accounting.run import Run
+from memloc_ext.accounting.session import Session
+
+
+@dataclass
+class Reached:
+    """Parameters by their ``id``.
+
+    Attributes:
+        seen: Those that reach the loss through layers of the accountant only.
+        unseen: Those that reach it some other way.
+        stops: Positions, in the tensors to stop at, of those that were met.
+        nodes: Of the graph, that the walk went through.
+        uses: How many layers use each parameter.
+    """
+
+    seen: dict[int, nn.Parameter] = field(default_factory=dict)
+    unseen: dict[int, nn.Parameter] = field(default_factory=dict)
+    stops: set[int] = field(default_factory=set)
+    nodes: set[Any] = field(default_factory=set)
+    uses: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether gradient checkpointing of the kind that allows no other backward pass was met."""
+        return any(type(node).__name__ == "CheckpointFunctionBackward" for node in self.nodes)
+
+    @property
+    def all(self) -> dict[int, nn.Parameter]:
+        """Both kinds."""
+        return self.seen | self.unseen
+
+
+def reached(
+    root: Tensor, session: Session, parameters: Mapping[int, nn.Parameter], stop_at: Sequence[Tensor] = ()
+) -> Reached:
+    """Walk from a tensor down to the parameters it depends on.
+
+    Args:
+        root: Where to start.
+        session: Whose layers tell their parameters; to those of another one belongs what it belongs to without.
+        parameters: Those of interest, by ``id``.
+        stop_at: Tensors that the walk does not go below.
+    """
+    found = Reached()
+    stops = {(t.grad_fn, t.output_nr): i for i, t in enumerate(stop_at)}
+    pending: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr)]
+    while pending:
+        edge = pending.pop()
+        node = edge[0]
+        if edge in stops:
+            found.stops.add(stops[edge])
+            continue
+        if node is None or node in found.nodes:
+            continue
+        found.nodes.add(node)
+        edges = list(node.next_functions)
+        rule = getattr(node, "rule", None)
+        if isinstance(rule, Rule) and rule.session is session:
+            edges = _below(rule, edges, found)
+        elif (variable := getattr(node, "variable", None)) is not None and id(variable) in parameters:
+            found.unseen[id(variable)] = variable
+        pending += edges
+    for key in found.unseen:
+        found.seen.pop(key, None)
+    return found
+
+
+def _below(rule: Rule, edges: Sequence[tuple[Any, int]], found: Reached) -> list[tuple[Any, int]]:
+    """Return the edges below a layer, its parameters left out, which are taken note of."""
+    below = []
+    for weight, edge in zip([rule.weights[i] for i in rule.given], edges, strict=True):
+        if weight is None or weight.derived is not None:
+            below.append(edge)
+        else:
+            found.seen[id(weight.parameter)] = weight.parameter
+            found.uses[id(weight.parameter)] += 1
+    return below
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What tells the examples apart: a loss is the sum of the products of these tensors with these cotangents.
+
+    Attributes:
+        tensors: A row per example.
+        cotangents: Of the loss by each.
+        layouts: Where the examples are in each.
+        source: The call of the model that returned them, or None.
+        meeting: Whether the tensors are losses by example, of which one depends on what the model returned for others.
+    """
+
+    tensors: list[Tensor]
+    cotangents: list[Tensor]
+    layouts: list[Layout]
+    source: ForwardPass | None = None
+    meeting: bool = False
+
+    def of(self, run: Run, chosen: Tensor) -> list[Tensor]:
+        """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""
+        result = []
+        for cotangent, layout in zip(self.cotangents, self.layouts, strict=True):
+            part = torch.zeros_like(cotangent, memory_format=torch.contiguous_format)
+            to, source = (run.place(layout).first(t) for t in (part, cotangent.contiguous()))
+            to[chosen] = source[chosen]
+            result.append(part)
+        return result
+
+
+def minimal(
+    root: Tensor, session: Session, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
+) -> list[Tensor] | None:
+    """Return the outputs through which alone a loss depends on the parameters, none through another; else None."""
+    found = reached(root, session, parameters, outputs)
+    chosen = [outputs[i] for i in sorted(found.stops)]
+    if found.seen or found.unseen:
+        return None
+    for t in chosen:
+        others = [other for other in chosen if other is not t]
+        if reached(t, session, {}, others).stops:
+            return None
+    return chosen

@@ -1,0 +1,49 @@
+"""Which function is handled by which rule: the one list of what is covered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from memloc_ext.accounting.activation import prelu
+from memloc_ext.accounting.attention import attention
+from memloc_ext.accounting.broadcast import broadcast, cat, repeat, setitem
+from memloc_ext.accounting.contraction import bmm, einsum, grouped
+from memloc_ext.accounting.convolution import convolution, convolution_transposed
+from memloc_ext.accounting.embedding import embedding, embedding_bag, getitem
+from memloc_ext.accounting.layout import ELEMENTWISE
+from memloc_ext.accounting.linear import addmm, bilinear, linear, matmul
+from memloc_ext.accounting.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from memloc_ext.accounting.recurrent import cell, recurrent
+from memloc_ext.accounting.session import Handler
+
+HANDLERS: dict[Any, Handler] = {
+    F.linear: linear,
+    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm"), matmul),
+    "addmm": addmm,
+    "bilinear": bilinear,
+    "bmm": bmm,
+    "_grouped_mm": grouped,
+    torch.einsum: einsum,
+    "prelu": prelu,
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution_transposed),
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    "__getitem__": getitem,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.rms_norm: rms_norm,
+    F.multi_head_attention_forward: attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
+    **dict.fromkeys((*ELEMENTWISE, "scaled_dot_product_attention"), broadcast),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
+    "__setitem__": setitem,
+    **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
+}
+"""Function, or the name of a function and of the tensor method that does the same, to its handler."""

@@ -1,0 +1,124 @@
+"""The autograd function that every rule runs through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memloc_ext.accounting.layout import Layout
+from memloc_ext.accounting.losses import TWICE
+from memloc_ext.accounting.run import Run, Weight
+from memloc_ext.accounting.uses import Use
+
+if TYPE_CHECKING:
+    from memloc_ext.accounting.session import Session
+
+
+class Rule:
+    """How a kind of layer runs forward and backward.
+
+    Args:
+        session: That the layer is part of.
+        weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
+        layout: Of the layer's input and output; None if examples have no part in them.
+    """
+
+    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout | None = None) -> None:
+        self.session, self.weights = session, list(weights)
+        if layout is not None:
+            self.layout = layout
+        self.given: list[int] = []  # places of the arguments that are tensors
+
+    def forward(self, *tensors: Any) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Return the output, or several, and what `backward` is to be given."""
+        raise NotImplementedError
+
+    def backward(self, saved: Any, needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the tensors that need one; those of parameters by `record`."""
+        raise NotImplementedError
+
+    def record(self, index: int, use: Use) -> Tensor | None:
+        """Take note of a parameter's use and return its gradient of the batch, if parameters get gradients."""
+        weight, run = self.weights[index], self.session.run
+        assert weight is not None
+        if run is None:  # a backward pass that is not accounted
+            return use.total().to(weight.tensor.dtype)
+        return run.record(weight, use)
+
+    @property
+    def telling(self) -> Run | None:
+        """The backward pass, if it is to tell the examples apart here."""
+        run = self.session.run
+        if run is None or run.undivided or all(w is None or run.is_slow(w) for w in self.weights):
+            return None
+        return run
+
+    def examples(self, t: Tensor) -> Tensor:
+        """Return activations as ``[batch, *]``, or as one example where they are not told apart."""
+        run = self.telling
+        return t[None] if run is None else run.place(self.layout).first(t)
+
+    def by_example(self, rows: Tensor) -> Tensor:
+        """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the layout's."""
+        run = self.telling
+        if run is None:
+            return rows.sum(0, keepdim=True)
+        return run.place(self.layout).summed(rows)
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Run the layer, with copies in the place of what is derived from parameters."""
+        self.session.count(self.layout, *self.weights)
+        copies = {i: w.tensor for i, w in enumerate(self.weights) if w is not None and w.derived is not None}
+        out = self.apply(*(copies.get(i, t) for i, t in enumerate(tensors)))
+        if isinstance(out, Tensor):
+            self.session.remember(out, self.layout)
+        return out
+
+    def apply(self, *tensors: Any) -> Any:
+        """Run the layer as it is."""
+        self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
+        return _Layer.apply(self, *tensors)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor | tuple[Tensor, ...]:
+        ctx.rule = rule
+        device = next(t.device.type for t in tensors if t is not None)
+        rule.session.coarse |= torch.is_autocast_enabled(device)
+        with _exactly(device):
+            out, saved = rule.forward(*tensors)
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
+        with torch._C.DisableTorchFunction(), _exactly(given[0].device.type):
+            with torch.no_grad():
+                detached = [None if t is None else t.detach() for t in saved]
+                grads = ctx.rule.backward(detached, needs, *given)
+            return (None, *(_once(grads) if torch.is_grad_enabled() else grads))
+
+
+def _once(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients that raise when they are differentiated: `once_differentiable` misses those by weights."""
+    raises = torch._C._functions.DelayedError(TWICE.encode(), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return [None if t is None else raises(t.detach().requires_grad_()) for t in grads]
+
+
+def _exactly(device: str) -> contextlib.AbstractContextManager[object]:
+    """Have functions compute in the types they are given; entering `torch.autocast` takes long, so only if need be."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """Return the type that a matrix product with ``t`` is computed in here, under autocast or not."""
+    device = t.device.type
+    if torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return t.dtype

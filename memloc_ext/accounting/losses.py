@@ -1,0 +1,129 @@
+"""How the examples' own losses enter a loss, and which losses are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc_ext.accounting.layout import Layout
+
+if TYPE_CHECKING:
+    from memloc_ext.accounting.session import Session
+
+MEANS = frozenset((F.cross_entropy, F.nll_loss, F.mse_loss, getattr(F, "linear_cross_entropy", F.cross_entropy)))
+"""Functions whose ``mean`` divides by a sum of weights that differs between examples."""
+TWICE = (
+    "GradientAccountant: the loss must not depend on gradients that torch.autograd takes with create_graph=True inside "
+    "the with, as a gradient penalty does; take them by torch.func.grad and give losses by example, with "
+    "loss_reduction='none', or account the loss without the penalty"
+)
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A call of a function of `MEANS` that has to do with the examples.
+
+    Attributes:
+        name: Of the function.
+        layout: Of ``target``, or of ``weight`` if there is no target.
+        target: Class indices, or None if ``weight`` has the shape of the losses.
+        weight: By class, or None.
+        ignore_index: Of the targets that do not count.
+    """
+
+    name: str
+    layout: Layout
+    target: Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+
+    def denominators(self, batch: int) -> Tensor:
+        """Return what each example alone would be divided by, ``[batch]``, float64."""
+        weights = self.weight
+        if self.target is not None:
+            counted = self.target != self.ignore_index
+            weights = counted if weights is None else weights[self.target.where(counted, 0).long()] * counted
+        assert weights is not None
+        return self.layout.of(batch).first(weights.double()).reshape(batch, -1).sum(1)
+
+
+def remember_mean(session: Session, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+    """Note on its node of the graph a call of a function of `MEANS`, whose arguments are as PyTorch hands them on."""
+    by_reduction = kwargs["reduction"] == "mean" and kwargs.get("size_average") is kwargs.get("reduce") is None
+    layout, target, weight = session.layout(args[0]), args[-1], kwargs.get("weight")
+    if not by_reduction or not result.requires_grad or layout is None or layout.batch < 2:
+        return
+    if func is F.mse_loss:
+        target = None
+        if weight is None:
+            return
+    elif target.is_floating_point() or layout.dim == 1:  # probabilities: a mean over the rows
+        return
+    else:
+        layout = replace(layout, dim=max(0, layout.dim - 1))  # targets have no dimension of classes
+    index = kwargs.get("ignore_index")
+    mean = _Mean(func.__name__, layout, target, weight, -100 if index is None else index)
+    node: Any = result.grad_fn
+    node.metadata[session] = mean  # lives as long as the graph
+
+
+def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bool) -> bool:
+    """Refuse a gradient penalty, and a mean in which examples have unequal weights, by the nodes of a loss's graph.
+
+    Returns whether there is such a mean and its weights are equal.
+
+    Args:
+        session: That the loss was computed in.
+        nodes: Of the graph.
+        batch: Number of examples.
+        mean: Whether the loss is to be a mean over the examples.
+    """
+    found = False
+    for node in nodes:
+        if type(node).__name__ == "Error":
+            raise ValueError(TWICE)
+        call = node.metadata.get(session) if mean else None
+        if call is not None and batch > 0 and call.layout.batch % batch == 0:
+            _check_mean(call, batch)
+            found = True
+    return found
+
+
+def _check_mean(call: _Mean, batch: int) -> None:
+    low, high = call.denominators(batch).aminmax()
+    eps = torch.finfo(torch.float64 if call.weight is None else call.weight.dtype).eps
+    if bool(high - low <= 4 * eps * high.abs()):
+        return
+    counted = f"(target != {call.ignore_index})"
+    weights = "weight" if call.target is None else counted if call.weight is None else f"weight[target] * {counted}"
+    raise ValueError(
+        f"GradientAccountant: loss_reduction='mean' needs a mean over the examples, and {call.name} divides by the "
+        f"batch's sum of {weights}, to which examples add from {float(low):g} to {float(high):g}; give "
+        "example_weights=w / w.sum(), where w [batch] is the sum of each example; or losses by example, of "
+        "reduction='none' and reshaped to [batch, *], with loss_reduction='none'"
+    )
+
+
+def check_example_weights(loss: Tensor, weights: Tensor | None, batch: int) -> None:
+    """Check the factors with which the examples' own losses enter a loss."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"GradientAccountant: example_weights must be a tensor of a floating dtype, got {got}")
+    if weights.shape != (batch,) or weights.device != loss.device:
+        raise ValueError(
+            f"GradientAccountant: example_weights must be [{batch}] on {loss.device}, got {list(weights.shape)} on "
+            f"{weights.device}"
+        )
+    wrong = weights[~((weights >= 0) & weights.isfinite())]
+    if len(wrong):
+        raise ValueError(
+            f"GradientAccountant: example_weights must be finite and at least 0, got {float(wrong[0])}: each is the "
+            "factor of an example's own loss in the loss"
+        )

@@ -1,0 +1,278 @@
+"""Normalisations with an affine part. Their per-example gradients are as small as their outputs' channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memloc_ext import ops
+from memloc_ext.accounting.layer import Rule
+from memloc_ext.accounting.layout import Layout
+from memloc_ext.accounting.run import Weight
+from memloc_ext.accounting.session import Session
+from memloc_ext.accounting.uses import Rows, accumulated
+
+aten = torch.ops.aten
+
+
+class _Norm(Rule):
+    """What the normalisations share: input, weight and bias in, gradients of weight and bias by example."""
+
+    def record_rows(self, needs: Sequence[bool], *given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and bias; ``given``: as of `memloc_ext.ops.normalization_grads`."""
+        if not (needs[1] or needs[2]):
+            return None, None
+        x, grad, mean, rstd = given
+        dtype = torch.promote_types(x.dtype, grad.dtype)
+        stats = (t.to(accumulated(dtype)) for t in (mean, rstd))
+        rows = ops.normalization_grads(x.to(dtype), grad.to(dtype), *stats)
+        scaled, plain = (self.record(i, Rows(self.shaped(t))) if needs[i] else None for i, t in enumerate(rows, 1))
+        return scaled, plain
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Return the gradients of each example, given them with a row for each row of the layer's input."""
+        return self.by_example(rows)
+
+
+class BatchNorm(_Norm):
+    """Batch normalisation of ``[batch, channels, *]``, by the batch's statistics or by running ones.
+
+    Args:
+        session: See `Rule`.
+        weights: Of input, weight and bias.
+        layout: See `Rule`.
+        running: Running mean and variance.
+        training: Whether the batch's statistics are used.
+        momentum: Of the running statistics.
+        eps: Added to the variance.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        weights: Sequence[Weight | None],
+        layout: Layout,
+        running: tuple[Tensor | None, Tensor | None],
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> None:
+        super().__init__(session, weights, layout)
+        self.running, self.training, self.momentum, self.eps = running, training, momentum, eps
+
+    def forward(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        out, mean, rstd = aten.native_batch_norm(
+            input, weight, bias, *self.running, self.training, self.momentum, self.eps
+        )
+        running = (None, None) if self.training else self.running
+        return out, (input, weight, mean, rstd, *running)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, weight, mean, rstd, running_mean, running_var = saved
+        run = self.session.run
+        constant = not self.training or (run is not None and run.constant_statistics)
+        if not self.training:  # the statistics are constants
+            mean, rstd = running_mean, (running_var + self.eps).rsqrt()
+        grad_input = None
+        if needs[0] and constant and (self.training or grad.dtype == running_var.dtype):
+            scale = rstd if weight is None else rstd * weight
+            grad_input = (grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))).to(grad.dtype)
+        elif needs[0]:
+            stats = (running_mean, running_var, mean, rstd)
+            grad_input = aten.native_batch_norm_backward(
+                grad, x, weight, *stats, self.training, self.eps, [True, False, False]
+            )[0]
+        return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean[None, :, None], rstd[None, :, None])
+
+
+class GroupNorm(_Norm):
+    """Group normalisation of ``[batch, channels, *]``.
+
+    Args:
+        session: See `Rule`.
+        weights: Of input, weight and bias.
+        layout: See `Rule`.
+        groups: Of channels.
+        eps: Added to the variance.
+    """
+
+    def __init__(
+        self, session: Session, weights: Sequence[Weight | None], layout: Layout, groups: int, eps: float
+    ) -> None:
+        super().__init__(session, weights, layout)
+        self.groups, self.eps = groups, eps
+
+    def forward(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        x = input.contiguous()
+        sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+        out, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, self.groups, self.eps)
+        return out, (x, weight, mean, rstd)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, weight, mean, rstd = saved
+        sizes, grad = (x.shape[0], x.shape[1], math.prod(x.shape[2:])), grad.contiguous()
+        grad_input = None
+        if needs[0]:
+            outputs = [True, False, False]
+            grad_input = aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, self.groups, outputs)[0]
+        width = x.shape[1] // self.groups
+        mean, rstd = (t.reshape(len(x), -1).repeat_interleave(width, 1)[..., None] for t in (mean, rstd))
+        return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean, rstd)
+
+
+class LayerNorm(_Norm):
+    """Layer normalisation over the last dimensions.
+
+    Args:
+        session: See `Rule`.
+        weights: Of input, weight and bias.
+        layout: See `Rule`.
+        shape: Of the last dimensions.
+        eps: Added to the variance.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        weights: Sequence[Weight | None],
+        layout: Layout,
+        shape: Sequence[int],
+        eps: float | None,
+    ) -> None:
+        super().__init__(session, weights, layout)
+        self.shape, self.eps = list(shape), eps
+
+    def forward(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        out, mean, rstd = aten.native_layer_norm(input, self.shape, weight, bias, self.eps)
+        return out, (input, weight, bias, mean, rstd)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, weight, bias, mean, rstd = saved
+        grad_input = None
+        if needs[0]:
+            outputs = [True, False, False]
+            grad_input = aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, weight, bias, outputs)[0]
+        return grad_input, *self.record_rows(needs, *map(self.tokens, (x, grad, mean, rstd)))
+
+    def tokens(self, t: Tensor) -> Tensor:
+        """Return activations or statistics as ``[batch, channels, positions]``; a channel is what is normalised."""
+        first, own = self.examples(t), len(self.shape)
+        positions, channels = first.shape[1 : first.dim() - own], first.shape[-own:]
+        return first.reshape(len(first), math.prod(positions), math.prod(channels)).transpose(1, 2)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """See `_Norm`; the rows are the examples."""
+        return rows.reshape(len(rows), *self.shape)
+
+
+class RMSNorm(LayerNorm):
+    """Normalisation by the root mean square over the last dimensions."""
+
+    def forward(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """See `Rule`."""
+        out = torch.rms_norm(input, self.shape, weight, self.eps)
+        return out, (input, weight)
+
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `Rule`."""
+        x, weight = saved
+        dims = tuple(range(x.dim() - len(self.shape), x.dim()))
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
+        rstd = (wide.square().mean(dims, keepdim=True) + eps).rsqrt()
+        grad_input = None
+        if needs[0]:
+            scaled = grad.to(wide.dtype) if weight is None else grad * weight.to(wide.dtype)
+            mean = (scaled * wide).mean(dims, keepdim=True)
+            grad_input = (rstd * (scaled - wide * mean * rstd.square())).to(x.dtype)
+        x, grad, rstd = map(self.tokens, (x, grad, rstd))
+        return grad_input, *self.record_rows((False, needs[1], False), x, grad, rstd.new_zeros(1, 1, 1), rstd)
+
+
+def _planes(t: Tensor) -> Tensor:
+    """Return ``[batch, channels, *]`` as ``[batch, channels, positions]``."""
+    return t.reshape(*t.shape[:2], math.prod(t.shape[2:]))
+
+
+def batch_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.batch_norm`."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    training, input = given.get("training", False), given["input"]
+    if training and input.numel() == input.shape[1]:
+        return NotImplemented  # PyTorch's own error
+    if not training and given.get("weight") is None and given.get("bias") is None:
+        return NotImplemented
+    running = (given["running_mean"], given["running_var"])
+    return _run(BatchNorm, session, given, running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
+
+
+def group_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.group_norm`."""
+    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
+    given["input"] = _wide(session, given["input"])
+    return _run(GroupNorm, session, given, given["num_groups"], given.get("eps", 1e-5))
+
+
+def instance_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.instance_norm` without running statistics: a group for each channel."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    input, own = given["input"], given.get("use_input_stats", True)
+    if given.get("running_mean") is not None or not own or math.prod(input.shape[2:]) < 2:
+        return NotImplemented
+    return _run(GroupNorm, session, given, input.shape[1], given.get("eps", 1e-5))
+
+
+def layer_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.layer_norm`."""
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
+    given["input"] = _wide(session, given["input"])
+    return _run(LayerNorm, session, given, given["normalized_shape"], given.get("eps", 1e-5))
+
+
+def rms_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.rms_norm`."""
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+    return _run(RMSNorm, session, given, given["normalized_shape"], given.get("eps"))
+
+
+def _wide(session: Session, input: Tensor) -> Tensor:
+    """Return the input in the type that autocast computes layer and group normalisations in on this device."""
+    device = input.device.type
+    if device == "cuda" and torch.is_autocast_enabled(device) and input.dtype in (torch.float16, torch.bfloat16):
+        layout, input = session.layout(input), input.float()
+        if layout is not None:
+            session.remember(input, layout)
+    return input
+
+
+def _run(rule: Callable[..., _Norm], session: Session, given: Mapping[str, Any], *settings: Any) -> Any:
+    """Run a rule, if the parameters are plain ones and the examples are not among what is normalised together."""
+    input, weight, bias = given["input"], given.get("weight"), given.get("bias")
+    shape = given.get("normalized_shape")
+    layout = session.layout(input)
+    if layout is None or layout.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
+        return NotImplemented  # examples are normalised together
+    weights = session.weights(weight, bias)
+    if weights is None:
+        return NotImplemented
+    return rule(session, [None, *weights], layout, *settings)(input, weight, bias)

@@ -1,0 +1,149 @@
+"""Gradients that take a pass for each example, or for each group of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from memloc_ext.accounting.forward_pass import ForwardPass
+from memloc_ext.accounting.graph import Outputs
+from memloc_ext.accounting.hooks import without_hooks
+from memloc_ext.accounting.run import OneByOne, Run
+from memloc_ext.accounting.session import Session
+from memloc_ext.accounting.uses import BUDGET, accumulated
+from memloc_ext.ops import Groups
+
+_ROUNDING, _COARSE = {torch.float64: 1e-9, torch.float32: 1e-4}, 0.05  # of outputs, relative to an example's largest
+
+
+def account_examples(session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
+    """Account these parameters, by their ``id``, one example at a time.
+
+    The model runs on each example alone where that gives the same outputs: on many at a time if `torch.func.vmap` can.
+    Where it does not (examples meet, or the model draws random numbers), each example takes a backward pass through
+    the whole batch.
+    """
+    source = outputs.source
+    if source is not None and source.closed and run.batch:
+        room = BUDGET // max(1, sum(p.numel() * p.element_size() for p in parameters.values()))
+        for step in sorted({max(1, min(run.batch, room)), 1}, reverse=True):
+            if _account_alone(session, run, outputs, source, parameters, step):
+                return
+            run.forget(parameters)
+    for example in range(run.batch):
+        chosen = torch.tensor([example], device=outputs.tensors[0].device)
+        gradients = gradients_of(session, OneByOne(run, parameters), outputs, parameters, chosen)
+        run.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
+
+
+def exact_groups(
+    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], groups: Groups
+) -> dict[int, Tensor]:
+    """Return the gradients of the groups, ``[groups.num, *shape]``, with a backward pass for each that has examples."""
+    result = {
+        key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
+        for key, p in parameters.items()
+    }
+    for group in range(groups.num):
+        chosen = (groups.ids == group).nonzero().flatten()
+        if len(chosen):
+            for key, gradient in gradients_of(session, OneByOne(run, parameters), outputs, parameters, chosen).items():
+                result[key][group] = gradient
+    return result
+
+
+@torch.no_grad()
+def add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int, Tensor]) -> None:
+    """Give the parameters the sum of the groups' gradients, on top of what they have."""
+    for key, p in parameters.items():
+        total = group_grad[key].sum(0).to(p.dtype)
+        p.grad = total if p.grad is None else p.grad.add_(total)
+
+
+def gradients_of(
+    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], chosen: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
+    cotangents = outputs.cotangents if chosen is None else outputs.of(run, chosen)
+    wanted = list(parameters.values())
+    with session.accounting(run), without_hooks(wanted):
+        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            run.finish()
+    found = zip(parameters, gradients, strict=True)
+    return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
+
+
+def _account_alone(
+    session: Session,
+    run: Run,
+    outputs: Outputs,
+    source: ForwardPass,
+    parameters: Mapping[int, nn.Parameter],
+    step: int,
+) -> bool:
+    """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
+    layouts = [run.place(layout) for layout in outputs.layouts]
+    named = {name: p for name, p in session.named_parameters() if id(p) in parameters}
+    inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
+    expected = [layout.first(t.detach()) for t, layout in zip(outputs.tensors, layouts, strict=True)]
+
+    def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        def model(given: dict[str, Tensor]) -> list[Tensor]:
+            return source.again(outputs.tensors, parts, run.batch, given)
+
+        found, pull = torch.func.vjp(model, named)  # pyright: ignore[reportAssignmentType]
+        return found, pull(cotangents)[0]
+
+    many = torch.func.vmap(one) if step > 1 else _unbatched(one)
+    for begin in range(0, run.batch, step):
+        end = min(run.batch, begin + step)
+        cotangents = []
+        for t, cotangent, layout in zip(outputs.tensors, outputs.cotangents, layouts, strict=True):
+            own = layout.alone()
+            shape = [end - begin, *t.shape]
+            shape[own.dim + 1] = own.size
+            cotangents.append(t.new_empty(shape))
+            own.behind().first(cotangents[-1])[0] = layout.first(cotangent.contiguous())[begin:end]
+        try:
+            with session.not_looking(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of functions that vmap runs one by one
+                found, gradients = many([t[begin:end] for t in inputs], cotangents)
+        except Exception:  # a model that takes whole batches only, or that vmap cannot run
+            return False
+        for t, layout, whole in zip(found, layouts, expected, strict=True):
+            if not agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
+                return False
+        by_id = {id(p): gradients[name] for name, p in named.items()}
+        run.add_examples(parameters, begin, by_id)
+    return True
+
+
+def _unbatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same as `torch.func.vmap` of a function, for one example."""
+
+    def one(*args: Any) -> Any:
+        return tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], args)))
+
+    return one
+
+
+def by_example(t: Tensor, dim: int, batch: int) -> Tensor:
+    """Return an input as ``[batch, *]``, each as if it were alone."""
+    return t.unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0)
+
+
+def agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
+    """Return whether outputs of examples alone, ``[n, *]``, are those of the batch, up to rounding."""
+    if actual.shape != expected.shape:
+        return False
+    allowed = _COARSE if coarse else _ROUNDING.get(actual.dtype, _COARSE)
+    scale = expected.abs().nan_to_num(0, 0, 0).reshape(len(expected), -1).amax(1) if expected.numel() else expected
+    error = (actual - expected).abs().nan_to_num(0).reshape(len(expected), -1)
+    same = torch.equal(actual.isfinite(), expected.isfinite())
+    return same and bool((error <= allowed * scale.reshape(-1, 1).clamp_min(1e-30)).all())

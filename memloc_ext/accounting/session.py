@@ -1,0 +1,332 @@
+"""Sees every PyTorch function that is called while an accountant is open, and lets a rule run those with parameters."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from memloc_ext.accounting.derived import derive
+from memloc_ext.accounting.forward_pass import ForwardPass, collect, tensors
+from memloc_ext.accounting.in_parts import in_parts
+from memloc_ext.accounting.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
+from memloc_ext.accounting.losses import MEANS, remember_mean
+from memloc_ext.accounting.owners import Picked
+from memloc_ext.accounting.places import UNKNOWN, Places
+from memloc_ext.accounting.run import Repeated, Run, Weight
+
+Handler = Callable[..., Any]
+# what gradient checkpointing recomputes inside of these is to be seen
+_BACKWARD = {
+    function: in_parts(function) for function in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+}
+# what these return may be of the examples, though no tensor is given to them
+_DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
+
+# called all the time, mostly for numbers
+_QUESTIONS = frozenset(
+    (
+        *("__get__", "__set__", "dim", "size", "numel", "__len__", "stride", "is_floating_point", "is_contiguous"),
+        "_set_grad_enabled",
+    )
+)
+_SHARED = object()
+# of their second argument only shape or type counts
+_SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))
+_FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
+
+
+class Session(TorchFunctionMode):
+    """What one ``with`` of an accountant knows.
+
+    A tensor belongs to examples, by a `Layout` or in a way that cannot be told (None), or it is the same for all of
+    them. Only what is computed from the model's inputs belongs to examples, whatever the sizes of other tensors;
+    outside of the model, what was not made inside of the ``with`` is an input, too.
+
+    Args:
+        model: Its parameters that require gradients are accounted.
+        batch_dim: Dimension of the examples in the model's inputs.
+        handlers: Function, or name of one, to its handler: ``handler(session, function, args, kwargs)`` runs it or
+            returns NotImplemented to leave it to PyTorch.
+        first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler], first: int | None = None
+    ) -> None:
+        super().__init__()
+        self.parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
+        self.batch: int | None = None  # of the last forward pass
+        self.calls: Counter[int] = Counter()
+        self.run: Run | None = None
+        self.passes: deque[ForwardPass] = deque(maxlen=_FORWARD_PASSES)
+        self.coarse = False  # whether layers ran under autocast
+        self.replaying = False  # whether the model runs on one example, which is not to be seen
+        self._first = first
+        self._model, self.batch_dim, self._handlers = model, batch_dim, handlers
+        self.derived = Places()  # what stands in the place of a tensor
+        self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
+        self._buffers = list(model.buffers())
+        self._fixed = {*self.parameters, *map(id, self._buffers)}
+        self._inside = 0
+
+    def enter_model(self, args: Any, kwargs: Any, shared: Sequence[Tensor]) -> None:
+        """Take the number of examples from the model's inputs, and these for what belongs to examples.
+
+        Args:
+            args: What the model is called with.
+            kwargs: What it is called with by name.
+            shared: Inputs that are the same for all examples.
+        """
+        self._inside += not self.replaying
+        if self.replaying or self._inside > 1:
+            return
+        entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
+        if entered.inputs and self.run is None:
+            first = self._first if self._first is not None and self._first < len(entered.sizes) else None
+            several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
+            self.batch = several if first is None else entered.sizes[first]
+        entered.rows = self.batch
+        for t, size in zip(entered.inputs, entered.sizes, strict=True):
+            self._places.put(t, Layout(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
+        for t in shared:
+            self._places.put(t, _SHARED)
+        if self.run is None:
+            self.passes.append(entered)
+
+    def recount(self, batch: int) -> None:
+        """Take another number of examples than that of the rows of an input."""
+        if self.run is None:
+            self.batch = batch
+            if self.passes:
+                self.passes[-1].rows = batch
+
+    def leave_model(self, output: object) -> None:
+        """Keep what the model returned, until a backward pass went through it."""
+        self._inside -= not self.replaying
+        if self.run is not None or self._inside or self.replaying:
+            return
+        left = self.passes[-1]
+        left.returned(output)
+        if not left.outputs and not left.numbers:
+            self.passes.pop()
+        rows = {t.shape[self.batch_dim] for t in left.outputs if t.dim() > self.batch_dim}
+        if rows and self.batch not in rows and len(known := rows & set(left.sizes)) == 1:
+            self.batch = known.pop()  # of an input that is not the first
+
+    def drop_outputs(self, nodes: Collection[object]) -> None:
+        """Forget what the model returned in a forward pass that a backward pass went through."""
+        kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
+        self.passes = deque(kept, maxlen=_FORWARD_PASSES)
+
+    def output_layout(self, t: Tensor, batch: int) -> Layout | None:
+        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
+        layout = self.layout(t)
+        if (layout is None or isinstance(layout, Picked) or layout.size % max(1, batch)) and t.dim() > self.batch_dim:
+            size = t.shape[self.batch_dim]
+            layout = Layout(self.batch_dim, 1, size, 1) if size == batch else None
+        return layout
+
+    @contextmanager
+    def accounting(self, run: Run) -> Iterator[None]:
+        """Have the layers tell a backward pass of what they add."""
+        self.run = run
+        try:
+            yield
+        finally:
+            self.run = None
+
+    @contextmanager
+    def not_looking(self) -> Iterator[None]:
+        """Run the model without the accountant."""
+        self.replaying = True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.replaying = False
+
+    def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Account these for the parameters of their names, of which the model keeps parts."""
+        self.whole.update(parameters)
+        self.parameters.update({id(parameter): parameter for parameter in parameters.values()})
+        self._fixed.update(map(id, parameters.values()))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the model's parameters, those that its layers run with."""
+        for name, parameter in self._model.named_parameters():
+            yield name, self.whole.get(name, parameter)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function: by a handler if a parameter is among its arguments."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("GradientAccountant: a model must be compiled before the with, or not at all")
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            with self:
+                return _BACKWARD[func](*args, **kwargs)
+        if maybe_current_level() is not None:  # by torch.func, which cannot transform rules
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _QUESTIONS and not isinstance(result := func(*args, **kwargs), Tensor):
+            return result
+        given: list[Tensor] = []
+        collect(args, given)
+        if kwargs:
+            collect(kwargs, given)
+        weights = [t for t in given if t.requires_grad and self.shared(t)]
+        result = NotImplemented
+        if weights or func is F.batch_norm:  # which may mix the examples
+            handler = self._handlers.get(func) or self._handlers.get(name)
+            if handler is not None:
+                result = handler(self, func, args, kwargs)
+        handled = result is not NotImplemented
+        if not handled:
+            result = func(*args, **kwargs)
+        if func in MEANS:
+            remember_mean(self, func, args, kwargs, result)
+        self._place(func, name, args, kwargs, given, result)
+        if weights and not handled and self.run is not None:
+            self._refuse_hidden(weights, result)
+        return result
+
+    def weight(self, t: object) -> Weight | None:
+        """Return which parameter, view of one whose elements are all different, or derived tensor this is, or None."""
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return None
+        parameter = self._parameter(t)
+        if parameter is not None and (t is parameter or _is_part(t, parameter)):
+            return Weight(parameter, t)
+        return derive(self, t)
+
+    def weights(self, *values: Tensor | None) -> list[Weight | None] | None:
+        """Return the weight that each is, or None if one that wants a gradient is none."""
+        weights = [self.weight(t) for t in values]
+        other = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
+        return None if other else weights
+
+    def source(self, t: Tensor) -> Repeated | None:
+        """Return which parameter a tensor repeats, or looks up the same rows of for all examples, or None."""
+        place = self._places.get(t)
+        return place if isinstance(place, Repeated) else None
+
+    def remember(self, t: Tensor, place: Layout | Repeated) -> None:
+        """Say where the examples are in a tensor, or what it repeats for all of them."""
+        self._places.put(t, place)
+
+    def layout(self, t: Tensor) -> Layout | None:
+        """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
+        place = self._place_of(t)
+        return place if isinstance(place, Layout) else None
+
+    def shared(self, t: Tensor) -> bool:
+        """Return whether a tensor is the same for all examples."""
+        place = self._place_of(t)
+        return place is _SHARED or isinstance(place, Repeated)
+
+    def _place_of(self, t: Tensor) -> Any:
+        """Return what is known of a tensor: of one that was made where it could not be seen, by what it is."""
+        place = self._places.get(t)
+        if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), Layout | None):
+            return None  # what it is a view of was written to
+        if place is not UNKNOWN:
+            return place
+        if id(t) in self._fixed or self._parameter(t) is not None or (t.dim() == 0 and not t.requires_grad):
+            return _SHARED
+        if self._inside:
+            return _SHARED if t.is_leaf else None
+        return Layout(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
+
+    def count(self, layout: Layout | None, *weights: Weight | None) -> None:
+        """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
+        if self.run is None:
+            if layout is not None and not self._inside and not self.calls:
+                self.batch = layout.batch
+            self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
+
+    def _parameter(self, t: object) -> nn.Parameter | None:
+        """Return the parameter that a tensor is or is a view of, or None."""
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return None
+        return self.parameters.get(id(t if t.is_leaf or not t._is_view() else t._base))
+
+    def _place(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
+        """Find out where the examples are in what a function returned."""
+        if name.startswith("new_") or name in _SHAPED_LIKE:
+            given = given[:1] if name in _SHAPED_LIKE else []
+        own = [t for t in given if not self.shared(t)]
+        written = args[0] if args and isinstance(args[0], Tensor) and _writes(name) else kwargs.get("out")
+        if isinstance(written, Tensor):
+            self._write(name, written, args, own)
+            if name in MOVES and not self.shared(written):  # its dimensions are others now
+                self._places.put(written, None)
+        results = [result] if isinstance(result, Tensor) else tensors(result)
+        results = [t for t in results if self._places.get(t) is UNKNOWN]
+        if not results:
+            return
+        places: Sequence[Any] = [None] * len(results)
+        known = [(t, layout) for t in own if (layout := self.layout(t)) is not None]
+        if known:
+            places = after(func, args, kwargs, known, results)
+        elif not own:
+            if not given and not self._inside and name.startswith(_DATA):
+                return  # may be the data, made by hand
+            places = [_SHARED] * len(results)
+        for t, place in zip(results, places, strict=True):
+            self._places.put(t, place)
+
+    def _write(self, name: str, written: Tensor, args: Any, own: list[Tensor]) -> None:
+        """Find out where the examples are in a tensor, the same for all of them until now, that is written to."""
+        whole = written if written._base is None else written._base
+        values = [t for t in own if t is not written and t is not whole]
+        if not values or id(whole) in self._fixed or not self.shared(whole):
+            return
+        layout = self.layout(values[0])
+        part = written
+        if name == "__setitem__":
+            with torch.no_grad():
+                part = written[args[1]]
+        elif name != "copy_" and name not in ELEMENTWISE:
+            layout = None
+        if layout is not None and len(values) == 1:
+            layout = aligned(layout, values[0], part)
+        self._places.put(whole, None if layout is None else inside(layout, part, whole))
+        if written is not whole:
+            self._places.put(written, layout if part is written else None)
+
+    def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
+        """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
+        computed = [t for t in tensors(result) if t.requires_grad and not self.shared(t)]
+        known = {} if self.run is None else self.run.slow
+        for weight in map(self.weight, weights):
+            if computed and weight is not None and not all(id(parameter) in known for parameter in weight.parameters):
+                raise ValueError(
+                    f"GradientAccountant: the layer of a parameter of shape {list(weight.parameter.shape)} is not "
+                    "covered, and reentrant checkpointing hides it: give checkpoint use_reentrant=False"
+                )
+
+
+def _writes(name: str) -> bool:
+    """Return whether a method writes to its tensor."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _is_part(t: Tensor, parameter: Tensor) -> bool:
+    """Return whether a view of a parameter is a part of it whose elements are all different."""
+    if not parameter.is_contiguous() or t.dtype != parameter.dtype:
+        return False
+    span = 1
+    for step, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if step < span:
+                return False
+            span += step * (size - 1)
+    return True

@@ -1,0 +1,49 @@
+"""The paper's methods: each takes a model and data and returns a typed result."""
+
+from memloc_ext.probes.accuracy import Accuracy, accuracy, accuracy_by_mode
+from memloc_ext.probes.gradient_accounting import (
+    EpochAccount,
+    GradientAccounting,
+    GroupAccount,
+    ParameterAccount,
+    gradient_accounting,
+)
+from memloc_ext.probes.localization import (
+    DatasetLocalization,
+    Found,
+    Localization,
+    LocalizationConfig,
+    localize,
+    localize_dataset,
+)
+from memloc_ext.probes.retraining import GroupRetraining, RetrainConfig, RetrainedEpoch, Retraining, retrain
+from memloc_ext.probes.rewinding import GroupRewinding, RewindConfig, Rewinding, RewoundAccuracy, rewind
+from memloc_ext.probes.roc import roc_auc
+
+__all__ = [
+    "Accuracy",
+    "DatasetLocalization",
+    "EpochAccount",
+    "Found",
+    "GradientAccounting",
+    "GroupAccount",
+    "GroupRetraining",
+    "GroupRewinding",
+    "Localization",
+    "LocalizationConfig",
+    "ParameterAccount",
+    "RetrainConfig",
+    "RetrainedEpoch",
+    "Retraining",
+    "RewindConfig",
+    "Rewinding",
+    "RewoundAccuracy",
+    "accuracy",
+    "accuracy_by_mode",
+    "gradient_accounting",
+    "localize",
+    "localize_dataset",
+    "retrain",
+    "rewind",
+    "roc_auc",
+]

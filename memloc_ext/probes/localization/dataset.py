@@ -1,0 +1,253 @@
+"""The units that flip memorized and clean examples of a data set, side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from memloc_ext.data import Dataset
+from memloc_ext.nn import dropout_mode
+from memloc_ext.nn.example_tied_dropout import num_generalization
+from memloc_ext.nn.insert import example_tied_sites
+from memloc_ext.parts import Parts
+from memloc_ext.probes.accuracy import predict
+from memloc_ext.probes.localization.chunks import search_in_chunks
+from memloc_ext.probes.localization.config import LocalizationConfig
+from memloc_ext.probes.localization.edits import EditedAccuracy, edited_accuracy, sampled
+from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
+
+KINDS = ("noisy", "clean")
+REFERENCE = 512
+"""Largest number of clean examples that stand for the population."""
+EVALUATED = 512
+"""Largest number of clean training, of memorized training and of test examples that an edit is evaluated on."""
+
+
+@dataclass(frozen=True)
+class LocalizedExample:
+    """What was found for an example.
+
+    Attributes:
+        example: Its number in the data set.
+        kind: ``noisy`` for a memorized example, or ``clean``.
+        status: See `Found`.
+        units: ``(site, unit)`` in the order in which they were switched off.
+        loss: Its cross-entropy with all of them off.
+    """
+
+    example: int
+    kind: str
+    status: str
+    units: list[tuple[str, int]]
+    loss: float
+
+
+@dataclass(frozen=True)
+class LocalizedSite:
+    """A site that was searched.
+
+    Attributes:
+        name: Of the module.
+        units: Their number.
+        memorization: How many of them are memorization channels of an `ExampleTiedDropout`, the last ones; 0 if there
+            is none.
+        p_mem: Probability that an example keeps such a channel; 0 if there is none.
+    """
+
+    name: str
+    units: int
+    memorization: int = 0
+    p_mem: float = 0.0
+
+
+@dataclass(frozen=True)
+class KindLocalization:
+    """All localized examples of a kind.
+
+    Attributes:
+        total: Training examples of the kind.
+        fitted: Those of them that the model predicts as their label.
+        statuses: Status to number of localized examples.
+        mean: Mean number of units that flip an example, over those that were not wrong already; None without such, and
+            where a search ended without a flip: it gives a lower bound alone.
+        median: Their median, where a search without a flip counts as more than any other; None where it is the median.
+        histogram: Number of flipped examples with so many units, from 0 on.
+        sites: Site to the number of units that were found in it, over all examples.
+        memorization: How many of the units that were found are memorization channels.
+        edited: Accuracy after the whole edit for one example; None if none was evaluated.
+        curve: Accuracy after each unit, see `edited_accuracy`.
+    """
+
+    total: int
+    fitted: int
+    statuses: dict[str, int]
+    mean: float | None
+    median: float | None
+    histogram: list[int]
+    sites: dict[str, int]
+    memorization: int
+    edited: EditedAccuracy | None
+    curve: list[EditedAccuracy]
+
+    @property
+    def localized(self) -> int:
+        """Number of localized examples."""
+        return sum(self.statuses.values())
+
+    @property
+    def searched(self) -> int:
+        """Number of localized examples that were not wrong already."""
+        return self.localized - self.statuses[ALREADY_WRONG]
+
+    @property
+    def flipped(self) -> int:
+        """Number of them that flipped."""
+        return self.statuses[FLIPPED]
+
+    @property
+    def units(self) -> int:
+        """Number of units that were found, over all examples."""
+        return sum(self.sites.values())
+
+
+@dataclass(frozen=True)
+class DatasetLocalization:
+    """What `localize_dataset` found.
+
+    Attributes:
+        examples: Every localized example.
+        sites: The sites that were searched, in the order in which the network computes them.
+        kinds: ``noisy`` and ``clean`` to their summary.
+        seconds: Time of the search in one process, per example.
+    """
+
+    examples: list[LocalizedExample]
+    sites: list[LocalizedSite]
+    kinds: dict[str, KindLocalization]
+    seconds: float
+
+    @property
+    def memorization_share(self) -> float:
+        """Share of memorization channels among all units, in ``[0, 1]``."""
+        return sum(site.memorization for site in self.sites) / sum(site.units for site in self.sites)
+
+    @property
+    def kept_share(self) -> float:
+        """Share of memorization channels among the units that an example keeps, as expected, in ``[0, 1]``."""
+        memorization = sum(site.p_mem * site.memorization for site in self.sites)
+        generalization = sum(site.units - site.memorization for site in self.sites)
+        kept = memorization + generalization
+        return memorization / kept if kept else 0.0
+
+
+def localize_dataset(
+    model: nn.Module, dataset: Dataset, config: LocalizationConfig, *, seed: int = 0, parts: Parts | None = None
+) -> DatasetLocalization:
+    """Search the units that flip memorized and clean training examples, and what switching them off does to others.
+
+    Examples are drawn at random among those that the model predicts as their label; only if there are too few, others
+    follow, which end as ``already_wrong``. The population is a random set of other clean examples.
+
+    A model with example-tied dropout is searched as it was trained: each example with its own mask, at the sites that
+    have a dropout, after it; the examples of the population likewise. Test examples, which have no mask, are not
+    evaluated there.
+
+    Several processes share the work, and all of them return the result of one: call it in each.
+
+    Args:
+        model: As for `localize`, on the device of ``dataset``; left as it was.
+        dataset: Examples, of which the training examples are localized.
+        config: How many, and how far.
+        seed: Names the draws and the noise of the search.
+        parts: Keeps what is finished, every 50 searched examples and every evaluated edit, such as
+            `memloc_ext.parts.PartFiles`; a call with the same arguments goes on from there.
+    """
+    train, generator = dataset.train, torch.Generator().manual_seed(seed)
+    tied = example_tied_sites(model)
+    with dropout_mode(model, "train"):
+        right = (predict(model, train) == train.labels).cpu()
+        rows = {}
+        for kind in KINDS:
+            members = (train.memorized if kind == "noisy" else ~train.memorized).nonzero()[:, 0].cpu()
+            members = members[torch.randperm(len(members), generator=generator)]
+            rows[kind] = torch.cat([members[right[members]], members[~right[members]]])
+        chosen = {kind: members[: config.localized] for kind, members in rows.items() if len(members)}
+        others = rows["clean"][config.localized :]
+        reference = others if len(others) else rows["clean"]
+        reference = reference[torch.randperm(len(reference), generator=generator)[:REFERENCE]]
+        search = search_in_chunks(
+            model,
+            train,
+            list(chosen.values()),
+            reference,
+            tied=list(tied),
+            max_units=config.max_units,
+            seed=seed,
+            parts=parts,
+        )
+        sites = [
+            LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
+            if name in tied
+            else LocalizedSite(name, units)
+            for name, units in search.sites.items()
+        ]
+        examples = {
+            kind: [
+                LocalizedExample(number, kind, result.status, result.units, result.loss)
+                for number, result in zip(train.indices.cpu()[members].tolist(), found, strict=True)
+            ]
+            for (kind, members), found in zip(chosen.items(), search.found, strict=True)
+        }
+        evaluated = sampled(dataset, EVALUATED, generator)
+        kinds = {}
+        for kind, results in examples.items():
+            edits = [result.units for result in results if result.status != ALREADY_WRONG][: config.edited]
+            edited, curve = None, []
+            if edits:
+                dims = search.channel_dims
+                edited, curve = edited_accuracy(model, evaluated, edits, dims, test=not tied, parts=parts)
+            fitted = int(right[rows[kind]].sum())
+            kinds[kind] = _summary(results, sites, len(rows[kind]), fitted, edited, curve)
+    every = [row for rows in examples.values() for row in rows]
+    return DatasetLocalization(every, sites, kinds, search.seconds / len(every))
+
+
+def _summary(
+    examples: Sequence[LocalizedExample],
+    sites: Sequence[LocalizedSite],
+    total: int,
+    fitted: int,
+    edited: EditedAccuracy | None,
+    curve: list[EditedAccuracy],
+) -> KindLocalization:
+    numbers = [
+        len(example.units) if example.status == FLIPPED else math.inf
+        for example in examples
+        if example.status != ALREADY_WRONG
+    ]
+    counts = Counter(len(example.units) for example in examples if example.status == FLIPPED)
+    found = Counter(unit for example in examples for unit in example.units)
+    statuses = Counter(example.status for example in examples)
+    first = {site.name: site.units - site.memorization for site in sites}
+    return KindLocalization(
+        total=total,
+        fitted=fitted,
+        statuses={status: statuses[status] for status in STATUSES},
+        mean=_finite(statistics.fmean(numbers)) if numbers else None,
+        median=_finite(statistics.median(numbers)) if numbers else None,
+        histogram=[counts[number] for number in range(max(counts, default=-1) + 1)],
+        sites={site.name: sum(n for (name, _), n in found.items() if name == site.name) for site in sites},
+        memorization=sum(n for (name, unit), n in found.items() if unit >= first[name]),
+        edited=edited,
+        curve=curve,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,76 @@
+"""Rankings of units that are made once: what the search is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memloc_ext.ablation.network import Network
+from memloc_ext.ablation.switched import Switched, first_order
+
+METHODS = ("search", "activation", "gradient_activation", "integrated_gradients", "random")
+_STEPS = 16  # of the path that gradients are integrated along
+
+
+def rank(
+    network: Network,
+    baselines: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    y: Tensor,
+    method: str,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Return a score for every unit and example, ``[examples, units]``; the largest is switched off first.
+
+    Args:
+        network: Whose units are ranked.
+        baselines: What units are replaced by.
+        inputs: Of the examples.
+        y: Their labels.
+        method: ``activation``: mean absolute activation; ``gradient_activation``: activation less baseline, times the
+            gradient of the label's logit, summed over positions; ``integrated_gradients``: the same with the mean
+            gradient along the straight line of the site's activations from the baseline (Sundararajan et al., ICML
+            2017); ``random``: a permutation per seed, the control.
+        seeds: Of each example.
+    """
+    parts, step = [], network.gradients_at_once
+    for begin in range(0, len(y), step):
+        part = slice(begin, begin + step)
+        parts.append(_rank(network, baselines, [t[part] for t in inputs], y[part], method, seeds[part]))
+    return torch.cat(parts)
+
+
+def _rank(
+    network: Network,
+    baselines: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    y: Tensor,
+    method: str,
+    seeds: Sequence[int],
+) -> Tensor:
+    if method == "random":
+        units = sum(len(b) for b in baselines)
+        draws = [torch.rand(units, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(draws).to(y.device)
+    empty = Switched.none(network, baselines, len(y))
+
+    def logit(logits: Tensor) -> Tensor:
+        return logits.gather(1, y[:, None]).sum()
+
+    if method == "gradient_activation":
+        return -torch.cat(first_order(inputs, empty, logit), 1)
+    if method == "integrated_gradients":
+        scales = [(step + 0.5) / _STEPS for step in range(_STEPS)]
+        sites = range(len(baselines))
+        parts = [[first_order(inputs, empty, logit, i, scale)[0] for scale in scales] for i in sites]
+        return -torch.cat([torch.stack(part).mean(0) for part in parts], 1)
+    with torch.no_grad():
+        values = network.graph.examples(inputs, {v for place in network.places for v in place.values})
+    sizes = [[_size(values[v], place.dim) for v in place.values] for place in network.places]
+    return torch.cat([torch.stack(calls).sum(0) for calls in sizes], 1)
+
+
+def _size(t: Tensor, dim: int) -> Tensor:
+    return t.abs().movedim(dim + 1, 1).flatten(2).mean(2)

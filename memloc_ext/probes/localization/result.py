@@ -1,0 +1,112 @@
+"""What a search for the units that flip examples found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from torch import Tensor, nn
+
+from memloc_ext.ablation.switch import AppliedAblation, apply_ablation
+from memloc_ext.ablation.weight_changes import AppliedChanges, WeightChange
+
+_RECALL_AT = (1, 8, 32, 128)
+FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG = "flipped", "capped", "exhausted", "already_wrong"
+STATUSES = (FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found for one example.
+
+    Attributes:
+        units: ``(site, unit)`` in the order in which they were switched off or changed; each stays so. A unit is a
+            channel or head, or for ``unit="weight"`` an index into the flattened weight of the site's layer.
+        status: ``flipped``: the last unit changed the prediction away from the label; ``capped``: ``max_units`` are
+            off and the prediction still is the label; ``exhausted``: no unit is left; ``already_wrong``: the
+            unchanged network does not predict the label, nothing was searched.
+        losses: Cross-entropy of the example: of the unchanged network, then after each unit.
+        population_losses: Mean cross-entropy of the reference examples, likewise: exact for ``population="exact"``,
+            the first-order estimate for ``"first_order"``, empty for None.
+        predicted: Class with the largest logit, likewise.
+        changes: What was done to the weights, per unit, for ``unit="weight"`` and ``action="step"``; else empty.
+    """
+
+    units: list[tuple[str, int]]
+    status: str
+    losses: list[float]
+    population_losses: list[float]
+    predicted: list[int]
+    changes: list[WeightChange] = field(default_factory=list)
+
+
+class Localization(Sequence[Found]):
+    """The results of `localize`, one `Found` per example, in their order.
+
+    Attributes:
+        sites: Site name to its number of units, in the order in which the network computes them.
+        channel_dims: Site name to the dimension of its units, for `apply_ablation`.
+        baselines: Site name to what its units are replaced by, ``[channels]``.
+        modules: Site name to the module whose output they are replaced in: that of the site, or for ``how="filter"``
+            the convolution or linear layer that computes it.
+        recall: With ``verify="all"``: the share of steps in which the best unit of all was among so many of the
+            first-order screen's best; ``{1: ..., 8: ..., 32: ..., 128: ...}``. Else empty.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Found],
+        sites: dict[str, int],
+        channel_dims: dict[str, int],
+        baselines: dict[str, Tensor],
+        modules: dict[str, str],
+        recall: dict[int, float],
+    ) -> None:
+        self._found = list(found)
+        self.sites, self.channel_dims, self.baselines = sites, channel_dims, baselines
+        self.modules, self.recall = modules, recall
+
+    def edited(self, model: nn.Module, example: int) -> AppliedAblation | AppliedChanges:
+        """Do to a model what was found for an example, for as long as a ``with`` lasts or in a copy for good.
+
+        ```python
+        with found.edited(model, i):
+            ...
+        edited = found.edited(model, i).copy()
+        ```
+
+        Args:
+            model: That was searched.
+            example: Index of the example.
+        """
+        found = self[example]
+        if found.changes:
+            return AppliedChanges(model, found.changes)
+        units = [(self.modules[site], unit) for site, unit in found.units]
+        baselines = {self.modules[site]: baseline for site, baseline in self.baselines.items()}
+        same = {site: dim for site, dim in self.channel_dims.items() if self.modules[site] == site}
+        return apply_ablation(model, units, baselines=baselines, channel_dims=same)
+
+    @overload
+    def __getitem__(self, index: int) -> Found: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Found]: ...
+
+    def __getitem__(self, index: int | slice) -> Found | Sequence[Found]:
+        """Return what was found for an example, or for several."""
+        return self._found[index]
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._found)
+
+
+def recall(ranks: Sequence[int]) -> dict[int, float]:
+    """Return `Localization.recall`.
+
+    Args:
+        ranks: Of the chosen units in the screen, from 0; none where not all units were verified.
+    """
+    return {k: sum(r < k for r in ranks) / len(ranks) for k in _RECALL_AT} if ranks else {}

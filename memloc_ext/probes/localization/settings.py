@@ -1,0 +1,114 @@
+"""What `localize` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from memloc_ext.ablation.losses import check_examples
+from memloc_ext.ablation.network import HOWS
+from memloc_ext.probes.localization.ranking import METHODS
+
+UNITS, ACTIONS = ("channel", "weight"), ("zero", "step")
+OBJECTIVES = ("exact", "first_order", "authors")
+POPULATIONS = ("first_order", "exact", None)
+_CHOICES = {
+    "how": HOWS,
+    "unit": UNITS,
+    "action": ACTIONS,
+    "objective": OBJECTIVES,
+    "population": POPULATIONS,
+    "method": METHODS,
+}
+
+
+@dataclass
+class Settings:
+    """The arguments of `localize` of the same names, with the same defaults."""
+
+    how: str = "zero"
+    unit: str = "channel"
+    action: str = "zero"
+    step_size: float = 0.1
+    max_units: int = 50
+    verify: int | str = 32
+    objective: str = "exact"
+    population: str | None = "first_order"
+    refresh: int = 0
+    method: str = "search"
+    eot: int = 5
+    noise: float = 0.01
+    seed: int = 0
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights are changed, and not channels replaced."""
+        return self.unit == "weight" or self.action == "step"
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every step verifies all units."""
+        return self._verifies and self.verify == "all"
+
+    @property
+    def _verifies(self) -> bool:
+        return self.method == "search" and self.objective == "exact"
+
+    def count(self, left: int) -> int:
+        """Return how many of so many units are verified."""
+        if not self._verifies:
+            return min(left, 1)
+        return left if isinstance(self.verify, str) else min(left, self.verify)
+
+    def is_refreshed(self, done: int) -> bool:
+        """Return whether the population's first-order effect is measured anew after so many units."""
+        return self.objective == "authors" or (self.refresh > 0 and done > 0 and done % self.refresh == 0)
+
+    def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, ...] | None) -> None:
+        """Raise unless the arguments are right; settle what some of them say of others."""
+        for name in ("max_units", "eot", "refresh", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"localize: {name} must be an integer, got {getattr(self, name)!r}")
+        for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
+            value = getattr(self, name)
+            if not value >= rule:
+                raise ValueError(f"localize: {name} must be at least {rule}, got {value}")
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"localize: step_size must be positive and finite, got {self.step_size}")
+        if self.verify != "all" and (
+            not isinstance(self.verify, int) or isinstance(self.verify, bool) or self.verify < 1
+        ):
+            raise ValueError(f"localize: verify must be a positive number or 'all', got {self.verify!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"localize: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
+                )
+        check_examples("localize", x, y)
+        if self.noise == float("inf") or (self.noise > 0 and not x.is_floating_point()):
+            raise ValueError(
+                f"localize: noise must be finite, and 0 unless x is floating, got {self.noise} for {x.dtype}"
+            )
+        if self.changes_weights:
+            for name, only in (("method", "search"), ("how", "zero")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"localize: {name} must be {only!r} for unit='weight' and action='step', "
+                        f"got {getattr(self, name)!r}"
+                    )
+            if self.objective == "authors":
+                raise ValueError("localize: objective='authors' zeroes whole filters, not weights, and takes no steps")
+            self.how = "filter"
+        if self.objective == "authors":
+            if self.how == "mean":
+                raise ValueError("localize: objective='authors' switches filters off, got how='mean'")
+            self.how, self.population = "filter", "first_order"
+        if self.method != "search":
+            self.population = None
+        if reference is None and (self.population is not None or self.how == "mean"):
+            raise ValueError("localize: reference must be given for a population or how='mean', got None")
+        if reference is not None:
+            if len(reference) not in (2, 3):
+                raise ValueError(f"localize: reference must be examples and labels, got {len(reference)} tensors")
+            check_examples("localize: reference", *reference[:2])

@@ -1,0 +1,217 @@
+import warnings
+
+import pytest
+import torch
+from accounted import Model, Uncovered, account_of, check, grads, parameter, targets
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc_ext import GradientAccountant
+
+B = 4
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return 2 * x * w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return 2 * grad * w, (2 * grad * x).sum(0)
+
+
+UNCOVERED = {
+    "activation": (lambda: nn.Sequential(nn.Linear(3, 5), Uncovered(), nn.Linear(5, 2)), (B, 3), {"1.weight"}),
+    "embedding by frequency": (
+        lambda: nn.Sequential(nn.Embedding(9, 3, max_norm=9.0), nn.Linear(3, 2)),
+        "indices",
+        {"0.weight"},
+    ),
+    "function": (lambda: Model(lambda m, x: Doubled.apply(x, m.w), w=parameter(3)), (B, 3), {"w"}),
+    "a parameter per example's place": (
+        lambda: Model(lambda m, x: x + m.w[: len(x)] * torch.ones_like(x), w=parameter(1, 3)),
+        (B, 3),
+        None,
+    ),
+    "tracked instance norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)),
+        (B, 2, 5),
+        {"1.weight", "1.bias"},
+    ),
+    "one image at a time": (
+        lambda: Model(lambda m, x: torch.stack([m.c(image) for image in x]), c=nn.Conv2d(2, 3, 2)),
+        (B, 2, 3, 3),
+        {"c.weight", "c.bias"},
+    ),
+}
+
+
+def data(shape: tuple[int, ...] | str) -> Tensor:
+    return torch.randint(9, (B, 5)) if isinstance(shape, str) else torch.randn(shape)
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_is_not_covered_is_right_and_named(name: str) -> None:
+    torch.manual_seed(0)
+    factory, shape, uncovered = UNCOVERED[name]
+    check(factory().eval(), data(shape), uncovered=uncovered, tell_batch=True)
+
+
+def test_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2))
+    check(model, torch.randint(9, (B, 5)), uncovered={"0.weight"}, tell_batch=True)
+
+
+def test_a_complex_parameter() -> None:
+    torch.manual_seed(0)
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        return (output.sum(1) * target).mean()
+
+    model = Model(lambda m, x: torch.fft.rfft(x).mul(m.w).abs(), w=nn.Parameter(torch.randn(3, dtype=torch.cfloat)))
+    x, y = torch.randn(B, B), targets(B)
+    account, _ = account_of(model, loss_of, x, y, batch_size=B)
+    for b in range(B):
+        (g,) = torch.autograd.grad(loss_of(model(x[b : b + 1]), y[b : b + 1]), [model.w])
+        torch.testing.assert_close(account.sqnorm["w"][b], g.abs().square().sum())
+
+
+def test_outputs_may_be_nested() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: {"a": {"b": [m.p(m.l(x)), 3]}}, l=nn.Linear(3, 2), p=Uncovered())
+
+    def loss_of(output: dict, target: Tensor) -> Tensor:
+        return (output["a"]["b"][0].square().sum(1) * target).mean()
+
+    check(model, torch.randn(B, 3), loss_of=loss_of, uncovered={"p.weight"})
+
+
+def test_no_examples_and_an_uncovered_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), Uncovered(), nn.Flatten(), nn.Linear(27, 4)).eval()
+    ids = torch.zeros(0, dtype=torch.int64)
+    with pytest.warns(UserWarning, match=r"2\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(
+            model(torch.randn(0, 2, 5, 5)).sum(), loss_reduction="sum", group_ids=ids, num_groups=2
+        )
+    assert all(norm.shape == (0,) for norm in account.sqnorm.values())
+
+
+def test_outputs_that_are_chunks_of_one_tensor() -> None:
+    torch.manual_seed(0)
+
+    def loss_of(output: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        return (output[0].square().sum(1) * target + output[1].sum(1)).mean()
+
+    model = Model(lambda m, x: m.a(m.l(x)).chunk(2, -1), l=nn.Linear(3, 6), a=Uncovered())
+    check(model, torch.randn(B, 3), loss_of=loss_of, uncovered={"a.weight"})
+
+
+def test_a_loss_of_logits_and_of_the_features_below_is_refused_and_leaves_no_gradients() -> None:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = m.a(m.l(x))
+        return m.h(features), features
+
+    model = Model(run, l=nn.Linear(3, 4), a=Uncovered(), h=nn.Linear(4, 2))
+    with GradientAccountant(model) as accountant:
+        logits, features = model(torch.randn(B, 3))
+        loss = logits.square().sum() + features.square().sum()
+        with pytest.raises(ValueError, match=r"a\.weight"):
+            accountant.backward(loss, loss_reduction="sum")
+    assert all(grad is None for grad in grads(model).values())
+
+
+def test_each_parameter_is_named_once() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), Uncovered(), Uncovered(4)), torch.randn(B, 3)
+    accountant = GradientAccountant(model)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030, PT031
+        for _ in range(2):
+            with accountant:
+                accountant.backward(model(x).sum(), loss_reduction="sum")
+    assert sorted(str(w.message) for w in caught) == [
+        f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
+        for name in ("1.weight", "2.weight")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with accountant:
+            accountant.backward(model(x).sum(), loss_reduction="sum")
+
+
+def test_a_penalty_on_weights_is_refused_and_leaves_no_gradients() -> None:
+    model, x = nn.Linear(3, 8), torch.randn(B, 3)
+    for penalty in (lambda w: w.square().sum(), lambda w: (w.relu() @ w.t()).sum(), lambda w: (w - 1).norm()):
+        with GradientAccountant(model) as accountant:
+            loss = model(x).square().sum() + penalty(model.weight)
+            with pytest.raises(ValueError, match="depends on weight in a way"):
+                accountant.backward(loss, loss_reduction="sum")
+        assert model.weight.grad is None
+        assert model.bias.grad is None
+
+
+def test_a_learned_center_in_the_loss() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.l(x), l=nn.Linear(3, 2), center=parameter(2), centers=parameter(3, 2))
+    x, y = torch.randn(B, 3), torch.tensor([0, 2, 2, 1])
+
+    def losses(rows: slice) -> Tensor:
+        features = model(x[rows])
+        return ((features - model.center).square() * (features - model.centers[y[rows]]).abs()).sum(1)
+
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(losses(slice(None)).mean())
+    for b in range(B):
+        gradients = torch.autograd.grad(losses(slice(b, b + 1)).sum(), list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
+
+
+def test_losses_by_example_need_no_model_output() -> None:
+    torch.manual_seed(0)
+    model, x = Model(lambda m, x: m.act(m.l(x)), l=nn.Linear(3, 2), act=Uncovered(2)), torch.randn(B, 3)
+    with pytest.warns(UserWarning, match=r"act\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(model.act(model.l(x)).square().sum(1), loss_reduction="none")
+    for b in range(B):
+        g = torch.autograd.grad(model(x[b : b + 1]).square().sum(), list(model.parameters()))
+        for (name, _), one in zip(model.named_parameters(), g, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], one.square().sum())
+
+
+def test_ignored_targets() -> None:
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(9, 3), Uncovered(), nn.Linear(3, 9)), torch.randint(9, (B, 5))
+    y = tokens.roll(-1, 1)
+    y[0, 1:], y[1] = -100, -100
+
+    def losses(rows: slice) -> Tensor:
+        return F.cross_entropy(model(tokens[rows]).transpose(1, 2), y[rows], ignore_index=-100, reduction="none")
+
+    with pytest.warns(UserWarning, match=r"1\.weight"), GradientAccountant(model) as accountant:
+        account = accountant.backward(losses(slice(None)), loss_reduction="none")
+    for b in range(B):
+        g = torch.autograd.grad(losses(slice(b, b + 1)).sum(), list(model.parameters()))
+        for (name, _), one in zip(model.named_parameters(), g, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], one.square().sum())
+    assert all(norms[1] == 0 for norms in account.sqnorm.values())
+
+
+@pytest.mark.parametrize("way", ["siamese", "recurrent"])
+@pytest.mark.filterwarnings("ignore:GradientAccountant")
+def test_a_model_that_is_called_twice(way: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 3), Uncovered(3)), torch.randn(B, 3), torch.randn(B, 3)
+
+    def loss(rows: slice) -> Tensor:
+        return ((model(x[rows]) * model(y[rows])) if way == "siamese" else model(model(x[rows])).square()).sum()
+
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(loss(slice(None)), loss_reduction="sum")
+    for b in range(B):
+        gradients = torch.autograd.grad(loss(slice(b, b + 1)), list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
