@@ -41,7 +41,9 @@ from memloc_ext.borrowing import kept_state, uncompiled
 # by whether the losses of examples depend on each other
 _DISAGREE = {
     False: "GradientAccountant: a check of two examples found norms that disagree with autograd, of {}: from now on "
-    "these parameters take a pass per example; name inputs that are the same for all examples in shared_inputs",
+    "these parameters take a pass per example; name inputs that are the same for all examples in shared_inputs, and "
+    "give batch_size only where each example has the same number of consecutive rows, as stack(..., 1).flatten(0, 1) "
+    "makes them",
     True: "GradientAccountant: an example's loss depends on what the model returned for others, as a contrastive loss "
     "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
     "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
@@ -90,10 +92,10 @@ class GradientAccountant:
         model: Its parameters that require gradients are accounted, under their names.
         batch_dim: Dimension of the examples in the model's inputs: 0, or 1 for ``[tokens, batch, *]``.
         shared_inputs: Inputs of the model that are the same for all examples: names of arguments, or positions.
-        check: Which backward passes are checked against plain autograd, for two random examples: the ``first`` of
-            each number of examples, with these dtypes of inputs and training flags, which takes three more backward
-            passes; ``always``; or ``never``. A parameter whose norm differs takes a pass per example from then on, with
-            a warning.
+        check: Which backward passes are checked against plain autograd, for two random examples, which takes three
+            more backward passes: the ``first`` of each number of examples, dtypes of inputs and training flags, and
+            all in which ``batch_size`` says that examples have several rows; ``always``; or ``never``. A parameter
+            whose norm differs takes a pass per example from then on, with a warning.
 
     Raises:
         TypeError: If ``model`` is not a module, or ``shared_inputs`` are not names and positions.
@@ -137,7 +139,7 @@ class GradientAccountant:
 
     def __enter__(self) -> Self:
         """Look at what the model does in this thread, until the end of the ``with``."""
-        session, stack = Session(self._model, self._batch_dim, HANDLERS, self._known.first), ExitStack()
+        session, stack = Session(self._model, self._batch_dim, HANDLERS, self._known.input_of_examples), ExitStack()
         for hook in self._hooks(session):
             stack.callback(hook.remove)
         stack.enter_context(uncompiled())
@@ -248,27 +250,27 @@ class GradientAccountant:
             found = reached(root, session, session.parameters)
             mean = loss_reduction == "mean" and example_weights is None
             watched = check_loss(session, found.nodes, batch, mean=mean)
-            if self._mistook(session, batch):
+            if mistook := self._mistook(session, loss, batch, batch_size is not None):
                 found = Reached(unseen=found.all, nodes=found.nodes)
             self._check_sharded(session, found, exact_groups)
         exact = exact_groups and weight_grads
         calls = session.calls | found.uses  # the larger count of each
         slow = found.unseen | self._known_slow(session, found)
-        run = Run(
-            batch, None if exact else groups, weight_grads and not exact, calls, slow, several=batch_size is not None
-        )
-        own_mean = mean and not watched and self._check != "never" and batch > 1 and returned_by_model(session, loss)
+        several = batch_size is not None and not mistook
+        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several)
+        numbers = returned_by_model(session, loss, found.all) if mean and not watched and batch > 1 else []
+        own_mean = bool(numbers) and self._check != "never"
         unchecked = self._unchecked(session, batch, found)
         if slow or exact or own_mean or unchecked is not None:
             outputs = outputs_of(session, root, loss if loss_reduction == "none" else None, found.all, run)
             if own_mean and outputs is not None:
                 with kept_state(self._model):
-                    check_own_mean(session, loss, outputs, run)
+                    check_own_mean(session, loss, numbers, outputs, run)
             if unchecked is not None:
                 self._compare(session, run, outputs, found, unchecked)
             if slow or exact:
                 outputs = outputs or self._no_outputs(session, slow or found.all)
-                self._account_unseen(session, run, outputs, found)
+                self._account_unseen(session, run, outputs, {} if mistook else found.unseen)
             if exact and groups is not None and outputs is not None:
                 run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
@@ -310,15 +312,22 @@ class GradientAccountant:
                 "backward pass per example; freeze them, or use DistributedDataParallel"
             )
 
-    def _mistook(self, session: Session, batch: int) -> bool:
+    def _mistook(self, session: Session, loss: Tensor, batch: int, several: bool) -> bool:
         """Return whether the examples were looked for in an input that has no row for each; remember the right one."""
         for source in session.passes:
-            if source.rows not in (None, batch) and batch in source.sizes:
-                self._known.first = source.sizes.index(batch)
+            if source.rows in (None, batch):
+                continue
+            where = None
+            if batch in source.sizes:
+                self._known.input_of_examples = source.sizes.index(batch)
+                where = "another has {batch}, the number of examples"
+            elif several and source.rows % max(1, batch) and (loss.dim() or source.returned_rows(batch)):
+                where = "batch_size is {batch}, which does not divide that"
+            if where is not None:
                 warnings.warn(
-                    f"GradientAccountant: the model's first input has {source.rows} rows, and another has {batch}, the "
-                    "number of examples: every layer takes a pass per example in this step; name inputs that are the "
-                    "same for all examples in shared_inputs",
+                    f"GradientAccountant: the model's first input has {source.rows} rows, and "
+                    f"{where.format(batch=batch)}: every layer takes a pass per example in this step; name inputs that "
+                    "are the same for all examples in shared_inputs",
                     UserWarning,
                     stacklevel=3,
                 )
@@ -327,7 +336,7 @@ class GradientAccountant:
 
     @property
     def _known(self) -> Checked:
-        return checked(self._model)
+        return checked(self._model, (self._batch_dim, self._shared_inputs))
 
     def _known_slow(self, session: Session, found: Reached) -> dict[int, nn.Parameter]:
         if not self._known.slow or self._check == "never":
@@ -341,7 +350,9 @@ class GradientAccountant:
             return None
         source = session.passes[-1] if session.passes else None
         sign = signature(self._model, source, batch, found.seen)
-        return None if self._check == "first" and sign in self._known.signatures else sign
+        # examples of several rows need not have as many in every batch
+        known = sign in self._known.signatures and all(source.rows in (None, batch) for source in session.passes)
+        return None if self._check == "first" and known else sign
 
     def _compare(self, session: Session, run: Run, outputs: Outputs | None, found: Reached, unchecked: object) -> None:
         """Add the covered parameters whose norms are not those of plain autograd to the slow ones, with a warning."""
@@ -351,6 +362,8 @@ class GradientAccountant:
                 warnings.warn(_UNCHECKED, UserWarning, stacklevel=3)
             return
         parameters = {key: p for key, p in found.seen.items() if key not in run.slow}
+        if not parameters:
+            return
         with kept_state(self._model):  # which checkpointing would update
             wrong = different(session, run, outputs, parameters)
         if wrong is None:
@@ -371,14 +384,17 @@ class GradientAccountant:
             "losses by example, with loss_reduction='none'"
         )
 
-    def _account_unseen(self, session: Session, run: Run, outputs: Outputs, found: Reached) -> None:
-        """Account parameters whose layers are not covered, by one pass per example."""
+    def _account_unseen(
+        self, session: Session, run: Run, outputs: Outputs, uncovered: Mapping[int, nn.Parameter]
+    ) -> None:
+        """Account the slow parameters one example at a time, with a warning for those whose layers are not covered."""
         if not run.slow:
             return
-        for name, parameter in session.named_parameters():
-            if id(parameter) in found.unseen and name not in self._warned:
-                self._warned.add(name)
-                message = f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
-                warnings.warn(message, UserWarning, stacklevel=3)
+        named = session.named_parameters()
+        names = [name for name, p in named if id(p) in uncovered and name not in self._warned]
+        if names and run.batch:
+            self._warned.update(names)
+            message = f"GradientAccountant: layers that are not covered take a pass per example, of {', '.join(names)}"
+            warnings.warn(message, UserWarning, stacklevel=3)
         with kept_state(self._model):
             account_examples(session, run, outputs, run.slow)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,22 +33,21 @@ class Checked:
     Attributes:
         signatures: Of the passes that were checked.
         slow: Names of the parameters whose norms were found to be wrong.
-        first: Which of the model's inputs tells the number of examples, if it is not the first of several rows.
+        input_of_examples: Which of the model's inputs tells the number of examples, if it is not the first of several
+            rows.
     """
 
     signatures: set[object] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
-    first: int | None = None
+    input_of_examples: int | None = None
 
 
-_checked: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[nn.Module, dict[object, Checked]] = weakref.WeakKeyDictionary()
 
 
-def checked(model: nn.Module) -> Checked:
-    """Return what is known of a model."""
-    if model not in _checked:
-        _checked[model] = Checked()
-    return _checked[model]
+def checked(model: nn.Module, told: object = None) -> Checked:
+    """Return what is known of a model, under what its user told of its inputs."""
+    return _checked.setdefault(model, {}).setdefault(told, Checked())
 
 
 def signature(
@@ -78,7 +77,7 @@ def outputs_of(
         own = Outputs([losses], [torch.ones_like(losses)], [Layout(0, 1, run.batch, 1)])
     returned = [(t, source) for source in session.passes for t in source.outputs]
     outputs = minimal(root, session, [t for t, _ in returned], parameters)
-    layouts = [session.output_layout(t, run.batch) for t in outputs or ()]
+    layouts = [session.output_layout(t, run) for t in outputs or ()]
     if not outputs or None in layouts:
         return own
     with session.accounting(OneByOne(run, {})):
@@ -139,27 +138,37 @@ def _meet(losses: Tensor, outputs: Outputs, run: Run) -> bool:
     return False
 
 
-def returned_by_model(session: Session, loss: Tensor) -> bool:
-    """Return whether the model returned this loss itself."""
-    return any(loss is t for source in session.passes for t in source.numbers)
+def returned_by_model(session: Session, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> list[Tensor]:
+    """Return the single numbers, returned by the model, through which alone a loss depends on parameters; or none."""
+    numbers = [t for source in session.passes for t in source.numbers]
+    return (minimal(loss, session, numbers, parameters) or []) if numbers else []
 
 
-def check_own_mean(session: Session, loss: Tensor, outputs: Outputs, run: Run) -> None:
+def check_own_mean(session: Session, loss: Tensor, numbers: Sequence[Tensor], outputs: Outputs, run: Run) -> None:
     """Refuse a loss that the model returned and that is not the mean of its examples' own, by two of them alone.
+
+    Args:
+        session: That the loss was computed in.
+        loss: Computed from what the model returned.
+        numbers: Which it depends on, see `returned_by_model`.
+        outputs: What tells the examples apart.
+        run: Any backward pass of this batch.
 
     Raises:
         ValueError: If an example alone has another gradient of the loss by the model's output.
     """
     source = outputs.source
-    if source is None or not source.closed or all(loss is not t for t in source.numbers):
+    if source is None or not source.closed or not all(any(t is own for own in source.numbers) for t in numbers):
         return
+    factors = torch.autograd.grad(loss, numbers, retain_graph=True)
     inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
     layouts = [run.place(layout) for layout in outputs.layouts]
     for example in _two_examples(run, outputs):
         try:
             with session.not_looking(), torch.enable_grad():
-                own, *alone = source.again([loss, *outputs.tensors], [t[example] for t in inputs], run.batch, {})
-                gradients = torch.autograd.grad(own, alone)
+                found = source.again([*numbers, *outputs.tensors], [t[example] for t in inputs], run.batch, {})
+                own, alone = found[: len(numbers)], found[len(numbers) :]
+                gradients = torch.autograd.grad(own, alone, factors)
         except Exception:  # a model that takes whole batches only
             return
         for i, layout in enumerate(layouts):

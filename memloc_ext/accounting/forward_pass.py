@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -61,6 +62,10 @@ class ForwardPass:
         """Whether no input was computed with gradients, which would go on below the model."""
         return all(t.grad_fn is None for t in tensors((self.args, self.kwargs)))
 
+    def returned_rows(self, batch: int) -> bool:
+        """Return whether something that it returned has so many rows."""
+        return any(t.dim() > self.batch_dim and t.shape[self.batch_dim] == batch for t in self.outputs)
+
     def parts(self, batch: int) -> list[Tensor]:
         """Return the inputs that have rows for each of so many examples."""
         return [t for t, size in zip(self.inputs, self.sizes, strict=True) if size and size % batch == 0]
@@ -74,10 +79,9 @@ class ForwardPass:
             ValueError: If the model returns another number of tensors.
         """
         new = {id(old): part for old, part in zip(self.parts(batch), parts, strict=True)}
-        model = unwrapped(self.model)
         args, kwargs = mapped((self.args, self.kwargs), lambda t: new.get(id(t), t))
         with torch.autocast(*self.autocast) if self.autocast is not None else nullcontext():
-            everything = tensors(functional_call(model, dict(parameters), args, kwargs))
+            everything = tensors(functional_call(copied(unwrapped(self.model)), dict(parameters), args, kwargs))
         places = {id(old): t for old, t in zip(self._returned, everything, strict=True)}
         return [places[id(t)] for t in wanted]
 
@@ -85,6 +89,34 @@ class ForwardPass:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that a `DistributedDataParallel` wraps; any other as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy with the same parameters and buffers, which can be run and leaves no trace in the model.
+
+    Whatever a module or a user's hook keeps of a run would else be lost, and replaced by tensors that are of no use.
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        copies[module] = copy = object.__new__(type(module))
+        for name, value in vars(module).items():
+            if type(value) in (list, dict, set):
+                value = value.copy()
+            elif name.endswith("_hooks"):
+                value = OrderedDict((key, hook) for key, hook in value.items() if _runs_a_layer(hook))
+            elif isinstance(value, dict):
+                value = dict(value)
+            copy.__dict__[name] = value
+    for copy in copies.values():
+        copy.__dict__["_modules"] = {
+            name: child if child is None else copies[child] for name, child in copy._modules.items()
+        }
+    return copies[model]
+
+
+def _runs_a_layer(hook: object) -> bool:
+    """Return whether a hook is PyTorch's, as that of weight normalisation is, or this package's."""
+    return (getattr(hook, "__module__", None) or "").startswith(("torch.", "memloc_ext."))
 
 
 def tensors(value: object) -> list[Tensor]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from memloc_ext.accounting.forward_pass import ForwardPass
+from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
 from memloc_ext.accounting.graph import Outputs
 from memloc_ext.accounting.hooks import without_hooks
 from memloc_ext.accounting.run import OneByOne, Run
@@ -89,9 +87,10 @@ def _account_alone(
 ) -> bool:
     """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
     layouts = [run.place(layout) for layout in outputs.layouts]
-    named = {name: p for name, p in session.named_parameters() if id(p) in parameters}
+    named = {name: p for name, p in unwrapped(source.model).named_parameters() if id(p) in parameters}
     inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
     expected = [layout.first(t.detach()) for t, layout in zip(outputs.tensors, layouts, strict=True)]
+    touched = set[int]()
 
     def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         def model(given: dict[str, Tensor]) -> list[Tensor]:
@@ -100,7 +99,14 @@ def _account_alone(
         found, pull = torch.func.vjp(model, named)  # pyright: ignore[reportAssignmentType]
         return found, pull(cotangents)[0]
 
-    many = torch.func.vmap(one) if step > 1 else _unbatched(one)
+    def plainly(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        found, wanted = source.again(outputs.tensors, [t[0] for t in parts], run.batch, {}), list(named.values())
+        with without_hooks(wanted):
+            pulled = torch.autograd.grad(found, wanted, [t[0] for t in cotangents], materialize_grads=True)
+        gradients = {name: t.to_dense()[None] for name, t in zip(named, pulled, strict=True)}
+        return [t.detach()[None] for t in found], gradients
+
+    many = torch.func.vmap(one) if step > 1 else plainly  # functions of a user's may not run inside of torch.func
     for begin in range(0, run.batch, step):
         end = min(run.batch, begin + step)
         cotangents = []
@@ -111,7 +117,7 @@ def _account_alone(
             cotangents.append(t.new_empty(shape))
             own.behind().first(cotangents[-1])[0] = layout.first(cotangent.contiguous())[begin:end]
         try:
-            with session.not_looking(), warnings.catch_warnings():
+            with session.not_looking(), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of functions that vmap runs one by one
                 found, gradients = many([t[begin:end] for t in inputs], cotangents)
         except Exception:  # a model that takes whole batches only, or that vmap cannot run
@@ -120,17 +126,9 @@ def _account_alone(
             if not agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
                 return False
         by_id = {id(p): gradients[name] for name, p in named.items()}
+        touched.update(key for key, gradient in by_id.items() if gradient.any())
         run.add_examples(parameters, begin, by_id)
-    return True
-
-
-def _unbatched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the same as `torch.func.vmap` of a function, for one example."""
-
-    def one(*args: Any) -> Any:
-        return tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], args)))
-
-    return one
+    return touched == set(parameters)  # one that is never met may be used where a copy of the model does not see it
 
 
 def by_example(t: Tensor, dim: int, batch: int) -> Tensor:

@@ -105,11 +105,16 @@ class Run:
         run.constant_statistics = True
         return run
 
+    def fits(self, layout: Layout) -> bool:
+        """Return whether rows of the model's input that are in these places are those of the examples."""
+        several = self._several and self.batch > 0 and layout.batch % self.batch == 0
+        return several or layout.batch == self.batch
+
     def place(self, layout: Layout) -> Layout:
         """Return where the examples are, given where the rows of the model's input are."""
         if layout.batch == self.batch:
             return layout
-        if not self._several or self.batch < 1 or layout.batch % self.batch:
+        if not self.fits(layout):
             raise ValueError(
                 f"GradientAccountant: the model's input must have a row per example, got {layout.batch} rows and "
                 f"{self.batch} examples; if each example has several, one behind the other, give batch_size"

@@ -127,12 +127,12 @@ class Session(TorchFunctionMode):
         kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
         self.passes = deque(kept, maxlen=_FORWARD_PASSES)
 
-    def output_layout(self, t: Tensor, batch: int) -> Layout | None:
+    def output_layout(self, t: Tensor, run: Run) -> Layout | None:
         """Return where the examples are in what the model returned: if that cannot be told, where they were."""
         layout = self.layout(t)
-        if (layout is None or isinstance(layout, Picked) or layout.size % max(1, batch)) and t.dim() > self.batch_dim:
+        if (layout is None or isinstance(layout, Picked) or not run.fits(layout)) and t.dim() > self.batch_dim:
             size = t.shape[self.batch_dim]
-            layout = Layout(self.batch_dim, 1, size, 1) if size == batch else None
+            layout = Layout(self.batch_dim, 1, size, 1) if size == run.batch else None
         return layout
 
     @contextmanager

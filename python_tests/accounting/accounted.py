@@ -83,7 +83,7 @@ def account_of(
             account = accountant.backward(loss_of(call(model, inputs), target), **arguments)
     told = [str(w.message) for w in caught if str(w.message).startswith("GradientAccountant")]
     assert not any("check of two examples" in message for message in told), told
-    names = [message.split("the layer of ")[1].split(" is not covered")[0] for message in told]
+    names = [name for message in told for name in message.split("a pass per example, of ")[1].split(", ")]
     assert len(names) == len(set(names)), f"warned more than once: {names}"
     return account, set(names)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import GradientAccountant
-from memloc_ext.accounting.check import _checked, checked
+from memloc_ext.accounting.check import _checked
 
 
 def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
@@ -240,6 +240,44 @@ def test_graphs_of_unequal_size_in_one_batch() -> None:
             torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
 
 
+def own_norms(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
+    """Return the squared norms of the gradients of losses by example, which keep their graph."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    alone = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    norms = [[g.square().sum() for g in gradients] for gradients in zip(*alone, strict=True)]
+    return dict(zip(names, map(torch.stack, norms), strict=True))
+
+
+def test_graphs_that_are_of_equal_size_only_at_first() -> None:
+    torch.manual_seed(1)
+
+    def run(m: nn.Module, x: Tensor, graph: Tensor) -> Tensor:
+        return m.h(x.new_zeros(3, 6).index_add_(0, graph, torch.tanh(m.a(x))))
+
+    model = Model(run, a=nn.Linear(5, 6), h=nn.Linear(6, 4)).double()
+    for sizes in ([3, 3, 3], [2, 3, 4], [5, 3, 2]):  # the last cannot be divided by three at all
+        graph = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+        with GradientAccountant(model) as accountant, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = cross_entropy(model(torch.randn(len(graph), 5).double(), graph), torch.arange(3), "none")
+            exact = own_norms(model, losses)
+            account = accountant.backward(losses.mean(), batch_size=3)
+        torch.testing.assert_close(account.sqnorm, exact)
+
+
+def test_more_prompts_than_examples() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, p, x: m.x(x) @ torch.tanh(m.p(p)).t(), p=nn.Linear(3, 5), x=nn.Linear(3, 5)).double()
+    for _ in range(2):
+        with GradientAccountant(model) as accountant, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(torch.randn(4, 3).double(), torch.randn(2, 3).double())
+            losses = cross_entropy(out, torch.arange(2), "none")
+            exact = own_norms(model, losses)
+            account = accountant.backward(losses.mean(), batch_size=2)
+        torch.testing.assert_close(account.sqnorm, exact)
+
+
 # losses in which examples meet
 
 
@@ -253,11 +291,7 @@ def test_the_own_loss_of_an_example_that_meets_others() -> None:
 
     with pytest.warns(UserWarning, match="contrastive"), GradientAccountant(model) as accountant:
         account = accountant.backward(losses(), loss_reduction="none")
-    for b in range(4):
-        for (name, _), g in zip(
-            model.named_parameters(), torch.autograd.grad(losses()[b], list(model.parameters())), strict=True
-        ):
-            torch.testing.assert_close(account.sqnorm[name][b], g.square().sum())
+    torch.testing.assert_close(account.sqnorm, own_norms(model, losses()))
 
 
 # the check itself
@@ -290,14 +324,31 @@ def test_a_pass_is_checked_once_for_a_model_and_its_sizes() -> None:
 def test_what_is_known_of_a_model_goes_with_it() -> None:
     model = nn.Linear(3, 2)
     passes(model, torch.randn(4, 3))
-    assert checked(model).signatures
-    other = nn.Linear(3, 2)
-    assert not checked(other).signatures
+    (known,) = _checked[model].values()
+    assert known.signatures
     gc.collect()
     before = len(_checked)
-    del model, other
+    del model, known
     gc.collect()
-    assert len(_checked) == before - 2
+    assert len(_checked) == before - 1
+
+
+def test_what_is_told_of_the_inputs_is_checked_anew() -> None:
+    """So that an accountant which is told of an input that is the same for all is fast."""
+    model, inputs = prompted(), [torch.randn(4, 5), torch.randn(4, 3)]
+
+    def passes(**arguments: Any) -> int:
+        calls: list[Tensor] = []
+        with GradientAccountant(model, **arguments) as accountant:
+            out = model(*inputs)
+            out.register_hook(calls.append)
+            accountant.backward(out.square().sum(), loss_reduction="sum")
+        return len(calls)
+
+    with pytest.warns(UserWarning, match=r"q\.weight, q\.bias"):
+        passes()
+    assert passes() > 1
+    assert [passes(shared_inputs=[1]) for _ in range(2)][1] == 1
 
 
 @pytest.mark.parametrize("wrong", ["second", None, True])

@@ -236,6 +236,24 @@ def test_sums_and_losses_by_example_may_have_unequal_weights() -> None:
         assert_norms(account, model, lambda z, y: flat(z, y, reduction="sum"), x, TOKENS)
 
 
+@pytest.mark.parametrize("divided", [1, 4])
+def test_a_models_own_mean_over_unequal_numbers_of_tokens_is_refused(divided: int) -> None:
+    """As language models return it; written out, so that no function of PyTorch's tells."""
+
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits, there = m.l(x), (y >= 0).double()
+        right = logits.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+        return -(right * there).sum() / there.sum(), logits
+
+    model = Model(run, l=nn.Linear(3, 2)).double()
+    x, whole = torch.stack([X, X * 2, X - 1], dim=1), TOKENS.clamp(min=0)
+    with GradientAccountant(model) as accountant:
+        with pytest.raises(ValueError, match="the model returned one that weights them in another way"):
+            accountant.backward(model(x, TOKENS)[0] / divided)
+        account = accountant.backward(model(x, whole)[0] / divided)
+    assert_norms(account, model.l, lambda z, y: flat(z, y) / divided, x, whole, prefix="l.")
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), small()], ids=["linear", "layers"])
 def test_a_gradient_penalty_by_autograd_is_refused(model: nn.Module) -> None:
     x = X.float().requires_grad_()
@@ -253,7 +271,7 @@ def test_a_gradient_penalty_by_autograd_is_refused(model: nn.Module) -> None:
     assert_norms(account, model, lambda out, _: out.sum(), X.float(), LABELS)
 
 
-@pytest.mark.filterwarnings("ignore:GradientAccountant. the layer of")
+@pytest.mark.filterwarnings("ignore:GradientAccountant. layers that are not covered")
 @pytest.mark.parametrize("by_example", [False, True])
 def test_a_gradient_penalty_by_functions_is_accounted(by_example: bool) -> None:
     body = net()
@@ -276,7 +294,7 @@ class Inputs:
         self.x = x
 
 
-@pytest.mark.filterwarnings("ignore:GradientAccountant. the layer of")
+@pytest.mark.filterwarnings("ignore:GradientAccountant. layers that are not covered")
 def test_inputs_of_an_unknown_class() -> None:
     body = net()
     model = Model(lambda m, inputs: m.body(inputs.x), body=body)

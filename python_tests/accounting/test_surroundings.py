@@ -259,6 +259,24 @@ def _distributed(rank: int) -> None:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
 
 
+def _alone(rank: int) -> None:
+    passes: list[Tensor] = []
+    body = nn.Sequential(nn.Linear(3, 4), Uncovered(), nn.Linear(4, 2))
+    model, x = DistributedDataParallel(body), torch.randn(B, 3)
+    with GradientAccountant(model, check="never") as accountant:
+        output = model(x)
+        output.register_hook(passes.append)
+        with pytest.warns(UserWarning, match="not covered"):
+            account = accountant.backward(weighted(output, targets(B)))
+    exact = squared_norms(per_example_gradients(body, weighted, x, targets(B)))
+    torch.testing.assert_close({name.removeprefix("module."): n for name, n in account.sqnorm.items()}, exact)
+    assert len(passes) <= 2  # and not one through the whole batch for each example
+
+
+def test_examples_run_alone_in_a_distributed_process(tmp_path: Path) -> None:
+    _in_group(0, 1, str(tmp_path / "store"), _alone)
+
+
 def test_one_distributed_process(tmp_path: Path) -> None:
     _in_group(0, 1, str(tmp_path / "store"), _distributed)
 

@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -93,11 +94,59 @@ def test_outputs_may_be_nested() -> None:
 def test_no_examples_and_an_uncovered_layer() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), Uncovered(), nn.Flatten(), nn.Linear(27, 4)).eval()
     ids = torch.zeros(0, dtype=torch.int64)
-    with pytest.warns(UserWarning, match=r"2\.weight"), GradientAccountant(model) as accountant:
+    with GradientAccountant(model) as accountant, warnings.catch_warnings():
+        warnings.simplefilter("error")  # no example takes no pass
         account = accountant.backward(
             model(torch.randn(0, 2, 5, 5)).sum(), loss_reduction="sum", group_ids=ids, num_groups=2
         )
     assert all(norm.shape == (0,) for norm in account.sqnorm.values())
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, as a module with an auxiliary loss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(3, 4), parameter(4)
+        self.state: Tensor | None = None
+        self.every: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x) if self.state is None else self.a(x) + self.state
+        self.state = z.detach()
+        self.every.append(z)
+        return torch.hypot(z, self.w)
+
+
+def test_what_a_model_and_its_users_hooks_keep_of_a_pass_stays() -> None:
+    torch.manual_seed(0)
+    model, seen = Remembering().double(), []
+    model.a.register_forward_hook(lambda module, args, output: seen.append(output))
+    accountant = GradientAccountant(model)
+    for step in range(2):
+        with accountant, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = model(torch.randn(B, 3).double()).sin().sum(1)
+            exact = torch.stack(
+                [torch.autograd.grad(loss, model.w, retain_graph=True)[0].square().sum() for loss in losses]
+            )
+            account = accountant.backward(losses.mean())
+        torch.testing.assert_close(account.sqnorm["w"], exact)
+        assert model.state is not None
+        assert [t.shape for t in (model.state, *model.every, *seen)] == [(B, 4)] * (1 + 2 * (step + 1))
+        (model.state + model.every[-1] + seen[-1]).sum().item()  # of this pass, not of one that was run again
+
+
+def test_an_example_that_is_not_a_number_leaves_others_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: Doubled.apply(m.l(x), m.w), l=nn.Linear(3, 3), w=parameter(3))
+    x = torch.randn(B, 3)
+    expected, _ = account_of(model, lambda out, y: out.square().sum(), x, targets(B), loss_reduction="sum")
+    x[1] = math.nan
+    account, _ = account_of(model, lambda out, y: out.square().sum(), x, targets(B), loss_reduction="sum")
+    for name, norms in account.sqnorm.items():
+        assert norms[1].isnan()
+        assert torch.equal(norms[[0, 2, 3]], expected.sqnorm[name][[0, 2, 3]])
 
 
 def test_outputs_that_are_chunks_of_one_tensor() -> None:
@@ -133,10 +182,8 @@ def test_each_parameter_is_named_once() -> None:
         for _ in range(2):
             with accountant:
                 accountant.backward(model(x).sum(), loss_reduction="sum")
-    assert sorted(str(w.message) for w in caught) == [
-        f"GradientAccountant: the layer of {name} is not covered: a backward pass per example"
-        for name in ("1.weight", "2.weight")
-    ]
+    (told,) = (str(w.message) for w in caught)
+    assert told == "GradientAccountant: layers that are not covered take a pass per example, of 1.weight, 2.weight"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with accountant:
