@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,3 +129,25 @@ def check_whole(model: nn.Module) -> None:
             "model must be whole in every process, but it keeps parts of its parameters; load its full state dict into "
             "a model that was not sharded"
         )
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Have no hooks of these tensors called with gradients that are not the batch's."""
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, kept in hooks:
+            own.update(kept)
+
+
+def in_parts(function: Any) -> Callable[..., Any]:
+    """Return the same Python function, without its question whether it is handled as a whole."""
+    names = {name: lambda *_: False for name in function.__code__.co_names if name.startswith("has_torch_function")}
+    scope = {**vars(sys.modules[function.__module__]), **names}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

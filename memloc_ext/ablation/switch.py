@@ -21,8 +21,7 @@ from typing_extensions import Self
 from memloc_ext.ablation.channels import FollowingChannels
 from memloc_ext.ablation.running import without_fast_path
 from memloc_ext.ablation.sites import HEADS
-from memloc_ext.accounting.in_parts import in_parts
-from memloc_ext.borrowing import uncompiled
+from memloc_ext.borrowing import in_parts, uncompiled
 
 Unit = tuple[str, int]
 

@@ -1,13 +1,19 @@
 """Per-example gradient norms and the gradients of groups of examples, of every parameter, in one backward pass.
 
-A model is run as it is. While an accountant is open, a `Session` sees every PyTorch function that is called; where a
-function gets a parameter, a rule (`linear`, `convolution`, ...) runs it as an autograd function of its own, whose
-backward knows the layer's input and the gradient of its output. From these it makes a `Use`: what one use of a
-parameter adds to every example's gradient. A `Run`, one backward pass, adds up the uses.
+What happens from `accountant.backward(loss)` down, and the file of each step:
 
-A `Layout` says where the examples are in an activation; it is followed from the model's inputs. What cannot be
-followed, or what `check` finds to be wrong, runs on one example at a time (`one_by_one`), by the `ForwardPass` that is
-kept.
+- `accountant`: what users open. `account`: what a backward pass is asked, and what it tells.
+- `tracer`: sees every PyTorch function that is called while an accountant is open; a layer function runs those that get
+  a parameter. `example_axis`: which dimension of an activation holds the examples. `following`: where a function leaves
+  it. `tensor_memory`: what is known of tensors.
+- `layers`: one file per kind of layer. A layer function runs forward and backward as an autograd function of its own,
+  whose backward knows the layer's input and the gradient of its output.
+- `contributions`: what one use of a parameter adds to each example's gradient: norms and sums, not the gradient itself.
+- `backward_pass`: adds up the contributions to every parameter.
+- `graph`: which parameters a loss depends on. `losses`: whether it is the mean that it is said to be.
+- `per_example`: where the above cannot tell examples apart, a pass for each, by running the model again
+  (`forward_pass`). `check`: holds two examples against plain autograd.
+- `sharded`: models that several processes share.
 """
 
 from memloc_ext.accounting.account import Account

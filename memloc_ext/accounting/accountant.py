@@ -7,53 +7,36 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from memloc_ext.accounting.account import Account, account_of
-from memloc_ext.accounting.arguments import batch_of, groups_of
+from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
+from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.check import (
     Checked,
     check_own_mean,
     checked,
-    different,
+    compare,
+    known_slow,
+    mistook,
     outputs_of,
     returned_by_model,
-    signature,
+    unchecked_signature,
 )
 from memloc_ext.accounting.forward_pass import tensors, unwrapped
-from memloc_ext.accounting.graph import Outputs, Reached, reached
-from memloc_ext.accounting.handlers import HANDLERS
+from memloc_ext.accounting.graph import Reached, reached
+from memloc_ext.accounting.layers.handlers import HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
-from memloc_ext.accounting.one_by_one import account_examples, add_to_grads
-from memloc_ext.accounting.one_by_one import exact_groups as exact_groups_of
-from memloc_ext.accounting.run import Run
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.sharded import gathering, watch
+from memloc_ext.accounting.per_example import account_examples, add_to_grads, no_outputs
+from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
+from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
+from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import kept_state, uncompiled
-
-# by whether the losses of examples depend on each other
-_DISAGREE = {
-    False: "GradientAccountant: a check of two examples found norms that disagree with autograd, of {}: from now on "
-    "these parameters take a pass per example; name inputs that are the same for all examples in shared_inputs, and "
-    "give batch_size only where each example has the same number of consecutive rows, as stack(..., 1).flatten(0, 1) "
-    "makes them",
-    True: "GradientAccountant: an example's loss depends on what the model returned for others, as a contrastive loss "
-    "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
-    "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
-}
-_UNCHECKED = (
-    "GradientAccountant: the loss depends on parameters in another way than through what the model returns for each "
-    "example, as with a load-balancing term: the norms are of the gradient that flows through each example's own "
-    "activations, and were not checked; account the loss without that term, or give losses by example and "
-    "loss_reduction='none'"
-)
 
 
 class GradientAccountant:
@@ -139,40 +122,47 @@ class GradientAccountant:
 
     def __enter__(self) -> Self:
         """Look at what the model does in this thread, until the end of the ``with``."""
-        session, stack = Session(self._model, self._batch_dim, HANDLERS, self._known.input_of_examples), ExitStack()
-        for hook in self._hooks(session):
+        tracer, stack = Tracer(self._model, self._batch_dim, HANDLERS, self._known.input_of_examples), ExitStack()
+        for hook in self._hooks(tracer):
             stack.callback(hook.remove)
         stack.enter_context(uncompiled())
-        stack.enter_context(session)
-        self._sessions.append((session, stack))
+        stack.enter_context(tracer)
+        self._tracers.append((tracer, stack))
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop looking."""
-        session, stack = self._sessions.pop()
-        session.passes.clear()
+        """Stop looking; warn of a backward pass that ran past the accountant."""
+        tracer, stack = self._tracers.pop()
+        tracer.passes.clear()
         stack.close()
+        if tracer.unaccounted and error[0] is None:
+            warnings.warn(
+                "GradientAccountant: loss.backward() ran inside the with, where nothing is accounted but by "
+                "accountant.backward(loss)",
+                UserWarning,
+                stacklevel=2,
+            )
 
-    def _hooks(self, session: Session) -> list[RemovableHandle]:
-        """Have the session told when this thread runs the model."""
+    def _hooks(self, tracer: Tracer) -> list[RemovableHandle]:
+        """Have the tracer told when this thread runs the model."""
         sharded = gathering(self._model)
 
         def mine() -> bool:
-            return maybe_current_level() is None and any(session is entered for entered, _ in self._sessions)
+            return maybe_current_level() is None and any(tracer is entered for entered, _ in self._tracers)
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
             if mine():
-                session.enter_model(args, kwargs, self._shared(args, kwargs))
+                tracer.enter_model(args, kwargs, self._shared(args, kwargs))
 
         def after(model: nn.Module, args: Any, output: Any) -> None:
             if mine():
-                session.leave_model(output)
+                tracer.leave_model(output)
 
         hooks = [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
             self._model.register_forward_hook(after, always_call=True),
         ]
-        return hooks + [watch(session, name, module, sharded) for name, module in sharded.items()]
+        return hooks + [watch(tracer, name, module, sharded) for name, module in sharded.items()]
 
     def _shared(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the inputs that are the same for all examples."""
@@ -187,10 +177,10 @@ class GradientAccountant:
         return tensors([given[item] for item in self._shared_inputs])
 
     @property
-    def _sessions(self) -> list[tuple[Session, ExitStack]]:
-        if not hasattr(self._local, "sessions"):
-            self._local.sessions = []
-        return self._local.sessions
+    def _tracers(self) -> list[tuple[Tracer, ExitStack]]:
+        if not hasattr(self._local, "tracers"):
+            self._local.tracers = []
+        return self._local.tracers
 
     def backward(
         self,
@@ -237,164 +227,73 @@ class GradientAccountant:
                 weights differ. No gradient is written then, unless the layer is the cause.
             TypeError: If ``group_ids`` is not int64, or ``example_weights`` not of floating point.
         """
-        if not self._sessions:
+        if not self._tracers:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
-        session = self._sessions[-1][0]
+        tracer = self._tracers[-1][0]
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
-            unread = session.passes[-1].unread if session.passes else ""
-            batch = batch_of(loss, loss_reduction, group_ids, batch_size, session.batch, unread)
+            unread = tracer.passes[-1].unread if tracer.passes else ""
+            batch = batch_of(loss, loss_reduction, group_ids, batch_size, tracer.batch, unread)
             check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
-            self._check_parallel(weight_grads, exact_groups)
+            check_parallel(self._model, weight_grads, exact_groups)
             root = loss.sum() if loss_reduction == "none" else loss
-            found = reached(root, session, session.parameters)
+            found = reached(root, tracer, tracer.parameters)
             mean = loss_reduction == "mean" and example_weights is None
-            watched = check_loss(session, found.nodes, batch, mean=mean)
-            if mistook := self._mistook(session, loss, batch, batch_size is not None):
+            watched = check_loss(tracer, found.nodes, batch, mean=mean)
+            if mistaken := mistook(self._known, tracer, loss, batch, batch_size is not None):
                 found = Reached(unseen=found.all, nodes=found.nodes)
-            self._check_sharded(session, found, exact_groups)
+            check_sharded(tracer, found, exact_groups)
         exact = exact_groups and weight_grads
-        calls = session.calls | found.uses  # the larger count of each
-        slow = found.unseen | self._known_slow(session, found)
-        several = batch_size is not None and not mistook
-        run = Run(batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several)
-        numbers = returned_by_model(session, loss, found.all) if mean and not watched and batch > 1 else []
-        own_mean = bool(numbers) and self._check != "never"
-        unchecked = self._unchecked(session, batch, found)
-        if slow or exact or own_mean or unchecked is not None:
-            outputs = outputs_of(session, root, loss if loss_reduction == "none" else None, found.all, run)
-            if own_mean and outputs is not None:
-                with kept_state(self._model):
-                    check_own_mean(session, loss, numbers, outputs, run)
-            if unchecked is not None:
-                self._compare(session, run, outputs, found, unchecked)
-            if slow or exact:
-                outputs = outputs or self._no_outputs(session, slow or found.all)
-                self._account_unseen(session, run, outputs, {} if mistook else found.unseen)
-            if exact and groups is not None and outputs is not None:
-                run.group_grad = exact_groups_of(session, run, outputs, found.all, groups)
+        calls = tracer.calls | found.uses  # the larger count of each
+        slow = found.unseen | ({} if self._check == "never" else known_slow(self._known, tracer, found))
+        several = batch_size is not None and not mistaken
+        backward = BackwardPass(
+            batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several
+        )
+        own = mean and not watched and batch > 1 and self._check != "never"
+        numbers = returned_by_model(tracer, loss, found.all) if own else []
+        sign = unchecked_signature(self._known, self._check, self._model, tracer, batch, found)
+        if slow or exact or numbers or sign is not None:
+            with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
+                outputs = outputs_of(tracer, root, loss if loss_reduction == "none" else None, found.all, backward)
+                if numbers and outputs is not None:
+                    check_own_mean(tracer, loss, numbers, outputs, backward)
+                if sign is not None:
+                    self._warned |= compare(self._known, tracer, backward, outputs, found, sign)
+                if slow or exact:
+                    outputs = outputs or no_outputs(tracer, slow or found.all)
+                    self._warn({} if mistaken else found.unseen, tracer, batch)
+                    account_examples(tracer, backward, outputs, slow)
+                if exact and groups is not None and outputs is not None:
+                    backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
-        inputs = list(found.seen.values()) if found.unseen and not run.weight_grads else None
+        inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
         try:
-            with session.accounting(run):
+            with tracer.accounting(backward):
+                tracer.unaccounted = None
                 if inputs is None or inputs:
                     root.backward(retain_graph=retain_graph, inputs=inputs)
                 with torch._C.DisableTorchFunction(), torch.no_grad():
-                    run.finish()
+                    backward.finish()
         finally:
             if not retain_graph:
-                session.calls.clear()
+                tracer.calls.clear()
                 with torch._C.DisableTorchFunction():
-                    session.drop_outputs(found.nodes)
+                    tracer.drop_outputs(found.nodes)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact:
-                add_to_grads(found.all, run.group_grad)
-            return account_of(session, run, groups if weight_grads else None, loss_reduction, example_weights)
-
-    def _check_parallel(self, weight_grads: bool, exact_groups: bool) -> None:
-        model = self._model
-        if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
-            for name, wrong, rule in (("weight_grads", not weight_grads, True), ("exact_groups", exact_groups, False)):
-                if wrong:
-                    raise ValueError(
-                        f"GradientAccountant: {name} must be {rule} while DistributedDataParallel synchronises "
-                        f"gradients, got {not rule}; call forward and backward inside model.no_sync()"
-                    )
-
-    def _check_sharded(self, session: Session, found: Reached, exact_groups: bool) -> None:
-        """Refuse what takes several backward passes: processes with fewer would leave the others waiting."""
-        if session.whole and exact_groups:
-            raise ValueError("GradientAccountant: exact_groups must be False after fully_shard, got True")
-        names = [name for name, p in session.named_parameters() if id(p) in found.unseen]
-        if session.whole and names:
-            raise ValueError(
-                f"GradientAccountant: the layers of {', '.join(names)} are not covered, and fully_shard allows no "
-                "backward pass per example; freeze them, or use DistributedDataParallel"
-            )
-
-    def _mistook(self, session: Session, loss: Tensor, batch: int, several: bool) -> bool:
-        """Return whether the examples were looked for in an input that has no row for each; remember the right one."""
-        for source in session.passes:
-            if source.rows in (None, batch):
-                continue
-            where = None
-            if batch in source.sizes:
-                self._known.input_of_examples = source.sizes.index(batch)
-                where = "another has {batch}, the number of examples"
-            elif several and source.rows % max(1, batch) and (loss.dim() or source.returned_rows(batch)):
-                where = "batch_size is {batch}, which does not divide that"
-            if where is not None:
-                warnings.warn(
-                    f"GradientAccountant: the model's first input has {source.rows} rows, and "
-                    f"{where.format(batch=batch)}: every layer takes a pass per example in this step; name inputs that "
-                    "are the same for all examples in shared_inputs",
-                    UserWarning,
-                    stacklevel=3,
-                )
-                return True
-        return False
+                add_to_grads(found.all, backward.group_grad)
+            return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
 
     @property
     def _known(self) -> Checked:
         return checked(self._model, (self._batch_dim, self._shared_inputs))
 
-    def _known_slow(self, session: Session, found: Reached) -> dict[int, nn.Parameter]:
-        if not self._known.slow or self._check == "never":
-            return {}
-        named = session.named_parameters()
-        return {id(p): p for name, p in named if name in self._known.slow and id(p) in found.seen}
-
-    def _unchecked(self, session: Session, batch: int, found: Reached) -> object | None:
-        """Return what this pass is remembered by, if it is to be checked."""
-        if self._check == "never" or batch < 2 or session.whole or not found.seen or found.reentrant:
-            return None
-        source = session.passes[-1] if session.passes else None
-        sign = signature(self._model, source, batch, found.seen)
-        # examples of several rows need not have as many in every batch
-        known = sign in self._known.signatures and all(source.rows in (None, batch) for source in session.passes)
-        return None if self._check == "first" and known else sign
-
-    def _compare(self, session: Session, run: Run, outputs: Outputs | None, found: Reached, unchecked: object) -> None:
-        """Add the covered parameters whose norms are not those of plain autograd to the slow ones, with a warning."""
-        if outputs is None:
-            if session.passes and not run.slow:
-                self._known.signatures.add(unchecked)
-                warnings.warn(_UNCHECKED, UserWarning, stacklevel=3)
-            return
-        parameters = {key: p for key, p in found.seen.items() if key not in run.slow}
-        if not parameters:
-            return
-        with kept_state(self._model):  # which checkpointing would update
-            wrong = different(session, run, outputs, parameters)
-        if wrong is None:
-            return
-        run.slow.update(wrong)
-        self._known.signatures.add(unchecked)
-        names = [name for name, p in session.named_parameters() if id(p) in wrong]
-        if names:
-            self._known.slow.update(names)
-            self._warned.update(names)
-            warnings.warn(_DISAGREE[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
-
-    def _no_outputs(self, session: Session, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
-        names = [name for name, p in session.named_parameters() if id(p) in parameters]
-        raise ValueError(
-            f"GradientAccountant: the loss depends on {', '.join(names)} in a way that cannot be told apart by "
-            "example: call the model inside the with, and give a loss that depends on what it returns alone; or "
-            "losses by example, with loss_reduction='none'"
-        )
-
-    def _account_unseen(
-        self, session: Session, run: Run, outputs: Outputs, uncovered: Mapping[int, nn.Parameter]
-    ) -> None:
-        """Account the slow parameters one example at a time, with a warning for those whose layers are not covered."""
-        if not run.slow:
-            return
-        named = session.named_parameters()
+    def _warn(self, uncovered: Mapping[int, nn.Parameter], tracer: Tracer, batch: int) -> None:
+        """Name the parameters that take a pass per example, once each."""
+        named = tracer.named_parameters()
         names = [name for name, p in named if id(p) in uncovered and name not in self._warned]
-        if names and run.batch:
+        if names and batch:
             self._warned.update(names)
             message = f"GradientAccountant: layers that are not covered take a pass per example, of {', '.join(names)}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        with kept_state(self._model):
-            account_examples(session, run, outputs, run.slow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,19 +12,35 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
+from memloc_ext.accounting.contributions import Rows
+from memloc_ext.accounting.following import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
-from memloc_ext.accounting.graph import Outputs, minimal
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.one_by_one import agree, by_example, gradients_of
-from memloc_ext.accounting.run import OneByOne, Run
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import Rows
+from memloc_ext.accounting.graph import Outputs, Reached, minimal
+from memloc_ext.accounting.per_example import agree, by_example, gradients_of
+from memloc_ext.accounting.tracer import Tracer
 
 _EXAMPLES = 2
 _random = random.Random(0)
 # how far a squared norm may be off: of itself, and of all parameters' together; rounding stays far below
 _TOLERANCE = {torch.float64: (1e-6, 1e-20), torch.float32: (2e-3, 1e-10)}
 _TOLERANCE_16_BITS = (0.1, 1e-4)
+# by whether the losses of examples depend on each other
+_DISAGREE = {
+    False: "GradientAccountant: a check of two examples found norms that disagree with autograd, of {}: from now on "
+    "these parameters take a pass per example; name inputs that are the same for all examples in shared_inputs, and "
+    "give batch_size only where each example has the same number of consecutive rows, as stack(..., 1).flatten(0, 1) "
+    "makes them",
+    True: "GradientAccountant: an example's loss depends on what the model returned for others, as a contrastive loss "
+    "does: the norms of {} are of each example's own loss and take a backward pass per example; give the sum of the "
+    "losses and loss_reduction='sum' for the gradient that flows through each example's own activations",
+}
+_UNCHECKED = (
+    "GradientAccountant: the loss depends on parameters in another way than through what the model returns for each "
+    "example, as with a load-balancing term: the norms are of the gradient that flows through each example's own "
+    "activations, and were not checked; account the loss without that term, or give losses by example and "
+    "loss_reduction='none'"
+)
 
 
 @dataclass
@@ -61,37 +78,37 @@ def signature(
 
 
 def outputs_of(
-    session: Session, root: Tensor, losses: Tensor | None, parameters: Mapping[int, nn.Parameter], run: Run
+    tracer: Tracer, root: Tensor, losses: Tensor | None, parameters: Mapping[int, nn.Parameter], backward: BackwardPass
 ) -> Outputs | None:
     """Return tensors whose rows are the examples and through which alone a loss depends on parameters, or None.
 
     Args:
-        session: That the loss was computed in.
+        tracer: That the loss was computed in.
         root: The loss.
         losses: By example, ``[batch, *]``, of which it is the sum; or None.
         parameters: By their ``id``.
-        run: Any backward pass of this batch.
+        backward: Any backward pass of this batch.
     """
     own = None
     if losses is not None:
-        own = Outputs([losses], [torch.ones_like(losses)], [Layout(0, 1, run.batch, 1)])
-    returned = [(t, source) for source in session.passes for t in source.outputs]
-    outputs = minimal(root, session, [t for t, _ in returned], parameters)
-    layouts = [session.output_layout(t, run) for t in outputs or ()]
-    if not outputs or None in layouts:
+        own = Outputs([losses], [torch.ones_like(losses)], [ExampleAxis(0, 1, backward.batch, 1)])
+    returned = [(t, source) for source in tracer.passes for t in source.outputs]
+    outputs = minimal(root, tracer, [t for t, _ in returned], parameters)
+    axes = [tracer.output_axis(t, backward) for t in outputs or ()]
+    if not outputs or None in axes:
         return own
-    with session.accounting(OneByOne(run, {})):
+    with tracer.accounting(GradientPass(backward, {})):
         cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
     sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
     source = next(iter(sources.values())) if len(sources) == 1 else None
-    result = Outputs(outputs, list(cotangents), [layout for layout in layouts if layout is not None], source)
-    if losses is not None and own is not None and _meet(losses, result, run):
+    result = Outputs(outputs, list(cotangents), [axis for axis in axes if axis is not None], source)
+    if losses is not None and own is not None and _meet(losses, result, backward):
         return replace(own, meeting=True)
     return result
 
 
 def different(
-    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
 ) -> dict[int, nn.Parameter] | None:
     """Return the parameters whose norms are not those of plain autograd; None if that cannot be told.
 
@@ -99,60 +116,62 @@ def different(
     depends on the other examples.
 
     Args:
-        session: That the layers are part of.
-        run: The backward pass that is to come.
+        tracer: That the layers are part of.
+        backward: The backward pass that is to come.
         outputs: What tells the examples apart.
         parameters: To be checked, by their ``id``.
     """
-    trial = run.trial()
-    gradients_of(session, trial, outputs, parameters)
+    trial = backward.trial()
+    gradients_of(tracer, trial, outputs, parameters)
     result: dict[int, nn.Parameter] = {}
     examples = _two_examples(trial, outputs)
     for example in examples:
-        plain = OneByOne(trial, parameters)
+        plain = GradientPass(trial, parameters)
         plain.constant_statistics = True
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
-        gradients = gradients_of(session, plain, outputs, parameters, chosen)
+        gradients = gradients_of(tracer, plain, outputs, parameters, chosen)
         exact = {key: float(Rows(gradient[None]).sqnorm()[0]) for key, gradient in gradients.items()}
         total = sum(exact.values())
         if not math.isfinite(total):  # another example's NaN, times zero
             return None
         for key, p in parameters.items():
-            tolerance = _TOLERANCE_16_BITS if session.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
+            tolerance = _TOLERANCE_16_BITS if tracer.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
             own, other = float(trial.sqnorm[key][example]) if key in trial.sqnorm else 0.0, exact.get(key, 0.0)
             if not abs(own - other) <= tolerance[0] * max(own, other) + tolerance[1] * total:
                 result[key] = p
     return result if examples else None
 
 
-def _meet(losses: Tensor, outputs: Outputs, run: Run) -> bool:
+def _meet(losses: Tensor, outputs: Outputs, backward: BackwardPass) -> bool:
     """Return whether an example's loss depends on what the model returned for others, as a contrastive one does."""
-    for example in _two_examples(run, outputs):
+    for example in _two_examples(backward, outputs):
         gradients = torch.autograd.grad(losses[example].sum(), outputs.tensors, retain_graph=True, allow_unused=True)
-        for gradient, layout in zip(gradients, outputs.layouts, strict=True):
+        for gradient, axis in zip(gradients, outputs.axes, strict=True):
             if gradient is not None:
-                others = run.place(layout).first(gradient.contiguous()).abs() > 0  # False for NaN
+                others = backward.place(axis).first(gradient.contiguous()).abs() > 0  # False for NaN
                 others[example] = False
                 if others.any():
                     return True
     return False
 
 
-def returned_by_model(session: Session, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> list[Tensor]:
+def returned_by_model(tracer: Tracer, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> list[Tensor]:
     """Return the single numbers, returned by the model, through which alone a loss depends on parameters; or none."""
-    numbers = [t for source in session.passes for t in source.numbers]
-    return (minimal(loss, session, numbers, parameters) or []) if numbers else []
+    numbers = [t for source in tracer.passes for t in source.numbers]
+    return (minimal(loss, tracer, numbers, parameters) or []) if numbers else []
 
 
-def check_own_mean(session: Session, loss: Tensor, numbers: Sequence[Tensor], outputs: Outputs, run: Run) -> None:
+def check_own_mean(
+    tracer: Tracer, loss: Tensor, numbers: Sequence[Tensor], outputs: Outputs, backward: BackwardPass
+) -> None:
     """Refuse a loss that the model returned and that is not the mean of its examples' own, by two of them alone.
 
     Args:
-        session: That the loss was computed in.
+        tracer: That the loss was computed in.
         loss: Computed from what the model returned.
         numbers: Which it depends on, see `returned_by_model`.
         outputs: What tells the examples apart.
-        run: Any backward pass of this batch.
+        backward: Any backward pass of this batch.
 
     Raises:
         ValueError: If an example alone has another gradient of the loss by the model's output.
@@ -161,21 +180,21 @@ def check_own_mean(session: Session, loss: Tensor, numbers: Sequence[Tensor], ou
     if source is None or not source.closed or not all(any(t is own for own in source.numbers) for t in numbers):
         return
     factors = torch.autograd.grad(loss, numbers, retain_graph=True)
-    inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
-    layouts = [run.place(layout) for layout in outputs.layouts]
-    for example in _two_examples(run, outputs):
+    inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
+    axes = [backward.place(axis) for axis in outputs.axes]
+    for example in _two_examples(backward, outputs):
         try:
-            with session.not_looking(), torch.enable_grad():
-                found = source.again([*numbers, *outputs.tensors], [t[example] for t in inputs], run.batch, {})
+            with tracer.not_looking(), torch.enable_grad():
+                found = source.again([*numbers, *outputs.tensors], [t[example] for t in inputs], backward.batch, {})
                 own, alone = found[: len(numbers)], found[len(numbers) :]
                 gradients = torch.autograd.grad(own, alone, factors)
         except Exception:  # a model that takes whole batches only
             return
-        for i, layout in enumerate(layouts):
+        for i, axis in enumerate(axes):
             both = (outputs.tensors[i].detach(), outputs.cotangents[i])
-            whole, part = (layout.first(t.contiguous())[[example]] for t in both)
-            output, gradient = (layout.alone().first(t.detach()) for t in (alone[i], gradients[i]))
-            if agree(output, whole, session.coarse) and not agree(gradient, run.batch * part, session.coarse):
+            whole, part = (axis.first(t.contiguous())[[example]] for t in both)
+            output, gradient = (axis.alone().first(t.detach()) for t in (alone[i], gradients[i]))
+            if agree(output, whole, tracer.coarse) and not agree(gradient, backward.batch * part, tracer.coarse):
                 raise ValueError(
                     "GradientAccountant: loss_reduction='mean' needs the mean of the examples' own losses, but the "
                     "model returned one that weights them in another way, as a mean over tokens of unequal numbers "
@@ -183,13 +202,77 @@ def check_own_mean(session: Session, loss: Tensor, numbers: Sequence[Tensor], ou
                 )
 
 
-def _two_examples(run: Run, outputs: Outputs) -> list[int]:
+def _two_examples(backward: BackwardPass, outputs: Outputs) -> list[int]:
     """Return two examples, of those that have a finite part in the loss."""
     sizes = torch.stack(
         [
-            run.place(layout).first(t.contiguous()).reshape(run.batch, -1).double().abs().sum(1)
-            for t, layout in zip(outputs.cotangents, outputs.layouts, strict=True)
+            backward.place(axis).first(t.contiguous()).reshape(backward.batch, -1).double().abs().sum(1)
+            for t, axis in zip(outputs.cotangents, outputs.axes, strict=True)
         ]
     ).sum(0)
     candidates = (sizes.isfinite() & (sizes > 0)).nonzero().flatten().tolist()
     return _random.sample(candidates, min(_EXAMPLES, len(candidates)))
+
+
+def mistook(known: Checked, tracer: Tracer, loss: Tensor, batch: int, several: bool) -> bool:
+    """Return whether the examples were looked for in an input that has no row for each; remember the right one."""
+    for source in tracer.passes:
+        if source.rows in (None, batch):
+            continue
+        where = None
+        if batch in source.sizes:
+            known.input_of_examples = source.sizes.index(batch)
+            where = "another has {batch}, the number of examples"
+        elif several and source.rows % max(1, batch) and (loss.dim() or source.returned_rows(batch)):
+            where = "batch_size is {batch}, which does not divide that"
+        if where is not None:
+            warnings.warn(
+                f"GradientAccountant: the model's first input has {source.rows} rows, and "
+                f"{where.format(batch=batch)}: every layer takes a pass per example in this step; name inputs that "
+                "are the same for all examples in shared_inputs",
+                UserWarning,
+                stacklevel=3,
+            )
+            return True
+    return False
+
+
+def known_slow(known: Checked, tracer: Tracer, found: Reached) -> dict[int, nn.Parameter]:
+    """Return the covered parameters whose norms were found to be wrong before."""
+    named = tracer.named_parameters() if known.slow else ()
+    return {id(p): p for name, p in named if name in known.slow and id(p) in found.seen}
+
+
+def unchecked_signature(
+    known: Checked, check: str, model: nn.Module, tracer: Tracer, batch: int, found: Reached
+) -> object | None:
+    """Return what a pass is remembered by, if it is to be checked."""
+    if check == "never" or batch < 2 or tracer.whole or not found.seen or found.reentrant:
+        return None
+    source = tracer.passes[-1] if tracer.passes else None
+    sign = signature(model, source, batch, found.seen)
+    # examples of several rows need not have as many in every batch
+    done = sign in known.signatures and all(source.rows in (None, batch) for source in tracer.passes)
+    return None if check == "first" and done else sign
+
+
+def compare(
+    known: Checked, tracer: Tracer, backward: BackwardPass, outputs: Outputs | None, found: Reached, sign: object
+) -> set[str]:
+    """Add the covered parameters whose norms are not those of plain autograd to the slow ones; return their names."""
+    if outputs is None:
+        if tracer.passes and not backward.slow:
+            known.signatures.add(sign)
+            warnings.warn(_UNCHECKED, UserWarning, stacklevel=3)
+        return set()
+    parameters = {key: p for key, p in found.seen.items() if key not in backward.slow}
+    wrong = different(tracer, backward, outputs, parameters) if parameters else None
+    if wrong is None:
+        return set()
+    backward.slow.update(wrong)
+    known.signatures.add(sign)
+    names = [name for name, p in tracer.named_parameters() if id(p) in wrong]
+    known.slow.update(names)
+    if names:
+        warnings.warn(_DISAGREE[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
+    return set(names)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc_ext.accounting.backward_pass import BackwardPass
+from memloc_ext.accounting.following import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
-from memloc_ext.accounting.layer import Rule
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Run
-from memloc_ext.accounting.session import Session
+from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.tracer import Tracer
 
 
 @dataclass
@@ -47,13 +47,13 @@ class Reached:
 
 
 def reached(
-    root: Tensor, session: Session, parameters: Mapping[int, nn.Parameter], stop_at: Sequence[Tensor] = ()
+    root: Tensor, tracer: Tracer, parameters: Mapping[int, nn.Parameter], stop_at: Sequence[Tensor] = ()
 ) -> Reached:
     """Walk from a tensor down to the parameters it depends on.
 
     Args:
         root: Where to start.
-        session: Whose layers tell their parameters; to those of another one belongs what it belongs to without.
+        tracer: Whose layers tell their parameters; to those of another one belongs what it belongs to without.
         parameters: Those of interest, by ``id``.
         stop_at: Tensors that the walk does not go below.
     """
@@ -70,9 +70,9 @@ def reached(
             continue
         found.nodes.add(node)
         edges = list(node.next_functions)
-        rule = getattr(node, "rule", None)
-        if isinstance(rule, Rule) and rule.session is session:
-            edges = _below(rule, edges, found)
+        layer = getattr(node, "layer", None)
+        if isinstance(layer, LayerFunction) and layer.tracer is tracer:
+            edges = _below(layer, edges, found)
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) in parameters:
             found.unseen[id(variable)] = variable
         pending += edges
@@ -81,10 +81,10 @@ def reached(
     return found
 
 
-def _below(rule: Rule, edges: Sequence[tuple[Any, int]], found: Reached) -> list[tuple[Any, int]]:
+def _below(layer: LayerFunction, edges: Sequence[tuple[Any, int]], found: Reached) -> list[tuple[Any, int]]:
     """Return the edges below a layer, its parameters left out, which are taken note of."""
     below = []
-    for weight, edge in zip([rule.weights[i] for i in rule.given], edges, strict=True):
+    for weight, edge in zip([layer.weights[i] for i in layer.given], edges, strict=True):
         if weight is None or weight.derived is not None:
             below.append(edge)
         else:
@@ -100,38 +100,38 @@ class Outputs:
     Attributes:
         tensors: A row per example.
         cotangents: Of the loss by each.
-        layouts: Where the examples are in each.
+        axes: Where the examples are in each.
         source: The call of the model that returned them, or None.
         meeting: Whether the tensors are losses by example, of which one depends on what the model returned for others.
     """
 
     tensors: list[Tensor]
     cotangents: list[Tensor]
-    layouts: list[Layout]
+    axes: list[ExampleAxis]
     source: ForwardPass | None = None
     meeting: bool = False
 
-    def of(self, run: Run, chosen: Tensor) -> list[Tensor]:
+    def of(self, backward: BackwardPass, chosen: Tensor) -> list[Tensor]:
         """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""
         result = []
-        for cotangent, layout in zip(self.cotangents, self.layouts, strict=True):
+        for cotangent, axis in zip(self.cotangents, self.axes, strict=True):
             part = torch.zeros_like(cotangent, memory_format=torch.contiguous_format)
-            to, source = (run.place(layout).first(t) for t in (part, cotangent.contiguous()))
+            to, source = (backward.place(axis).first(t) for t in (part, cotangent.contiguous()))
             to[chosen] = source[chosen]
             result.append(part)
         return result
 
 
 def minimal(
-    root: Tensor, session: Session, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
+    root: Tensor, tracer: Tracer, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
 ) -> list[Tensor] | None:
     """Return the outputs through which alone a loss depends on the parameters, none through another; else None."""
-    found = reached(root, session, parameters, outputs)
+    found = reached(root, tracer, parameters, outputs)
     chosen = [outputs[i] for i in sorted(found.stops)]
     if found.seen or found.unseen:
         return None
     for t in chosen:
         others = [other for other in chosen if other is not t]
-        if reached(t, session, {}, others).stops:
+        if reached(t, tracer, {}, others).stops:
             return None
     return chosen

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.layout import Layout
+from memloc_ext.accounting.following import ExampleAxis
 
 if TYPE_CHECKING:
-    from memloc_ext.accounting.session import Session
+    from memloc_ext.accounting.tracer import Tracer
 
 MEANS = frozenset((F.cross_entropy, F.nll_loss, F.mse_loss, getattr(F, "linear_cross_entropy", F.cross_entropy)))
 """Functions whose ``mean`` divides by a sum of weights that differs between examples."""
@@ -30,14 +30,14 @@ class _Mean:
 
     Attributes:
         name: Of the function.
-        layout: Of ``target``, or of ``weight`` if there is no target.
+        axis: Of ``target``, or of ``weight`` if there is no target.
         target: Class indices, or None if ``weight`` has the shape of the losses.
         weight: By class, or None.
         ignore_index: Of the targets that do not count.
     """
 
     name: str
-    layout: Layout
+    axis: ExampleAxis
     target: Tensor | None
     weight: Tensor | None
     ignore_index: int
@@ -49,36 +49,36 @@ class _Mean:
             counted = self.target != self.ignore_index
             weights = counted if weights is None else weights[self.target.where(counted, 0).long()] * counted
         assert weights is not None
-        return self.layout.of(batch).first(weights.double()).reshape(batch, -1).sum(1)
+        return self.axis.of(batch).first(weights.double()).reshape(batch, -1).sum(1)
 
 
-def remember_mean(session: Session, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+def remember_mean(tracer: Tracer, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
     """Note on its node of the graph a call of a function of `MEANS`, whose arguments are as PyTorch hands them on."""
     by_reduction = kwargs["reduction"] == "mean" and kwargs.get("size_average") is kwargs.get("reduce") is None
-    layout, target, weight = session.layout(args[0]), args[-1], kwargs.get("weight")
-    if not by_reduction or not result.requires_grad or layout is None or layout.batch < 2:
+    axis, target, weight = tracer.axis(args[0]), args[-1], kwargs.get("weight")
+    if not by_reduction or not result.requires_grad or axis is None or axis.batch < 2:
         return
     if func is F.mse_loss:
         target = None
         if weight is None:
             return
-    elif target.is_floating_point() or layout.dim == 1:  # probabilities: a mean over the rows
+    elif target.is_floating_point() or axis.dim == 1:  # probabilities: a mean over the rows
         return
     else:
-        layout = replace(layout, dim=max(0, layout.dim - 1))  # targets have no dimension of classes
+        axis = replace(axis, dim=max(0, axis.dim - 1))  # targets have no dimension of classes
     index = kwargs.get("ignore_index")
-    mean = _Mean(func.__name__, layout, target, weight, -100 if index is None else index)
+    mean = _Mean(func.__name__, axis, target, weight, -100 if index is None else index)
     node: Any = result.grad_fn
-    node.metadata[session] = mean  # lives as long as the graph
+    node.metadata[tracer] = mean  # lives as long as the graph
 
 
-def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bool) -> bool:
+def check_loss(tracer: Tracer, nodes: Collection[Any], batch: int, *, mean: bool) -> bool:
     """Refuse a gradient penalty, and a mean in which examples have unequal weights, by the nodes of a loss's graph.
 
     Returns whether there is such a mean and its weights are equal.
 
     Args:
-        session: That the loss was computed in.
+        tracer: That the loss was computed in.
         nodes: Of the graph.
         batch: Number of examples.
         mean: Whether the loss is to be a mean over the examples.
@@ -87,8 +87,8 @@ def check_loss(session: Session, nodes: Collection[Any], batch: int, *, mean: bo
     for node in nodes:
         if type(node).__name__ == "Error":
             raise ValueError(TWICE)
-        call = node.metadata.get(session) if mean else None
-        if call is not None and batch > 0 and call.layout.batch % batch == 0:
+        call = node.metadata.get(tracer) if mean else None
+        if call is not None and batch > 0 and call.axis.batch % batch == 0:
             _check_mean(call, batch)
             found = True
     return found

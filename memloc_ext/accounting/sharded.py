@@ -1,13 +1,15 @@
-"""Models that keep a part of each parameter: while a module of them runs, it has the whole ones in their place."""
+"""Models that several processes share, whole ones or, after `fully_shard`, parts of each parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from memloc_ext.accounting.session import Session
+from memloc_ext.accounting.graph import Reached
+from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import flattened, fully_sharded, is_part
 
 
@@ -27,11 +29,11 @@ def gathering(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def watch(session: Session, name: str, module: nn.Module, others: Collection[str]) -> RemovableHandle:
-    """Have the session told of the parameters that a fully sharded module runs with.
+def watch(tracer: Tracer, name: str, module: nn.Module, others: Collection[str]) -> RemovableHandle:
+    """Have the tracer told of the parameters that a fully sharded module runs with.
 
     Args:
-        session: To be told.
+        tracer: To be told.
         name: Of the module in the model.
         module: Its own hook gathers its parameters before this one is called.
         others: Names of all fully sharded modules; each gathers what is in it and in no smaller one.
@@ -43,7 +45,7 @@ def watch(session: Session, name: str, module: nn.Module, others: Collection[str
     def gathered(module: nn.Module, _: object) -> None:
         whole = {prefix + parameter: module.get_parameter(parameter) for parameter in own}
         _refuse_parts([parameter for parameter, t in whole.items() if is_part(t)])
-        session.use_whole(whole)
+        tracer.use_whole(whole)
 
     return module.register_forward_pre_hook(gathered)
 
@@ -58,3 +60,26 @@ def _refuse_parts(names: list[str]) -> None:
 
 def _inside(name: str, modules: Collection[str]) -> bool:
     return any(not module or name.startswith(f"{module}.") for module in modules)
+
+
+def check_parallel(model: nn.Module, weight_grads: bool, exact_groups: bool) -> None:
+    """Refuse what `DistributedDataParallel` would wait for in vain."""
+    if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
+        for name, wrong, rule in (("weight_grads", not weight_grads, True), ("exact_groups", exact_groups, False)):
+            if wrong:
+                raise ValueError(
+                    f"GradientAccountant: {name} must be {rule} while DistributedDataParallel synchronises "
+                    f"gradients, got {not rule}; call forward and backward inside model.no_sync()"
+                )
+
+
+def check_sharded(tracer: Tracer, found: Reached, exact_groups: bool) -> None:
+    """Refuse what takes several backward passes: processes with fewer would leave the others waiting."""
+    if tracer.whole and exact_groups:
+        raise ValueError("GradientAccountant: exact_groups must be False after fully_shard, got True")
+    names = [name for name, p in tracer.named_parameters() if id(p) in found.unseen]
+    if tracer.whole and names:
+        raise ValueError(
+            f"GradientAccountant: the layers of {', '.join(names)} are not covered, and fully_shard allows no "
+            "backward pass per example; freeze them, or use DistributedDataParallel"
+        )

@@ -1,3 +1,6 @@
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from accounted import Model, parameter, targets
@@ -86,6 +89,28 @@ def test_parameters_that_the_loss_does_not_depend_on_have_zeros() -> None:
         assert torch.equal(result.sqnorm[name], torch.zeros(B))
         assert not result.group_grad[name].any()
     assert net[2].weight.grad is None
+
+
+def test_norms_over_all_parameters() -> None:
+    net = model()
+    with GradientAccountant(net) as accountant:
+        account = accountant.backward(net(X).square().mean())
+    expected = torch.stack(list(account.sqnorm.values())).sum(0)
+    torch.testing.assert_close(account.total_sqnorm, expected)
+    torch.testing.assert_close(account.norms, expected.sqrt())
+
+
+@pytest.mark.parametrize("call", [torch.Tensor.backward, torch.autograd.backward])
+def test_a_plain_backward_pass_is_told_of(call: Callable[[torch.Tensor], None]) -> None:
+    net = model()
+    accountant = GradientAccountant(net)
+    with pytest.warns(UserWarning, match=r"accountant\.backward"), accountant:
+        call(net(X).mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with accountant:  # one is accounted too
+            accountant.backward(net(X).square().mean())
+            call(net(X).mean())
 
 
 def test_results_take_no_part_in_autograd() -> None:

@@ -11,7 +11,7 @@ UNKNOWN = object()
 """Of a tensor that nothing is remembered of."""
 
 
-class Places:
+class TensorMemory:
     """What is known of tensors, by identity; plain dictionaries compare tensors, and those of PyTorch are slow."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExampleAxis:
     """Place of the examples: index ``(i * batch + b) * after + j`` of dimension ``dim`` belongs to example ``b``.
 
     Attributes:
@@ -35,16 +35,16 @@ class Layout:
         """Whether the tensor is ``[batch * after, *]``, so that an example's part is a slice of it."""
         return self.dim == 0 and self.before == 1
 
-    def of(self, batch: int) -> Layout:
-        """Return the layout for fewer examples, each of which takes the place of several."""
+    def of(self, batch: int) -> ExampleAxis:
+        """Return the axis for fewer examples, each of which takes the place of several."""
         return replace(self, batch=batch, after=self.after * (self.batch // batch))
 
-    def at(self, dim: int, t: Tensor) -> Layout:
-        """Return the layout with the examples in a dimension, if there is but one: all is its own; else this one."""
-        return Layout(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
+    def at(self, dim: int, t: Tensor) -> ExampleAxis:
+        """Return the axis with the examples in a dimension, if there is but one: all is its own; else this one."""
+        return ExampleAxis(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
 
     def first(self, t: Tensor) -> Tensor:
-        """Return activations of this layout as ``[batch, *]``."""
+        """Return activations of this axis as ``[batch, *]``."""
         if self.before == self.after == 1:
             return t.movedim(self.dim, 0)
         return t.unflatten(self.dim, (self.before, self.batch, self.after)).movedim(self.dim + 1, 0)
@@ -59,12 +59,12 @@ class Layout:
             return rows
         return rows.unflatten(0, (self.before, self.batch, self.after)).sum((0, 2))
 
-    def alone(self) -> Layout:
-        """Return the layout of the same activations of one example."""
+    def alone(self) -> ExampleAxis:
+        """Return the axis of the same activations of one example."""
         return replace(self, batch=1)
 
-    def behind(self) -> Layout:
-        """Return the layout behind one more dimension."""
+    def behind(self) -> ExampleAxis:
+        """Return the axis behind one more dimension."""
         return replace(self, dim=self.dim + 1)
 
 
@@ -92,7 +92,7 @@ class Owners:
 
 
 @dataclass(frozen=True)
-class Picked(Layout):
+class Picked(ExampleAxis):
     """Rows in any order and number: index ``r`` of dimension ``dim`` belongs to example ``owners.ids[r]``."""
 
     owners: Owners
@@ -104,15 +104,15 @@ class Picked(Layout):
 
     @property
     def rows_first(self) -> bool:
-        """See `Layout`."""
+        """See `ExampleAxis`."""
         return False
 
-    def of(self, batch: int) -> Layout:
-        """See `Layout`."""
+    def of(self, batch: int) -> ExampleAxis:
+        """See `ExampleAxis`."""
         return replace(self, batch=batch, owners=Owners(self.owners.ids // (self.batch // batch), batch))
 
     def owner(self, index: Tensor) -> Tensor:
-        """See `Layout`."""
+        """See `ExampleAxis`."""
         return self.owners.ids[index]
 
     def first(self, t: Tensor) -> Tensor:
@@ -122,20 +122,20 @@ class Picked(Layout):
         return found.masked_fill(empty.reshape(*empty.shape, *[1] * (t.dim() - 1)), 0).movedim(1, self.dim + 1)
 
     def summed(self, rows: Tensor) -> Tensor:
-        """See `Layout`."""
+        """See `ExampleAxis`."""
         return rows.new_zeros(self.batch, *rows.shape[1:]).index_add_(0, self.owners.ids, rows)
 
 
-def picked(layout: Layout, numbers: Tensor) -> Layout | None:
-    """Return the layout of rows that were picked by their numbers; None if there are several in a row."""
+def picked(axis: ExampleAxis, numbers: Tensor) -> ExampleAxis | None:
+    """Return the axis of rows that were picked by their numbers; None if there are several in a row."""
     if not numbers.numel() or not numbers.dim():
         return None
     rows = numbers.reshape(len(numbers), -1)
     if not bool((rows == rows[:, :1]).all()):
         return None
-    ids, batch = layout.owner(rows[:, 0]), layout.batch
+    ids, batch = axis.owner(rows[:, 0]), axis.batch
     if len(ids) % batch == 0 and torch.equal(
         ids, torch.arange(batch, device=ids.device).repeat_interleave(len(ids) // batch)
     ):
-        return Layout(0, 1, batch, len(ids) // batch)
+        return ExampleAxis(0, 1, batch, len(ids) // batch)
     return Picked(0, 1, batch, 1, Owners(ids, batch))

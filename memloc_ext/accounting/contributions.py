@@ -13,11 +13,10 @@ from memloc_ext import ops
 from memloc_ext.ops import Groups
 from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
-_Geometry = tuple[list[int], list[int], list[int], list[int]]
 BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
 
 
-class Use:
+class Contribution:
     """One use of a parameter, or of a view of it, by a batch.
 
     Attributes:
@@ -52,7 +51,7 @@ class Use:
         return self.sqnorm(), sums
 
 
-class Rows(Use):
+class Rows(Contribution):
     """Gradients that are small enough to be there, as those of a bias or of a normalisation are.
 
     Args:
@@ -65,27 +64,27 @@ class Rows(Use):
         self.dtype, self.device = accumulated(gradients.dtype), gradients.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         return self.rows[begin:end].to(self.dtype)
 
     def total(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         return self.rows.sum(0)
 
     def sqnorm(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         if self._sqnorm is None:
             self._sqnorm = row_sqnorms(self.rows.reshape(self.batch, math.prod(self.shape)))
         return self._sqnorm
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Use`."""
+        """See `Contribution`."""
         if groups.num > 16:  # many small groups
             return super().sqnorm_and_groups(groups)
         return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
 
 
-class LinearUse(Use):
+class LinearContribution(Contribution):
     """A linear layer's weight ``[out, in]``.
 
     Args:
@@ -101,117 +100,28 @@ class LinearUse(Use):
         self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
         return g.transpose(1, 2) @ x
 
     def total(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         return self.grad_output.flatten(0, -2).t() @ self.input.flatten(0, -2)
 
     def sqnorm(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         if self._bias is not None:
             return row_sqnorms(self.input) * self._bias.sqnorm()
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Use`."""
+        """See `Contribution`."""
         if self._bias is not None:
             return self.sqnorm(), linear_group_grad(self.input, self.grad_output, groups)
         return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
 
 
-class ConvolutionUse(Use):
-    """A convolution's weight; see `torch.nn.functional.conv2d` and its like.
-
-    Args:
-        input: ``[batch, in, *]`` with one, two or three dimensions of pixels.
-        grad_output: ``[batch, out, *]``, of the same dtype.
-        shape: Of the weight.
-        stride: A number per dimension of pixels, as are ``padding``, ``dilation`` and ``output_padding``.
-        padding: See ``stride``.
-        dilation: See ``stride``.
-        groups: Divides the channels.
-        transposed: Whether it is a transposed convolution.
-        output_padding: Of a transposed convolution.
-        repeats: Images of an example, one behind the other.
-    """
-
-    def __init__(
-        self,
-        input: Tensor,
-        grad_output: Tensor,
-        shape: torch.Size,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        transposed: bool = False,
-        output_padding: Sequence[int] = (),
-        repeats: int = 1,
-    ) -> None:
-        self.input, self.grad_output = input, grad_output
-        self.geometry = list(stride), list(padding), list(dilation)
-        self.groups, self.transposed, self.output_padding = (
-            groups,
-            transposed,
-            list(output_padding) or [0] * len(stride),
-        )
-        self.repeats = repeats
-        self.batch, self.shape = len(input) // repeats, shape
-        self.dtype, self.device = accumulated(input.dtype), input.device
-
-    def _weight_gradient(self, input: Tensor, grad_output: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-        weight = input.new_empty(1).expand(shape)  # only its shape is read
-        stride, padding, dilation = self.geometry
-        settings = (stride, padding, dilation, self.transposed, self.output_padding, groups)
-        return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *settings, [False, True, False])[1]
-
-    def gradients(self, begin: int, end: int) -> Tensor:
-        """Return each example's gradient, as one convolution whose groups are the examples."""
-        images = slice(begin * self.repeats, end * self.repeats)
-        x, g = self.input[images].to(self.dtype), self.grad_output[images].to(self.dtype)
-        n = len(x)
-        merged = self._weight_gradient(
-            x.flatten(0, 1)[None], g.flatten(0, 1)[None], (n * self.shape[0], *self.shape[1:]), n * self.groups
-        )
-        return merged.reshape(n // self.repeats, self.repeats, *self.shape).sum(1)
-
-    def total(self) -> Tensor:
-        """See `Use`."""
-        return self._weight_gradient(self.input, self.grad_output, self.shape, self.groups)
-
-    def _planar(self) -> tuple[Tensor, Tensor, _Geometry] | None:
-        """Return input, gradient and (kernel size, stride, padding, dilation) of an equal 2-d convolution."""
-        if self.transposed or self.input.dim() > 4 or self.repeats > 1:
-            return None
-        x, g, kernel, geometry = self.input, self.grad_output, list(self.shape[2:]), self.geometry
-        if x.dim() == 3:
-            x, g = x.unsqueeze(2), g.unsqueeze(2)
-            stride, padding, dilation = geometry
-            kernel, geometry = [1, *kernel], ([1, *stride], [0, *padding], [1, *dilation])
-        return x, g, (kernel, *geometry)
-
-    def sqnorm(self) -> Tensor:
-        """See `Use`."""
-        planar = self._planar()
-        if planar is None:
-            return super().sqnorm()
-        x, g, geometry = planar
-        return ops.conv2d_grad_sqnorm(x, g, *geometry, self.groups)
-
-    def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Use`."""
-        planar = self._planar()
-        if planar is None:
-            return super().sqnorm_and_groups(groups)
-        x, g, geometry = planar
-        sqnorm, sums = ops.conv2d_grad_sqnorm_groups(x, g, groups, None, *geometry, self.groups)
-        return sqnorm, sums.reshape(groups.num, *self.shape)
-
-
-class EmbeddingUse(Use):
+class EmbeddingContribution(Contribution):
     """Rows of a table ``[num, dim]``; a linear layer of one-hot inputs.
 
     Args:
@@ -234,13 +144,13 @@ class EmbeddingUse(Use):
         return rows.new_zeros(num, self.shape[1]).index_add_(0, keys.flatten(), rows)
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
-        part = EmbeddingUse(self.indices[begin:end], self.grad_output[begin:end], self.shape[0], -1)
+        """See `Contribution`."""
+        part = EmbeddingContribution(self.indices[begin:end], self.grad_output[begin:end], self.shape[0], -1)
         first = torch.arange(end - begin, device=self.device)[:, None] * self.shape[0]
         return part._sums(part.indices + first, (end - begin) * self.shape[0]).reshape(-1, *self.shape)
 
     def total(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         return self._sums(self.indices, self.shape[0])
 
     def sqnorm(self) -> Tensor:
@@ -253,37 +163,36 @@ class EmbeddingUse(Use):
         )
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Use`."""
+        """See `Contribution`."""
         sums = self._sums(self.indices + groups.ids[:, None] * self.shape[0], groups.num * self.shape[0])
         return self.sqnorm(), sums.reshape(groups.num, *self.shape)
 
 
-def combined_sqnorm(uses: Sequence[Use]) -> Tensor:
+def combined_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
     """Return the squared norm of each example's gradient of one parameter that was used several times, ``[batch]``.
 
     Cross terms are included: the uses of a linear layer are concatenated over their positions, and so are those of an
     embedding; between a linear layer and an embedding of the same table, row ``i`` of the one meets index ``i`` of the
     other. Anything else is materialised, a few examples at a time.
     """
-    if len(uses) == 1:
-        return uses[0].sqnorm()
-    linear = [use for use in uses if isinstance(use, LinearUse)]
-    lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
-    if len(linear) + len(lookups) < len(uses) or len({use.dtype for use in uses}) > 1:
-        return materialised_sqnorm(uses)
-    norms = uses[0].sqnorm().new_zeros(uses[0].batch)
+    if len(contributions) == 1:
+        return contributions[0].sqnorm()
+    linear = [c for c in contributions if isinstance(c, LinearContribution)]
+    lookups = [c for c in contributions if isinstance(c, EmbeddingContribution)]
+    if len(linear) + len(lookups) < len(contributions) or len({c.dtype for c in contributions}) > 1:
+        return materialised_sqnorm(contributions)
+    norms = contributions[0].sqnorm().new_zeros(contributions[0].batch)
     x = g = None
     if linear:
-        dtype = functools.reduce(torch.promote_types, (use.input.dtype for use in linear))
+        dtype = functools.reduce(torch.promote_types, (c.input.dtype for c in linear))
         x, g = (
-            torch.cat([_positions(getattr(use, name)).to(dtype) for use in linear], 1)
-            for name in ("input", "grad_output")
+            torch.cat([_positions(getattr(c, name)).to(dtype) for c in linear], 1) for name in ("input", "grad_output")
         )
         norms += ops.linear_grad_sqnorm(x, g)
     if lookups:
-        rows = torch.cat([use.grad_output.to(use.dtype) for use in lookups], 1)
-        indices = torch.cat([use.indices for use in lookups], 1)
-        norms += EmbeddingUse(indices, rows, lookups[0].shape[0], -1).sqnorm()
+        rows = torch.cat([c.grad_output.to(c.dtype) for c in lookups], 1)
+        indices = torch.cat([c.indices for c in lookups], 1)
+        norms += EmbeddingContribution(indices, rows, lookups[0].shape[0], -1).sqnorm()
         if x is not None and g is not None:
             for begin, end in chunks(len(x), (indices.shape[1], x.shape[1]), rows.dtype):
                 meeting = rows[begin:end] @ x[begin:end].to(rows.dtype).transpose(1, 2)  # [n, tokens, positions]
@@ -293,20 +202,20 @@ def combined_sqnorm(uses: Sequence[Use]) -> Tensor:
     return norms.clamp_(min=0)  # the cross term cancels, down to rounding below zero
 
 
-def materialised_sqnorm(uses: Sequence[Use]) -> Tensor:
+def materialised_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
     """Return the squared norms of the sums of the uses' gradients, ``[batch]``, a few examples at a time."""
-    first = uses[0]
+    first = contributions[0]
     norms = torch.zeros(first.batch, dtype=first.dtype, device=first.device)
     for begin, end in chunks(first.batch, first.shape, first.dtype):
-        norms[begin:end] = Rows(sum_of_gradients(uses, begin, end)).sqnorm()
+        norms[begin:end] = Rows(sum_of_gradients(contributions, begin, end)).sqnorm()
     return norms
 
 
-def sum_of_gradients(uses: Sequence[Use], begin: int, end: int) -> Tensor:
+def sum_of_gradients(contributions: Sequence[Contribution], begin: int, end: int) -> Tensor:
     """Return the gradients of examples ``begin`` to ``end`` of one parameter, ``[end - begin, *shape]``."""
-    gradient = uses[0].gradients(begin, end)
-    for use in uses[1:]:
-        gradient = gradient + use.gradients(begin, end)
+    gradient = contributions[0].gradients(begin, end)
+    for contribution in contributions[1:]:
+        gradient = gradient + contribution.gradients(begin, end)
     return gradient
 
 

@@ -9,41 +9,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.layer import Rule
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Repeated, Weight
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import EmbeddingUse
+from memloc_ext.accounting.backward_pass import ParameterView, Repeated
+from memloc_ext.accounting.contributions import EmbeddingContribution
+from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.tracer import Tracer
 
 
-class Embedding(Rule):
+class Embedding(LayerFunction):
     """``table[indices]``.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weight: The table ``[num, dim]``.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         padding_idx: A row that gets no gradient, or -1.
     """
 
-    def __init__(self, session: Session, weight: Weight, layout: Layout, padding_idx: int) -> None:
-        super().__init__(session, [None, weight], layout)
+    def __init__(self, tracer: Tracer, weight: ParameterView, axis: ExampleAxis, padding_idx: int) -> None:
+        super().__init__(tracer, [None, weight], axis)
         self.padding_idx = padding_idx
 
     def forward(self, indices: Tensor, table: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         return torch.embedding(table, indices, self.padding_idx), (indices,)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         (indices,) = saved
         indices, grad = self.examples(indices), self.examples(grad)
         weight = self.weights[1]
         assert weight is not None
-        return None, self.record(1, EmbeddingUse(indices, grad, weight.tensor.shape[0], self.padding_idx))
+        return None, self.record(1, EmbeddingContribution(indices, grad, weight.tensor.shape[0], self.padding_idx))
 
 
-def embedding(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.embedding`."""
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -53,10 +53,10 @@ def embedding(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     table = given["weight"]
     padding_idx = -1 if padding_idx is None else padding_idx % max(1, table.shape[0])
     indices = given["input"]
-    return _look_up(session, indices, table, padding_idx, session.layout(indices), session.shared(indices))
+    return _look_up(tracer, indices, table, padding_idx, tracer.axis(indices), tracer.shared(indices))
 
 
-def embedding_bag(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def embedding_bag(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.embedding_bag` where each bag is an example's: a lookup, and what is made of it."""
     names = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
     more = ("per_sample_weights", "include_last_offset", "padding_idx")
@@ -69,20 +69,20 @@ def embedding_bag(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     if given.get("padding_idx") is not None:
         real = indices != given["padding_idx"] % len(given["weight"])
     if offsets is None:
-        layout = session.layout(indices)
+        axis = tracer.axis(indices)
     else:  # bags of different lengths, one behind the other
-        layout, mixed = session.layout(offsets), session.layout(indices)
+        axis, mixed = tracer.axis(offsets), tracer.axis(indices)
         if factors is not None:
             return NotImplemented
-        if layout is None and mixed is not None:  # indices were taken for examples, but these are the bags
-            layout = Layout(0, 1, len(offsets), 1)
-            session.recount(layout.batch)
+        if axis is None and mixed is not None:  # indices were taken for examples, but these are the bags
+            axis = ExampleAxis(0, 1, len(offsets), 1)
+            tracer.recount(axis.batch)
         indices, real = _bags(offsets, indices, real)
-    if layout is None or layout.dim:
+    if axis is None or axis.dim:
         return NotImplemented
     for t in (indices, real):
-        session.remember(t, layout)
-    with session:
+        tracer.remember(t, axis)
+    with tracer:
         rows = F.embedding(indices, given["weight"])
         if given.get("mode", "mean") == "max":
             found = rows.masked_fill(~real[..., None], -torch.inf).max(1).values
@@ -104,29 +104,29 @@ def _bags(offsets: Tensor, *values: Tensor) -> list[Tensor]:
     return [value[places].where(inside, value.new_zeros(())) for value in values]
 
 
-def getitem(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def getitem(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``table[indices]`` with one tensor of indices, of a table of rows, or of matrices as experts have."""
     table, indices = args
     integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
     if not integers or table.dim() < 2:
         return NotImplemented
     if not indices.dim():  # a loop over experts
-        with session:
+        with tracer:
             return table[int(indices)]
     if table.dim() > 2:
-        with session:
+        with tracer:
             return table.flatten(1)[indices].unflatten(-1, table.shape[1:])
-    layout, shared = session.layout(indices), session.shared(indices)
+    axis, shared = tracer.axis(indices), tracer.shared(indices)
     indices = indices % table.shape[0]  # negative ones count from the end
-    if layout is not None:
-        session.remember(indices, layout)
-    return _look_up(session, indices, table, -1, layout, shared)
+    if axis is not None:
+        tracer.remember(indices, axis)
+    return _look_up(tracer, indices, table, -1, axis, shared)
 
 
 def _look_up(
-    session: Session, indices: Tensor, table: Tensor, padding_idx: int, layout: Layout | None, shared: bool
+    tracer: Tracer, indices: Tensor, table: Tensor, padding_idx: int, axis: ExampleAxis | None, shared: bool
 ) -> Any:
-    weight = session.weight(table)
+    weight = tracer.weight(table)
     if weight is None:
         return NotImplemented
     if shared:  # the same for every example, as positions are: it counts where it meets activations
@@ -135,8 +135,8 @@ def _look_up(
         rows = torch.embedding(table, once, padding_idx)
         result = rows.expand(*indices.shape, -1) if expanded else rows
         if rows.requires_grad:
-            session.remember(result, Repeated(weight, rows, once, padding_idx))
+            tracer.remember(result, Repeated(weight, rows, once, padding_idx))
         return result
-    if layout is None:
+    if axis is None:
         return NotImplemented
-    return Embedding(session, weight, layout, padding_idx)(indices, table)
+    return Embedding(tracer, weight, axis, padding_idx)(indices, table)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
+from memloc_ext.accounting.contributions import BUDGET, accumulated
 from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
 from memloc_ext.accounting.graph import Outputs
-from memloc_ext.accounting.hooks import without_hooks
-from memloc_ext.accounting.run import OneByOne, Run
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import BUDGET, accumulated
+from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.borrowing import without_hooks
 from memloc_ext.ops import Groups
 
 _ROUNDING, _COARSE = {torch.float64: 1e-9, torch.float32: 1e-4}, 0.05  # of outputs, relative to an example's largest
 
 
-def account_examples(session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
+def account_examples(
+    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+) -> None:
     """Account these parameters, by their ``id``, one example at a time.
 
     The model runs on each example alone where that gives the same outputs: on many at a time if `torch.func.vmap` can.
@@ -27,20 +30,20 @@ def account_examples(session: Session, run: Run, outputs: Outputs, parameters: M
     the whole batch.
     """
     source = outputs.source
-    if source is not None and source.closed and run.batch:
+    if source is not None and source.closed and backward.batch:
         room = BUDGET // max(1, sum(p.numel() * p.element_size() for p in parameters.values()))
-        for step in sorted({max(1, min(run.batch, room)), 1}, reverse=True):
-            if _account_alone(session, run, outputs, source, parameters, step):
+        for step in sorted({max(1, min(backward.batch, room)), 1}, reverse=True):
+            if _account_alone(tracer, backward, outputs, source, parameters, step):
                 return
-            run.forget(parameters)
-    for example in range(run.batch):
+            backward.forget(parameters)
+    for example in range(backward.batch):
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
-        gradients = gradients_of(session, OneByOne(run, parameters), outputs, parameters, chosen)
-        run.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
+        gradients = gradients_of(tracer, GradientPass(backward, parameters), outputs, parameters, chosen)
+        backward.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
 
 
 def exact_groups(
-    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], groups: Groups
+    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter], groups: Groups
 ) -> dict[int, Tensor]:
     """Return the gradients of the groups, ``[groups.num, *shape]``, with a backward pass for each that has examples."""
     result = {
@@ -50,7 +53,9 @@ def exact_groups(
     for group in range(groups.num):
         chosen = (groups.ids == group).nonzero().flatten()
         if len(chosen):
-            for key, gradient in gradients_of(session, OneByOne(run, parameters), outputs, parameters, chosen).items():
+            for key, gradient in gradients_of(
+                tracer, GradientPass(backward, parameters), outputs, parameters, chosen
+            ).items():
                 result[key][group] = gradient
     return result
 
@@ -64,70 +69,74 @@ def add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int
 
 
 def gradients_of(
-    session: Session, run: Run, outputs: Outputs, parameters: Mapping[int, nn.Parameter], chosen: Tensor | None = None
+    tracer: Tracer,
+    backward: BackwardPass,
+    outputs: Outputs,
+    parameters: Mapping[int, nn.Parameter],
+    chosen: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
-    cotangents = outputs.cotangents if chosen is None else outputs.of(run, chosen)
+    cotangents = outputs.cotangents if chosen is None else outputs.of(backward, chosen)
     wanted = list(parameters.values())
-    with session.accounting(run), without_hooks(wanted):
+    with tracer.accounting(backward), without_hooks(wanted):
         gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
         with torch.no_grad():
-            run.finish()
+            backward.finish()
     found = zip(parameters, gradients, strict=True)
     return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
 
 
 def _account_alone(
-    session: Session,
-    run: Run,
+    tracer: Tracer,
+    backward: BackwardPass,
     outputs: Outputs,
     source: ForwardPass,
     parameters: Mapping[int, nn.Parameter],
     step: int,
 ) -> bool:
     """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
-    layouts = [run.place(layout) for layout in outputs.layouts]
+    axes = [backward.place(axis) for axis in outputs.axes]
     named = {name: p for name, p in unwrapped(source.model).named_parameters() if id(p) in parameters}
-    inputs = [by_example(t.detach(), session.batch_dim, run.batch) for t in source.parts(run.batch)]
-    expected = [layout.first(t.detach()) for t, layout in zip(outputs.tensors, layouts, strict=True)]
+    inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
+    expected = [axis.first(t.detach()) for t, axis in zip(outputs.tensors, axes, strict=True)]
     touched = set[int]()
 
     def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         def model(given: dict[str, Tensor]) -> list[Tensor]:
-            return source.again(outputs.tensors, parts, run.batch, given)
+            return source.again(outputs.tensors, parts, backward.batch, given)
 
         found, pull = torch.func.vjp(model, named)  # pyright: ignore[reportAssignmentType]
         return found, pull(cotangents)[0]
 
     def plainly(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        found, wanted = source.again(outputs.tensors, [t[0] for t in parts], run.batch, {}), list(named.values())
+        found, wanted = source.again(outputs.tensors, [t[0] for t in parts], backward.batch, {}), list(named.values())
         with without_hooks(wanted):
             pulled = torch.autograd.grad(found, wanted, [t[0] for t in cotangents], materialize_grads=True)
         gradients = {name: t.to_dense()[None] for name, t in zip(named, pulled, strict=True)}
         return [t.detach()[None] for t in found], gradients
 
     many = torch.func.vmap(one) if step > 1 else plainly  # functions of a user's may not run inside of torch.func
-    for begin in range(0, run.batch, step):
-        end = min(run.batch, begin + step)
+    for begin in range(0, backward.batch, step):
+        end = min(backward.batch, begin + step)
         cotangents = []
-        for t, cotangent, layout in zip(outputs.tensors, outputs.cotangents, layouts, strict=True):
-            own = layout.alone()
+        for t, cotangent, axis in zip(outputs.tensors, outputs.cotangents, axes, strict=True):
+            own = axis.alone()
             shape = [end - begin, *t.shape]
             shape[own.dim + 1] = own.size
             cotangents.append(t.new_empty(shape))
-            own.behind().first(cotangents[-1])[0] = layout.first(cotangent.contiguous())[begin:end]
+            own.behind().first(cotangents[-1])[0] = axis.first(cotangent.contiguous())[begin:end]
         try:
-            with session.not_looking(), torch.enable_grad(), warnings.catch_warnings():
+            with tracer.not_looking(), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of functions that vmap runs one by one
                 found, gradients = many([t[begin:end] for t in inputs], cotangents)
         except Exception:  # a model that takes whole batches only, or that vmap cannot run
             return False
-        for t, layout, whole in zip(found, layouts, expected, strict=True):
-            if not agree(layout.alone().behind().first(t)[0], whole[begin:end], session.coarse):
+        for t, axis, whole in zip(found, axes, expected, strict=True):
+            if not agree(axis.alone().behind().first(t)[0], whole[begin:end], tracer.coarse):
                 return False
         by_id = {id(p): gradients[name] for name, p in named.items()}
         touched.update(key for key, gradient in by_id.items() if gradient.any())
-        run.add_examples(parameters, begin, by_id)
+        backward.add_examples(parameters, begin, by_id)
     return touched == set(parameters)  # one that is never met may be used where a copy of the model does not see it
 
 
@@ -145,3 +154,13 @@ def agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
     error = (actual - expected).abs().nan_to_num(0).reshape(len(expected), -1)
     same = torch.equal(actual.isfinite(), expected.isfinite())
     return same and bool((error <= allowed * scale.reshape(-1, 1).clamp_min(1e-30)).all())
+
+
+def no_outputs(tracer: Tracer, parameters: Mapping[int, nn.Parameter]) -> NoReturn:
+    """Refuse a loss of which nothing tells what examples add to it."""
+    names = [name for name, p in tracer.named_parameters() if id(p) in parameters]
+    raise ValueError(
+        f"GradientAccountant: nothing tells what each example adds to the gradients of {', '.join(names)}: call the "
+        "model inside the with, and give a loss that depends on these parameters through what the model returns "
+        "alone, without a penalty on weights; or losses by example, with loss_reduction='none'"
+    )

@@ -12,39 +12,41 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.broadcast import spread
-from memloc_ext.accounting.layer import Rule, autocast_dtype
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Weight
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import Use, accumulated
+from memloc_ext.accounting.backward_pass import ParameterView
+from memloc_ext.accounting.contributions import Contribution, accumulated
+from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.layers.elementwise import spread
+from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
+from memloc_ext.accounting.tracer import Tracer
 
 _LEAD = "abcdefghijklmnopqrstuvw"
 
 
-class BatchedLinear(Rule):
+class BatchedLinear(LayerFunction):
     """``[experts, rows, in] @ [experts, in, out]``; the examples are among the rows.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of input and weight.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         dtype: That the product is computed in.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout, dtype: torch.dtype) -> None:
-        super().__init__(session, weights, layout)
+    def __init__(
+        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, dtype: torch.dtype
+    ) -> None:
+        super().__init__(tracer, weights, axis)
         self.dtype = dtype
 
     def forward(self, input: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         return x @ w, (x, w)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, w = saved
-        grad_weight = self.record(1, BatchedLinearUse(self._rows(x), self._rows(grad))) if needs[1] else None
+        grad_weight = self.record(1, BatchedLinearContribution(self._rows(x), self._rows(grad))) if needs[1] else None
         return grad @ w.mT if needs[0] else None, grad_weight
 
     def _rows(self, t: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class BatchedLinear(Rule):
         return first.reshape(*first.shape[:2], -1, first.shape[-1])
 
 
-class BatchedLinearUse(Use):
+class BatchedLinearContribution(Contribution):
     """Matrices ``[experts, in, out]``, each of a linear layer of its own.
 
     Args:
@@ -67,34 +69,34 @@ class BatchedLinearUse(Use):
         self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
         return x.mT @ g
 
     def total(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (self.input, self.grad_output))
         return x.mT @ g
 
     def sqnorm(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         norms = ops.linear_grad_sqnorm(self.input.flatten(0, 1), self.grad_output.flatten(0, 1))
         return norms.reshape(self.batch, self.shape[0]).sum(1)
 
 
-def contract(session: Session, x: Tensor, w: Tensor, letters: tuple[str, str, str]) -> Any:
+def contract(tracer: Tracer, x: Tensor, w: Tensor, letters: tuple[str, str, str]) -> Any:
     """Return the sum over products of activations and a parameter, for the letters of both and of the result."""
     own, given, result = letters
-    layout = session.layout(x)
+    axis = tracer.axis(x)
     free, rows = [a for a in given if a not in own], [a for a in own if a not in given]
-    if layout is None or not x.numel() or len({*own}) < len(own):
+    if axis is None or not x.numel() or len({*own}) < len(own):
         return NotImplemented
-    layout = layout.at(own.index(rows[0]), x) if rows else layout
-    if (letter := own[layout.dim]) in given:  # rows for each example, as positions are that were repeated
-        each = spread(session, w, replace(layout, dim=given.index(letter)))
+    axis = axis.at(own.index(rows[0]), x) if rows else axis
+    if (letter := own[axis.dim]) in given:  # rows for each example, as positions are that were repeated
+        each = spread(tracer, w, replace(axis, dim=given.index(letter)))
         if each is None:
             return NotImplemented
-        with session:
+        with tracer:
             return torch.einsum(f"{own},{given}->{result}", x, each)
     batched = [a for a in given if a in own and a in result]
     summed = [a for a in given if a in own and a not in result]
@@ -102,7 +104,7 @@ def contract(session: Session, x: Tensor, w: Tensor, letters: tuple[str, str, st
         return NotImplemented  # sums over one of the two alone, or diagonals
     size = dict(zip(own + given, (*x.shape, *w.shape), strict=True))
     experts, inner, columns = (math.prod(size[a] for a in part) for part in (batched, summed, free))
-    with session:
+    with tracer:
         x = x.permute([own.index(a) for a in (*batched, *rows, *summed)])
         w = w.permute([given.index(a) for a in (*batched, *summed, *free)])
         x = x.flatten(-len(summed)) if summed else x.unsqueeze(-1)
@@ -117,18 +119,18 @@ def contract(session: Session, x: Tensor, w: Tensor, letters: tuple[str, str, st
         return out.permute([order.index(a) for a in result])
 
 
-def product(session: Session, first: Tensor, second: Tensor) -> Any:
+def product(tracer: Tracer, first: Tensor, second: Tensor) -> Any:
     """Return ``first @ second``, one of which is a parameter."""
-    shared = session.shared(first)
+    shared = tracer.shared(first)
     x, w = (second, first) if shared else (first, second)
-    if shared == session.shared(second) or x.dim() < 2 or not w.dim():
+    if shared == tracer.shared(second) or x.dim() < 2 or not w.dim():
         return NotImplemented
     inner, kept, free = "xyz"
     lead = _LEAD[: max(x.dim(), w.dim()) - 2]
     own, given = lead[len(lead) - x.dim() + 2 :], lead[len(lead) - max(0, w.dim() - 2) :]
     for a in set(own) & set(given):
         if x.shape[own.index(a)] != w.shape[given.index(a)]:  # one is repeated
-            with session:
+            with tracer:
                 if w.shape[given.index(a)] == 1:
                     w, given = w.squeeze(given.index(a)), given.replace(a, "")
                 else:
@@ -136,41 +138,39 @@ def product(session: Session, first: Tensor, second: Tensor) -> Any:
     matrix, free = ("", "") if w.dim() == 1 else (free + inner if shared else inner + free, free)
     given = given + matrix if matrix else inner
     own, result = (own + inner + kept, lead + free + kept) if shared else (own + kept + inner, lead + kept + free)
-    return contract(session, x, w, (own, given, result))
+    return contract(tracer, x, w, (own, given, result))
 
 
-def bmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.bmm` with a matrix for each expert."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     x, w = args
-    layout = session.layout(x)
-    layout = layout and layout.at(1, x)
-    if layout is None or layout.dim != 1 or not x.numel():
-        return product(session, x, w)
-    weights = session.weights(w)
-    return (
-        NotImplemented if weights is None else BatchedLinear(session, [None, *weights], layout, autocast_dtype(x))(x, w)
-    )
+    axis = tracer.axis(x)
+    axis = axis and axis.at(1, x)
+    if axis is None or axis.dim != 1 or not x.numel():
+        return product(tracer, x, w)
+    weights = tracer.weights(w)
+    return NotImplemented if weights is None else BatchedLinear(tracer, [None, *weights], axis, autocast_dtype(x))(x, w)
 
 
-def grouped(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.grouped_mm`: rows for one expert behind those for the other."""
     ends, plain = kwargs.get("offs"), all(value is None for name, value in kwargs.items() if name != "offs")
     x, w = args[:2]
-    layout = session.layout(x)
-    if len(args) != 2 or ends is None or not plain or layout is None or layout.dim or x.dim() != 2 or w.dim() != 3:
+    axis = tracer.axis(x)
+    if len(args) != 2 or ends is None or not plain or axis is None or axis.dim or x.dim() != 2 or w.dim() != 3:
         return NotImplemented
     ends, out = [0, *ends.tolist()], []
-    with session:
+    with tracer:
         for i, (begin, end) in enumerate(pairwise(ends)):
             out.append(x[begin:end] @ w[i])
     out = torch.cat([*out, x.new_zeros(len(x) - ends[-1], w.shape[-1])])
-    session.remember(out, layout)
+    tracer.remember(out, axis)
     return out
 
 
-def einsum(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.einsum` of activations and a parameter."""
     equation, *given = args
     if len(given) == 1 and not isinstance(given[0], Tensor):
@@ -180,8 +180,8 @@ def einsum(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     inputs, result = equation.replace(" ", "").split("->")
     first, second = inputs.split(",")
     a, b = given
-    if session.shared(a) == session.shared(b):
+    if tracer.shared(a) == tracer.shared(b):
         return NotImplemented
-    if session.shared(a):
-        return contract(session, b, a, (second, first, result))
-    return contract(session, a, b, (first, second, result))
+    if tracer.shared(a):
+        return contract(tracer, b, a, (second, first, result))
+    return contract(tracer, a, b, (first, second, result))

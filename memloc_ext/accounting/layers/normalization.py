@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.layer import Rule
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Weight
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import Rows, accumulated
+from memloc_ext.accounting.backward_pass import ParameterView
+from memloc_ext.accounting.contributions import Rows, accumulated
+from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.tracer import Tracer
 
 aten = torch.ops.aten
 
 
-class _Norm(Rule):
+class _Norm(LayerFunction):
     """What the normalisations share: input, weight and bias in, gradients of weight and bias by example."""
 
     def record_rows(self, needs: Sequence[bool], *given: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -42,9 +42,9 @@ class BatchNorm(_Norm):
     """Batch normalisation of ``[batch, channels, *]``, by the batch's statistics or by running ones.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         running: Running mean and variance.
         training: Whether the batch's statistics are used.
         momentum: Of the running statistics.
@@ -53,21 +53,21 @@ class BatchNorm(_Norm):
 
     def __init__(
         self,
-        session: Session,
-        weights: Sequence[Weight | None],
-        layout: Layout,
+        tracer: Tracer,
+        weights: Sequence[ParameterView | None],
+        axis: ExampleAxis,
         running: tuple[Tensor | None, Tensor | None],
         training: bool,
         momentum: float,
         eps: float,
     ) -> None:
-        super().__init__(session, weights, layout)
+        super().__init__(tracer, weights, axis)
         self.running, self.training, self.momentum, self.eps = running, training, momentum, eps
 
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         out, mean, rstd = aten.native_batch_norm(
             input, weight, bias, *self.running, self.training, self.momentum, self.eps
         )
@@ -75,10 +75,10 @@ class BatchNorm(_Norm):
         return out, (input, weight, mean, rstd, *running)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, weight, mean, rstd, running_mean, running_var = saved
-        run = self.session.run
-        constant = not self.training or (run is not None and run.constant_statistics)
+        backward = self.tracer.backward
+        constant = not self.training or (backward is not None and backward.constant_statistics)
         if not self.training:  # the statistics are constants
             mean, rstd = running_mean, (running_var + self.eps).rsqrt()
         grad_input = None
@@ -97,30 +97,30 @@ class GroupNorm(_Norm):
     """Group normalisation of ``[batch, channels, *]``.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         groups: Of channels.
         eps: Added to the variance.
     """
 
     def __init__(
-        self, session: Session, weights: Sequence[Weight | None], layout: Layout, groups: int, eps: float
+        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, groups: int, eps: float
     ) -> None:
-        super().__init__(session, weights, layout)
+        super().__init__(tracer, weights, axis)
         self.groups, self.eps = groups, eps
 
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x = input.contiguous()
         sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
         out, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, self.groups, self.eps)
         return out, (x, weight, mean, rstd)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, weight, mean, rstd = saved
         sizes, grad = (x.shape[0], x.shape[1], math.prod(x.shape[2:])), grad.contiguous()
         grad_input = None
@@ -136,33 +136,33 @@ class LayerNorm(_Norm):
     """Layer normalisation over the last dimensions.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         shape: Of the last dimensions.
         eps: Added to the variance.
     """
 
     def __init__(
         self,
-        session: Session,
-        weights: Sequence[Weight | None],
-        layout: Layout,
+        tracer: Tracer,
+        weights: Sequence[ParameterView | None],
+        axis: ExampleAxis,
         shape: Sequence[int],
         eps: float | None,
     ) -> None:
-        super().__init__(session, weights, layout)
+        super().__init__(tracer, weights, axis)
         self.shape, self.eps = list(shape), eps
 
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         out, mean, rstd = aten.native_layer_norm(input, self.shape, weight, bias, self.eps)
         return out, (input, weight, bias, mean, rstd)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, weight, bias, mean, rstd = saved
         grad_input = None
         if needs[0]:
@@ -187,12 +187,12 @@ class RMSNorm(LayerNorm):
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         out = torch.rms_norm(input, self.shape, weight, self.eps)
         return out, (input, weight)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, weight = saved
         dims = tuple(range(x.dim() - len(self.shape), x.dim()))
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -212,7 +212,7 @@ def _planes(t: Tensor) -> Tensor:
     return t.reshape(*t.shape[:2], math.prod(t.shape[2:]))
 
 
-def batch_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.batch_norm`."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -222,57 +222,57 @@ def batch_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     if not training and given.get("weight") is None and given.get("bias") is None:
         return NotImplemented
     running = (given["running_mean"], given["running_var"])
-    return _run(BatchNorm, session, given, running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
+    return _run(BatchNorm, tracer, given, running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
 
 
-def group_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.group_norm`."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
-    given["input"] = _wide(session, given["input"])
-    return _run(GroupNorm, session, given, given["num_groups"], given.get("eps", 1e-5))
+    given["input"] = _wide(tracer, given["input"])
+    return _run(GroupNorm, tracer, given, given["num_groups"], given.get("eps", 1e-5))
 
 
-def instance_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def instance_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.instance_norm` without running statistics: a group for each channel."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
     input, own = given["input"], given.get("use_input_stats", True)
     if given.get("running_mean") is not None or not own or math.prod(input.shape[2:]) < 2:
         return NotImplemented
-    return _run(GroupNorm, session, given, input.shape[1], given.get("eps", 1e-5))
+    return _run(GroupNorm, tracer, given, input.shape[1], given.get("eps", 1e-5))
 
 
-def layer_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.layer_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
-    given["input"] = _wide(session, given["input"])
-    return _run(LayerNorm, session, given, given["normalized_shape"], given.get("eps", 1e-5))
+    given["input"] = _wide(tracer, given["input"])
+    return _run(LayerNorm, tracer, given, given["normalized_shape"], given.get("eps", 1e-5))
 
 
-def rms_norm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def rms_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.rms_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
-    return _run(RMSNorm, session, given, given["normalized_shape"], given.get("eps"))
+    return _run(RMSNorm, tracer, given, given["normalized_shape"], given.get("eps"))
 
 
-def _wide(session: Session, input: Tensor) -> Tensor:
+def _wide(tracer: Tracer, input: Tensor) -> Tensor:
     """Return the input in the type that autocast computes layer and group normalisations in on this device."""
     device = input.device.type
     if device == "cuda" and torch.is_autocast_enabled(device) and input.dtype in (torch.float16, torch.bfloat16):
-        layout, input = session.layout(input), input.float()
-        if layout is not None:
-            session.remember(input, layout)
+        axis, input = tracer.axis(input), input.float()
+        if axis is not None:
+            tracer.remember(input, axis)
     return input
 
 
-def _run(rule: Callable[..., _Norm], session: Session, given: Mapping[str, Any], *settings: Any) -> Any:
-    """Run a rule, if the parameters are plain ones and the examples are not among what is normalised together."""
+def _run(layer: Callable[..., _Norm], tracer: Tracer, given: Mapping[str, Any], *settings: Any) -> Any:
+    """Run a layer, if the parameters are plain ones and the examples are not among what is normalised together."""
     input, weight, bias = given["input"], given.get("weight"), given.get("bias")
     shape = given.get("normalized_shape")
-    layout = session.layout(input)
-    if layout is None or layout.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
+    axis = tracer.axis(input)
+    if axis is None or axis.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
         return NotImplemented  # examples are normalised together
-    weights = session.weights(weight, bias)
+    weights = tracer.weights(weight, bias)
     if weights is None:
         return NotImplemented
-    return rule(session, [None, *weights], layout, *settings)(input, weight, bias)
+    return layer(tracer, [None, *weights], axis, *settings)(input, weight, bias)

@@ -1,4 +1,4 @@
-"""The autograd function that every rule runs through."""
+"""What every layer function has in common, and the autograd function that it runs through."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memloc_ext.accounting.layout import Layout
+from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
+from memloc_ext.accounting.contributions import Contribution
+from memloc_ext.accounting.following import ExampleAxis
 from memloc_ext.accounting.losses import TWICE
-from memloc_ext.accounting.run import Run, Weight
-from memloc_ext.accounting.uses import Use
 
 if TYPE_CHECKING:
-    from memloc_ext.accounting.session import Session
+    from memloc_ext.accounting.tracer import Tracer
 
 
-class Rule:
+class LayerFunction:
     """How a kind of layer runs forward and backward.
 
     Args:
-        session: That the layer is part of.
+        tracer: That the layer is part of.
         weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
-        layout: Of the layer's input and output; None if examples have no part in them.
+        axis: Of the layer's input and output; None if examples have no part in them.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout | None = None) -> None:
-        self.session, self.weights = session, list(weights)
-        if layout is not None:
-            self.layout = layout
+    def __init__(
+        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis | None = None
+    ) -> None:
+        self.tracer, self.weights = tracer, list(weights)
+        if axis is not None:
+            self.axis = axis
         self.given: list[int] = []  # places of the arguments that are tensors
 
     def forward(self, *tensors: Any) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -41,41 +43,41 @@ class Rule:
         """Return the gradients of the tensors that need one; those of parameters by `record`."""
         raise NotImplementedError
 
-    def record(self, index: int, use: Use) -> Tensor | None:
+    def record(self, index: int, contribution: Contribution) -> Tensor | None:
         """Take note of a parameter's use and return its gradient of the batch, if parameters get gradients."""
-        weight, run = self.weights[index], self.session.run
+        weight, backward = self.weights[index], self.tracer.backward
         assert weight is not None
-        if run is None:  # a backward pass that is not accounted
-            return use.total().to(weight.tensor.dtype)
-        return run.record(weight, use)
+        if backward is None:  # a backward pass that is not accounted
+            return contribution.total().to(weight.tensor.dtype)
+        return backward.record(weight, contribution)
 
     @property
-    def telling(self) -> Run | None:
+    def telling(self) -> BackwardPass | None:
         """The backward pass, if it is to tell the examples apart here."""
-        run = self.session.run
-        if run is None or run.undivided or all(w is None or run.is_slow(w) for w in self.weights):
+        backward = self.tracer.backward
+        if backward is None or backward.undivided or all(w is None or backward.is_slow(w) for w in self.weights):
             return None
-        return run
+        return backward
 
     def examples(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``, or as one example where they are not told apart."""
-        run = self.telling
-        return t[None] if run is None else run.place(self.layout).first(t)
+        backward = self.telling
+        return t[None] if backward is None else backward.place(self.axis).first(t)
 
     def by_example(self, rows: Tensor) -> Tensor:
-        """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the layout's."""
-        run = self.telling
-        if run is None:
+        """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the axis's."""
+        backward = self.telling
+        if backward is None:
             return rows.sum(0, keepdim=True)
-        return run.place(self.layout).summed(rows)
+        return backward.place(self.axis).summed(rows)
 
     def __call__(self, *tensors: Any) -> Any:
         """Run the layer, with copies in the place of what is derived from parameters."""
-        self.session.count(self.layout, *self.weights)
+        self.tracer.count(self.axis, *self.weights)
         copies = {i: w.tensor for i, w in enumerate(self.weights) if w is not None and w.derived is not None}
         out = self.apply(*(copies.get(i, t) for i, t in enumerate(tensors)))
         if isinstance(out, Tensor):
-            self.session.remember(out, self.layout)
+            self.tracer.remember(out, self.axis)
         return out
 
     def apply(self, *tensors: Any) -> Any:
@@ -86,12 +88,12 @@ class Rule:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rule: Rule, *tensors: Any) -> Tensor | tuple[Tensor, ...]:
-        ctx.rule = rule
+    def forward(ctx: Any, layer: LayerFunction, *tensors: Any) -> Tensor | tuple[Tensor, ...]:
+        ctx.layer = layer
         device = next(t.device.type for t in tensors if t is not None)
-        rule.session.coarse |= torch.is_autocast_enabled(device)
+        layer.tracer.coarse |= torch.is_autocast_enabled(device)
         with _exactly(device):
-            out, saved = rule.forward(*tensors)
+            out, saved = layer.forward(*tensors)
         ctx.save_for_backward(*saved)
         return out
 
@@ -101,7 +103,7 @@ class _Layer(torch.autograd.Function):
         with torch._C.DisableTorchFunction(), _exactly(given[0].device.type):
             with torch.no_grad():
                 detached = [None if t is None else t.detach() for t in saved]
-                grads = ctx.rule.backward(detached, needs, *given)
+                grads = ctx.layer.backward(detached, needs, *given)
             return (None, *(_once(grads) if torch.is_grad_enabled() else grads))
 
 

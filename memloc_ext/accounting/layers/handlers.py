@@ -1,4 +1,4 @@
-"""Which function is handled by which rule: the one list of what is covered."""
+"""Which function is run by which layer function: the one list of what is covered."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from memloc_ext.accounting.activation import prelu
-from memloc_ext.accounting.attention import attention
-from memloc_ext.accounting.broadcast import broadcast, cat, repeat, setitem
-from memloc_ext.accounting.contraction import bmm, einsum, grouped
-from memloc_ext.accounting.convolution import convolution, convolution_transposed
-from memloc_ext.accounting.embedding import embedding, embedding_bag, getitem
-from memloc_ext.accounting.layout import ELEMENTWISE
-from memloc_ext.accounting.linear import addmm, bilinear, linear, matmul
-from memloc_ext.accounting.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
-from memloc_ext.accounting.recurrent import cell, recurrent
-from memloc_ext.accounting.session import Handler
+from memloc_ext.accounting.following import ELEMENTWISE
+from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
+from memloc_ext.accounting.layers.convolution import convolution, convolution_transposed
+from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
+from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, getitem
+from memloc_ext.accounting.layers.linear import addmm, bilinear, linear, matmul
+from memloc_ext.accounting.layers.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from memloc_ext.accounting.layers.recurrent import cell, recurrent
+from memloc_ext.accounting.tracer import Handler, Tracer
+from memloc_ext.borrowing import in_parts
+
+_attention = in_parts(F.multi_head_attention_forward)
+
+
+def attention(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.nn.functional.multi_head_attention_forward`: its projections are handled one by one."""
+    with tracer:
+        return _attention(*args, **kwargs)
+
 
 HANDLERS: dict[Any, Handler] = {
     F.linear: linear,

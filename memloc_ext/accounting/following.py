@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.accounting.owners import Layout, Picked, picked
+from memloc_ext.accounting.example_axis import ExampleAxis, Picked, picked
 
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel"))
 """Functions that keep the order of the elements."""
@@ -49,8 +49,8 @@ ELEMENTWISE = frozenset(
 
 
 def after(
-    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]
-) -> list[Layout | None]:
+    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, ExampleAxis]], results: Sequence[Tensor]
+) -> list[ExampleAxis | None]:
     """Return where the examples are in what a function returned; None where that cannot be told.
 
     Sizes that happen to be equal must not matter: a function that moves elements is called again on the examples'
@@ -64,20 +64,20 @@ def after(
         results: What it returned.
     """
     name = getattr(func, "__name__", "")
-    source, layout = max(given, key=lambda pair: pair[0].dim())
-    if layout.batch < 2:
-        return [_only(layout.batch, result) for result in results]
+    source, axis = max(given, key=lambda pair: pair[0].dim())
+    if axis.batch < 2:
+        return [_only(axis.batch, result) for result in results]
     if name in RESHAPES:
-        return [_reshaped(layout, source.shape, result.shape) for result in results]
+        return [_reshaped(axis, source.shape, result.shape) for result in results]
     if name in SCATTERS or not any(result.dim() for result in results):
         return [None] * len(results)
     if name in MOVES and args and source is args[0]:
-        return _moved(layout, func, source, results, args, kwargs)
+        return _moved(axis, func, source, results, args, kwargs)
     if name in ALONG:
         if name in _ORDERS and source.dim() == 1:
-            return [picked(layout, results[-1])] * len(results)
+            return [picked(axis, results[-1])] * len(results)
         along = kwargs.get("dim", args[ALONG[name]] if len(args) > ALONG[name] else -1)
-        if not isinstance(along, int) or along % max(1, source.dim()) == layout.dim:
+        if not isinstance(along, int) or along % max(1, source.dim()) == axis.dim:
             return [None] * len(results)
     if name in ELEMENTWISE and len(args) + len(kwargs) > 1:  # ``where`` of a condition alone counts
         places = {aligned(place, t, results[0]) for t, place in given if t.dim()}
@@ -85,51 +85,51 @@ def after(
     return _grown(func, args, kwargs, given, results)
 
 
-def _only(batch: int, result: Tensor) -> Layout | None:
-    """Return the layout of the one example, of which every element is, or of none."""
+def _only(batch: int, result: Tensor) -> ExampleAxis | None:
+    """Return the axis of the one example, of which every element is, or of none."""
     dims = [d for d, size in enumerate(result.shape) if batch == 1 or size == 0]
-    return Layout(dims[0], 1, batch, result.shape[dims[0]] if batch else 1) if dims else None
+    return ExampleAxis(dims[0], 1, batch, result.shape[dims[0]] if batch else 1) if dims else None
 
 
-def aligned(layout: Layout, source: Tensor, result: Tensor) -> Layout | None:
-    """Return the layout of elements in the same places, counted from the last dimension."""
-    dim = layout.dim + result.dim() - source.dim()
-    return replace(layout, dim=dim) if dim >= 0 and result.shape[dim] == layout.size else None
+def aligned(axis: ExampleAxis, source: Tensor, result: Tensor) -> ExampleAxis | None:
+    """Return the axis of elements in the same places, counted from the last dimension."""
+    dim = axis.dim + result.dim() - source.dim()
+    return replace(axis, dim=dim) if dim >= 0 and result.shape[dim] == axis.size else None
 
 
-def inside(layout: Layout, part: Tensor, whole: Tensor) -> Layout | None:
-    """Return the layout of a tensor of which a part has this layout; None if that is not a plain slice."""
+def inside(axis: ExampleAxis, part: Tensor, whole: Tensor) -> ExampleAxis | None:
+    """Return the axis of a tensor of which a part has this axis; None if that is not a plain slice."""
     if part is whole:
-        return layout
+        return axis
     if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return None
-    step = part.stride(layout.dim)
-    dims = [d for d, size in enumerate(whole.shape) if size == layout.size and whole.stride(d) == step]
-    return replace(layout, dim=dims[0]) if len(dims) == 1 else None
+    step = part.stride(axis.dim)
+    dims = [d for d, size in enumerate(whole.shape) if size == axis.size and whole.stride(d) == step]
+    return replace(axis, dim=dims[0]) if len(dims) == 1 else None
 
 
-def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout | None:
-    """Return the layout of the same elements in another shape: the examples' digit keeps its weight."""
-    if isinstance(layout, Picked):
-        return layout if list(old[: layout.dim + 1]) == list(new[: layout.dim + 1]) else None
-    weight = layout.after * math.prod(old[layout.dim + 1 :])
+def _reshaped(axis: ExampleAxis, old: Sequence[int], new: Sequence[int]) -> ExampleAxis | None:
+    """Return the axis of the same elements in another shape: the examples' digit keeps its weight."""
+    if isinstance(axis, Picked):
+        return axis if list(old[: axis.dim + 1]) == list(new[: axis.dim + 1]) else None
+    weight = axis.after * math.prod(old[axis.dim + 1 :])
     below = 1
     for dim in range(len(new) - 1, -1, -1):
         above = below * new[dim]
         if weight < above or dim == 0:
-            whole = weight >= below > 0 and weight % below == 0 and above % max(1, weight * layout.batch) == 0
+            whole = weight >= below > 0 and weight % below == 0 and above % max(1, weight * axis.batch) == 0
             if not whole:
                 return None
-            return Layout(dim, above // max(1, weight * layout.batch), layout.batch, weight // below)
+            return ExampleAxis(dim, above // max(1, weight * axis.batch), axis.batch, weight // below)
         below = above
     return None
 
 
 def _moved(
-    layout: Layout, func: Any, source: Tensor, results: Sequence[Tensor], args: Any, kwargs: Any
-) -> list[Layout | None]:
-    """Return the layouts of what a function of `MOVES` returned: it is called again, on the examples' numbers."""
-    numbers = _numbers(layout, source)
+    axis: ExampleAxis, func: Any, source: Tensor, results: Sequence[Tensor], args: Any, kwargs: Any
+) -> list[ExampleAxis | None]:
+    """Return the axes of what a function of `MOVES` returned: it is called again, on the examples' numbers."""
+    numbers = _numbers(axis, source)
     try:
         outcome = func(*(numbers if a is source else a for a in args), **kwargs)
         outcome = [outcome] if isinstance(outcome, Tensor) else list(outcome)
@@ -137,26 +137,26 @@ def _moved(
         outcome = []
     if len(outcome) != len(results):
         return [None] * len(results)
-    return [_read(layout, numbers, out) for out in outcome]
+    return [_read(axis, numbers, out) for out in outcome]
 
 
-def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
+def _read(axis: ExampleAxis, numbers: Tensor, out: Tensor) -> ExampleAxis | None:
     if out.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr():  # a view: its strides tell
         dims = [d for d in range(out.dim()) if out.stride(d) != 0 and out.shape[d] > 1]
-        if len(dims) == 1 and out.stride(dims[0]) == 1 and out.shape[dims[0]] == layout.size:
-            return replace(layout, dim=dims[0])
+        if len(dims) == 1 and out.stride(dims[0]) == 1 and out.shape[dims[0]] == axis.size:
+            return replace(axis, dim=dims[0])
     for dim in range(out.dim()):  # few functions copy
-        place = replace(layout, dim=dim)
-        if out.shape[dim] == layout.size and torch.equal(out, _numbers(place, out)):
+        place = replace(axis, dim=dim)
+        if out.shape[dim] == axis.size and torch.equal(out, _numbers(place, out)):
             return place
-    return picked(layout, out)
+    return picked(axis, out)
 
 
-def _numbers(layout: Layout, like: Tensor) -> Tensor:
+def _numbers(axis: ExampleAxis, like: Tensor) -> Tensor:
     """Return, for every element of a tensor, its index in the dimension of the examples, as a view."""
     shape = [1] * like.dim()
-    shape[layout.dim] = layout.size
-    return torch.arange(layout.size, device=like.device).reshape(shape).expand(like.shape)
+    shape[axis.dim] = axis.size
+    return torch.arange(axis.size, device=like.device).reshape(shape).expand(like.shape)
 
 
 _kept: dict[Any, list[int | None]] = {}  # what `_grown` found out
@@ -164,39 +164,39 @@ _KEPT = 4096  # calls
 
 
 def _grown(
-    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, Layout]], results: Sequence[Tensor]
-) -> list[Layout | None]:
+    func: Any, args: Any, kwargs: Any, given: Sequence[tuple[Tensor, ExampleAxis]], results: Sequence[Tensor]
+) -> list[ExampleAxis | None]:
     """Return where a function leaves the examples: in the one dimension that is larger with one more of them."""
-    layouts = {id(t): layout for t, layout in given}
-    layout = given[0][1]
-    if any(replace(other, dim=0) != replace(layout, dim=0) for _, other in given):
+    axes = {id(t): axis for t, axis in given}
+    axis = given[0][1]
+    if any(replace(other, dim=0) != replace(axis, dim=0) for _, other in given):
         return [None] * len(results)
-    key = (func, _key(args, layouts), _key(kwargs, layouts))
+    key = (func, _key(args, axes), _key(kwargs, axes))
     try:
         dims = _kept.get(key)
     except TypeError:  # an argument that cannot be hashed
         key, dims = None, None
     if dims is None:
-        dims = _growing(func, args, kwargs, layouts, results)
+        dims = _growing(func, args, kwargs, axes, results)
         if key is not None:
             if len(_kept) >= _KEPT:
                 _kept.clear()
             _kept[key] = dims
-    return [None if dim is None else replace(layout, dim=dim) for dim in dims]
+    return [None if dim is None else replace(axis, dim=dim) for dim in dims]
 
 
 def _growing(
-    func: Any, args: Any, kwargs: Any, layouts: Mapping[int, Layout], results: Sequence[Tensor]
+    func: Any, args: Any, kwargs: Any, axes: Mapping[int, ExampleAxis], results: Sequence[Tensor]
 ) -> list[int | None]:
-    layout = next(iter(layouts.values()))
+    axis = next(iter(axes.values()))
 
     def larger(value: Any, others: bool) -> Any:
         if isinstance(value, Tensor):
-            shape, own = list(value.shape), layouts.get(id(value))
+            shape, own = list(value.shape), axes.get(id(value))
             if own is not None:
                 shape[own.dim] += 1
-            elif others and value.dim() > layout.dim and shape[layout.dim] == layout.size:
-                shape[layout.dim] += 1
+            elif others and value.dim() > axis.dim and shape[axis.dim] == axis.size:
+                shape[axis.dim] += 1
             return torch.empty(shape, dtype=value.dtype, device="meta")
         if isinstance(value, tuple | list):
             items = [larger(item, others) for item in value]
@@ -211,26 +211,26 @@ def _growing(
             continue
         outcome = [t for t in (outcome if isinstance(outcome, tuple | list) else [outcome]) if isinstance(t, Tensor)]
         if len(outcome) == len(results):
-            return [_larger(result.shape, out.shape, layout) for result, out in zip(results, outcome, strict=True)]
+            return [_larger(result.shape, out.shape, axis) for result, out in zip(results, outcome, strict=True)]
     return [None] * len(results)
 
 
-def _larger(old: Sequence[int], new: Sequence[int], layout: Layout) -> int | None:
+def _larger(old: Sequence[int], new: Sequence[int], axis: ExampleAxis) -> int | None:
     """Return the only dimension that is larger, if it is of the examples and of nothing else."""
     if len(old) != len(new):
         return None
     changed = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    size = layout.size
+    size = axis.size
     return changed[0] if len(changed) == 1 and (old[changed[0]], new[changed[0]]) == (size, size + 1) else None
 
 
-def _key(value: Any, layouts: Mapping[int, Layout]) -> Any:
+def _key(value: Any, axes: Mapping[int, ExampleAxis]) -> Any:
     """Return what of an argument matters to `_grown`, to be hashed."""
     if isinstance(value, Tensor):
-        layout = layouts.get(id(value))
-        return value.shape, value.dtype, -1 if layout is None else layout.dim
+        axis = axes.get(id(value))
+        return value.shape, value.dtype, -1 if axis is None else axis.dim
     if isinstance(value, tuple | list):
-        return tuple(_key(item, layouts) for item in value)
+        return tuple(_key(item, axes) for item in value)
     if isinstance(value, dict):
-        return tuple((name, _key(item, layouts)) for name, item in value.items())
+        return tuple((name, _key(item, axes)) for name, item in value.items())
     return type(value), value

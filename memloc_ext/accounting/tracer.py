@@ -1,4 +1,4 @@
-"""Sees every PyTorch function that is called while an accountant is open, and lets a rule run those with parameters."""
+"""Sees every PyTorch function that is called while an accountant is open; layer functions run those of layers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from memloc_ext.accounting.derived import derive
+from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
+from memloc_ext.accounting.example_axis import Picked
+from memloc_ext.accounting.following import ELEMENTWISE, MOVES, ExampleAxis, after, aligned, inside
 from memloc_ext.accounting.forward_pass import ForwardPass, collect, tensors
-from memloc_ext.accounting.in_parts import in_parts
-from memloc_ext.accounting.layout import ELEMENTWISE, MOVES, Layout, after, aligned, inside
+from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
-from memloc_ext.accounting.owners import Picked
-from memloc_ext.accounting.places import UNKNOWN, Places
-from memloc_ext.accounting.run import Repeated, Run, Weight
+from memloc_ext.accounting.tensor_memory import UNKNOWN, TensorMemory
+from memloc_ext.borrowing import in_parts
 
 Handler = Callable[..., Any]
 # what gradient checkpointing recomputes inside of these is to be seen
@@ -43,17 +43,17 @@ _SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to")
 _FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
 
 
-class Session(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
     """What one ``with`` of an accountant knows.
 
-    A tensor belongs to examples, by a `Layout` or in a way that cannot be told (None), or it is the same for all of
-    them. Only what is computed from the model's inputs belongs to examples, whatever the sizes of other tensors;
+    A tensor belongs to examples, by an `ExampleAxis` or in a way that cannot be told (None), or it is the same for all
+    of them. Only what is computed from the model's inputs belongs to examples, whatever the sizes of other tensors;
     outside of the model, what was not made inside of the ``with`` is an input, too.
 
     Args:
         model: Its parameters that require gradients are accounted.
         batch_dim: Dimension of the examples in the model's inputs.
-        handlers: Function, or name of one, to its handler: ``handler(session, function, args, kwargs)`` runs it or
+        handlers: Function, or name of one, to its handler: ``handler(tracer, function, args, kwargs)`` runs it or
             returns NotImplemented to leave it to PyTorch.
         first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
     """
@@ -66,14 +66,16 @@ class Session(TorchFunctionMode):
         self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
-        self.run: Run | None = None
+        self.backward: BackwardPass | None = None
         self.passes: deque[ForwardPass] = deque(maxlen=_FORWARD_PASSES)
         self.coarse = False  # whether layers ran under autocast
+        # whether a backward pass ran that was not accounted; None once one was
+        self.unaccounted: bool | None = False
         self.replaying = False  # whether the model runs on one example, which is not to be seen
         self._first = first
         self._model, self.batch_dim, self._handlers = model, batch_dim, handlers
-        self.derived = Places()  # what stands in the place of a tensor
-        self._places = Places()  # a Layout, None, _SHARED, or Repeated: shared too
+        self.derived = TensorMemory()  # what stands in the place of a tensor
+        self._places = TensorMemory()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
         self._fixed = {*self.parameters, *map(id, self._buffers)}
         self._inside = 0
@@ -90,21 +92,21 @@ class Session(TorchFunctionMode):
         if self.replaying or self._inside > 1:
             return
         entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
-        if entered.inputs and self.run is None:
+        if entered.inputs and self.backward is None:
             first = self._first if self._first is not None and self._first < len(entered.sizes) else None
             several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
             self.batch = several if first is None else entered.sizes[first]
         entered.rows = self.batch
         for t, size in zip(entered.inputs, entered.sizes, strict=True):
-            self._places.put(t, Layout(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
+            self._places.put(t, ExampleAxis(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
         for t in shared:
             self._places.put(t, _SHARED)
-        if self.run is None:
+        if self.backward is None:
             self.passes.append(entered)
 
     def recount(self, batch: int) -> None:
         """Take another number of examples than that of the rows of an input."""
-        if self.run is None:
+        if self.backward is None:
             self.batch = batch
             if self.passes:
                 self.passes[-1].rows = batch
@@ -112,7 +114,7 @@ class Session(TorchFunctionMode):
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
         self._inside -= not self.replaying
-        if self.run is not None or self._inside or self.replaying:
+        if self.backward is not None or self._inside or self.replaying:
             return
         left = self.passes[-1]
         left.returned(output)
@@ -127,22 +129,22 @@ class Session(TorchFunctionMode):
         kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
         self.passes = deque(kept, maxlen=_FORWARD_PASSES)
 
-    def output_layout(self, t: Tensor, run: Run) -> Layout | None:
+    def output_axis(self, t: Tensor, backward: BackwardPass) -> ExampleAxis | None:
         """Return where the examples are in what the model returned: if that cannot be told, where they were."""
-        layout = self.layout(t)
-        if (layout is None or isinstance(layout, Picked) or not run.fits(layout)) and t.dim() > self.batch_dim:
+        axis = self.axis(t)
+        if (axis is None or isinstance(axis, Picked) or not backward.fits(axis)) and t.dim() > self.batch_dim:
             size = t.shape[self.batch_dim]
-            layout = Layout(self.batch_dim, 1, size, 1) if size == run.batch else None
-        return layout
+            axis = ExampleAxis(self.batch_dim, 1, size, 1) if size == backward.batch else None
+        return axis
 
     @contextmanager
-    def accounting(self, run: Run) -> Iterator[None]:
+    def accounting(self, backward: BackwardPass) -> Iterator[None]:
         """Have the layers tell a backward pass of what they add."""
-        self.run = run
+        self.backward = backward
         try:
             yield
         finally:
-            self.run = None
+            self.backward = None
 
     @contextmanager
     def not_looking(self) -> Iterator[None]:
@@ -171,6 +173,8 @@ class Session(TorchFunctionMode):
             raise RuntimeError("GradientAccountant: a model must be compiled before the with, or not at all")
         kwargs = kwargs or {}
         if func in _BACKWARD:
+            if func is not torch.autograd.grad and self.backward is None and self.unaccounted is not None:
+                self.unaccounted = True
             with self:
                 return _BACKWARD[func](*args, **kwargs)
         if maybe_current_level() is not None:  # by torch.func, which cannot transform rules
@@ -194,20 +198,20 @@ class Session(TorchFunctionMode):
         if func in MEANS:
             remember_mean(self, func, args, kwargs, result)
         self._place(func, name, args, kwargs, given, result)
-        if weights and not handled and self.run is not None:
+        if weights and not handled and self.backward is not None:
             self._refuse_hidden(weights, result)
         return result
 
-    def weight(self, t: object) -> Weight | None:
+    def weight(self, t: object) -> ParameterView | None:
         """Return which parameter, view of one whose elements are all different, or derived tensor this is, or None."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return None
         parameter = self._parameter(t)
         if parameter is not None and (t is parameter or _is_part(t, parameter)):
-            return Weight(parameter, t)
+            return ParameterView(parameter, t)
         return derive(self, t)
 
-    def weights(self, *values: Tensor | None) -> list[Weight | None] | None:
+    def weights(self, *values: Tensor | None) -> list[ParameterView | None] | None:
         """Return the weight that each is, or None if one that wants a gradient is none."""
         weights = [self.weight(t) for t in values]
         other = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
@@ -218,14 +222,14 @@ class Session(TorchFunctionMode):
         place = self._places.get(t)
         return place if isinstance(place, Repeated) else None
 
-    def remember(self, t: Tensor, place: Layout | Repeated) -> None:
+    def remember(self, t: Tensor, place: ExampleAxis | Repeated) -> None:
         """Say where the examples are in a tensor, or what it repeats for all of them."""
         self._places.put(t, place)
 
-    def layout(self, t: Tensor) -> Layout | None:
+    def axis(self, t: Tensor) -> ExampleAxis | None:
         """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
         place = self._place_of(t)
-        return place if isinstance(place, Layout) else None
+        return place if isinstance(place, ExampleAxis) else None
 
     def shared(self, t: Tensor) -> bool:
         """Return whether a tensor is the same for all examples."""
@@ -235,7 +239,7 @@ class Session(TorchFunctionMode):
     def _place_of(self, t: Tensor) -> Any:
         """Return what is known of a tensor: of one that was made where it could not be seen, by what it is."""
         place = self._places.get(t)
-        if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), Layout | None):
+        if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), ExampleAxis | None):
             return None  # what it is a view of was written to
         if place is not UNKNOWN:
             return place
@@ -243,13 +247,13 @@ class Session(TorchFunctionMode):
             return _SHARED
         if self._inside:
             return _SHARED if t.is_leaf else None
-        return Layout(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
+        return ExampleAxis(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
 
-    def count(self, layout: Layout | None, *weights: Weight | None) -> None:
+    def count(self, axis: ExampleAxis | None, *weights: ParameterView | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
-        if self.run is None:
-            if layout is not None and not self._inside and not self.calls:
-                self.batch = layout.batch
+        if self.backward is None:
+            if axis is not None and not self._inside and not self.calls:
+                self.batch = axis.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
 
     def _parameter(self, t: object) -> nn.Parameter | None:
@@ -273,7 +277,7 @@ class Session(TorchFunctionMode):
         if not results:
             return
         places: Sequence[Any] = [None] * len(results)
-        known = [(t, layout) for t in own if (layout := self.layout(t)) is not None]
+        known = [(t, axis) for t in own if (axis := self.axis(t)) is not None]
         if known:
             places = after(func, args, kwargs, known, results)
         elif not own:
@@ -289,23 +293,23 @@ class Session(TorchFunctionMode):
         values = [t for t in own if t is not written and t is not whole]
         if not values or id(whole) in self._fixed or not self.shared(whole):
             return
-        layout = self.layout(values[0])
+        axis = self.axis(values[0])
         part = written
         if name == "__setitem__":
             with torch.no_grad():
                 part = written[args[1]]
         elif name != "copy_" and name not in ELEMENTWISE:
-            layout = None
-        if layout is not None and len(values) == 1:
-            layout = aligned(layout, values[0], part)
-        self._places.put(whole, None if layout is None else inside(layout, part, whole))
+            axis = None
+        if axis is not None and len(values) == 1:
+            axis = aligned(axis, values[0], part)
+        self._places.put(whole, None if axis is None else inside(axis, part, whole))
         if written is not whole:
-            self._places.put(written, layout if part is written else None)
+            self._places.put(written, axis if part is written else None)
 
     def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
         """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
         computed = [t for t in tensors(result) if t.requires_grad and not self.shared(t)]
-        known = {} if self.run is None else self.run.slow
+        known = {} if self.backward is None else self.backward.slow
         for weight in map(self.weight, weights):
             if computed and weight is not None and not all(id(parameter) in known for parameter in weight.parameters):
                 raise ValueError(

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from memloc_ext.accounting.hooks import without_hooks
-from memloc_ext.accounting.layer import Rule
-from memloc_ext.accounting.run import Run, Weight
-from memloc_ext.accounting.uses import Rows, Use, accumulated, chunks, sum_of_gradients
+from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, chunks, sum_of_gradients
+from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.borrowing import without_hooks
 
 if TYPE_CHECKING:
-    from memloc_ext.accounting.session import Session
+    from memloc_ext.accounting.tracer import Tracer
 
 
-class Derived(Rule):
+class Derived(LayerFunction):
     """A tensor that is the same for all examples, in the place of a parameter.
 
     Layers get a copy of it that depends on the parameters directly, and account their uses of the copy. When a
@@ -28,13 +28,13 @@ class Derived(Rule):
     examples at a time. That graph is kept for as long as the copy.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         value: The tensor.
         leaves: What it is computed from: parameters of the model, and other tensors that want a gradient.
     """
 
-    def __init__(self, session: Session, value: Tensor, leaves: Sequence[Tensor]) -> None:
-        super().__init__(session, [session.weight(leaf) for leaf in leaves])
+    def __init__(self, tracer: Tracer, value: Tensor, leaves: Sequence[Tensor]) -> None:
+        super().__init__(tracer, [tracer.weight(leaf) for leaf in leaves])
         self.edge, self.leaves, self.value = get_gradient_edge(value), list(leaves), value.detach()
 
     @property
@@ -43,40 +43,45 @@ class Derived(Rule):
         return [weight.parameter for weight in self.weights if weight is not None]
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         return self.value.detach(), ()
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
-        run = self.session.run
-        uses = [] if run is None else run.take(self)
-        if run is not None and uses:
-            parts = zip(self.weights, self._each(run, uses), strict=True)
-            return tuple(use.total() if weight is None else run.record(weight, use) for weight, use in parts)
-        wanted = [i for i, weight in enumerate(self.weights) if run is None or weight is None or run.wants(weight)]
+        """See `LayerFunction`."""
+        backward = self.tracer.backward
+        contributions = [] if backward is None else backward.take(self)
+        if backward is not None and contributions:
+            parts = zip(self.weights, self._each(backward, contributions), strict=True)
+            return tuple(
+                contribution.total() if weight is None else backward.record(weight, contribution)
+                for weight, contribution in parts
+            )
+        wanted = [
+            i for i, weight in enumerate(self.weights) if backward is None or weight is None or backward.wants(weight)
+        ]
         result: list[Tensor | None] = [None] * len(self.leaves)
         if wanted:
             for i, gradients in zip(wanted, self.pull_back(grad[None], [self.leaves[i] for i in wanted]), strict=True):
                 result[i] = gradients[0]
         return tuple(result)
 
-    def _each(self, run: Run, uses: Sequence[Use]) -> list[DerivedUse]:
+    def _each(self, backward: BackwardPass, contributions: Sequence[Contribution]) -> list[DerivedContribution]:
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
-        batch, dtype = uses[0].batch, accumulated(self.value.dtype)
+        batch, dtype = contributions[0].batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
-        groups = run.summed(self.value.device) if run.weight_grads or None in self.weights else None
+        groups = backward.summed(self.value.device) if backward.weight_grads or None in self.weights else None
         sums = [
             None if groups is None else t.new_zeros(groups.num, *t.shape, dtype=accumulated(t.dtype))
             for t in self.leaves
         ]
         size = max(self.value.numel(), sum(t.numel() for t in self.leaves))
         for begin, end in chunks(batch, (size,), dtype):
-            for i, part in enumerate(self.pull_back(sum_of_gradients(uses, begin, end), self.leaves)):
+            for i, part in enumerate(self.pull_back(sum_of_gradients(contributions, begin, end), self.leaves)):
                 norms[i][begin:end] = Rows(part).sqnorm()
                 if groups is not None and (total := sums[i]) is not None:
                     total.index_add_(0, groups.ids[begin:end], part.to(total.dtype))
         parts = zip(self.leaves, norms, sums, strict=True)
-        return [DerivedUse(self, leaf, uses, norm, total) for leaf, norm, total in parts]
+        return [DerivedContribution(self, leaf, contributions, norm, total) for leaf, norm, total in parts]
 
     def pull_back(self, gradients: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients ``[n, *]`` of what the tensor is computed from, given ``[n, *shape]`` of its own."""
@@ -101,62 +106,66 @@ class Derived(Rule):
         ]
 
 
-class DerivedUse(Use):
+class DerivedContribution(Contribution):
     """What the uses of a derived tensor add to the gradient of a parameter that it is computed from.
 
     Args:
-        rule: The derived tensor.
+        layer: The derived tensor.
         leaf: The parameter.
-        uses: Of the derived tensor.
+        contributions: Of the derived tensor.
         norms: Of each example's gradient, squared, ``[batch]``.
-        sums: Of the gradients of each group of the run, ``[groups, *shape]``, where gradients are wanted.
+        sums: Of the gradients of each group, ``[groups, *shape]``, where gradients are wanted.
     """
 
-    def __init__(self, rule: Derived, leaf: Tensor, uses: Sequence[Use], norms: Tensor, sums: Tensor | None) -> None:
-        self.rule, self.leaf, self.uses, self.norms, self.sums = rule, leaf, uses, norms, sums
+    def __init__(
+        self, layer: Derived, leaf: Tensor, contributions: Sequence[Contribution], norms: Tensor, sums: Tensor | None
+    ) -> None:
+        self.layer, self.leaf, self.contributions, self.norms, self.sums = layer, leaf, contributions, norms, sums
         self.batch, self.shape, self.dtype, self.device = len(norms), leaf.shape, norms.dtype, leaf.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         parts = [
-            self.rule.pull_back(sum_of_gradients(self.uses, begin + first, begin + last), [self.leaf])[0].to(self.dtype)
-            for first, last in chunks(end - begin, self.rule.value.shape, self.dtype)
+            self.layer.pull_back(sum_of_gradients(self.contributions, begin + first, begin + last), [self.leaf])[0].to(
+                self.dtype
+            )
+            for first, last in chunks(end - begin, self.layer.value.shape, self.dtype)
         ]
         return torch.cat(parts)
 
     def total(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         assert self.sums is not None
         return self.sums.sum(0)
 
     def sqnorm(self) -> Tensor:
-        """See `Use`."""
+        """See `Contribution`."""
         return self.norms
 
     def sqnorm_and_groups(self, groups: object) -> tuple[Tensor, Tensor]:
-        """See `Use`."""
+        """See `Contribution`."""
         assert self.sums is not None
         return self.norms, self.sums
 
 
-def derive(session: Session, t: Tensor) -> Weight | None:
+def derive(tracer: Tracer, t: Tensor) -> ParameterView | None:
     """Return a copy of a tensor that is computed from parameters alone, to be accounted like one; else None."""
-    if t.grad_fn is None or not torch.is_grad_enabled() or not session.shared(t):
+    if t.grad_fn is None or not torch.is_grad_enabled() or not tracer.shared(t):
         return None
-    known = session.derived.get(t)
+    known = tracer.derived.get(t)
     if isinstance(known, tuple) and known[0] == t._version:
         return known[1]
-    leaves, weight = _leaves(session, t), None
-    if any(id(leaf) in session.parameters for leaf in leaves):
-        rule = Derived(session, t, leaves)
-        copy = rule.apply(*leaves)
-        weight = Weight(cast("nn.Parameter", copy), copy, rule)
-        session.count(None, *rule.weights)
-    session.derived.put(t, (t._version, weight))
+    leaves, weight = _leaves(tracer, t), None
+    if any(id(leaf) in tracer.parameters for leaf in leaves):
+        layer = Derived(tracer, t, leaves)
+        copy = layer.apply(*leaves)
+        weight = ParameterView(cast("nn.Parameter", copy), copy, layer)
+        tracer.count(None, *layer.weights)
+    tracer.derived.put(t, (t._version, weight))
     return weight
 
 
-def _leaves(session: Session, t: Tensor) -> list[Tensor]:
+def _leaves(tracer: Tracer, t: Tensor) -> list[Tensor]:
     """Return the leaves of a tensor's graph; none if a layer that is accounted is part of it."""
     leaves, pending, seen = [], [t.grad_fn], set()
     while pending:
@@ -164,8 +173,8 @@ def _leaves(session: Session, t: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        rule = getattr(node, "rule", None)
-        if isinstance(rule, Rule) and rule.session is session:
+        layer = getattr(node, "layer", None)
+        if isinstance(layer, LayerFunction) and layer.tracer is tracer:
             return []
         if (variable := getattr(node, "variable", None)) is not None:
             leaves.append(variable)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.uses import Rows, Use, accumulated, combined_sqnorm
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, combined_sqnorm
+from memloc_ext.accounting.following import ExampleAxis
 from memloc_ext.ops import Groups
 
 if TYPE_CHECKING:
-    from memloc_ext.accounting.derived import Derived
+    from memloc_ext.accounting.layers.derived import Derived
 
 
 @dataclass(frozen=True)
-class Weight:
+class ParameterView:
     """A parameter, or a view of it: a slice, a transposed one, a part of a split one; or what stands in its place.
 
     Attributes:
@@ -61,13 +61,13 @@ class Repeated:
         padding_idx: A row that gets no gradient, or -1.
     """
 
-    weight: Weight
+    weight: ParameterView
     value: Tensor
     indices: Tensor | None = None
     padding_idx: int = -1
 
 
-class Run:
+class BackwardPass:
     """One backward pass.
 
     Args:
@@ -96,40 +96,40 @@ class Run:
         self.group_grad: dict[int, Tensor] = {}
         self._calls = calls
         self._whole: Groups | None = None
-        self._held: dict[int, list[tuple[Weight, Use]]] = defaultdict(list)
-        self._derived: dict[Derived, list[Use]] = {}
+        self._held: dict[int, list[tuple[ParameterView, Contribution]]] = defaultdict(list)
+        self._derived: dict[Derived, list[Contribution]] = {}
 
-    def trial(self) -> Run:
+    def trial(self) -> BackwardPass:
         """Return a pass for the norms alone, to be compared."""
-        run = Run(self.batch, None, False, self._calls, self.slow, self._several)
-        run.constant_statistics = True
-        return run
+        backward = BackwardPass(self.batch, None, False, self._calls, self.slow, self._several)
+        backward.constant_statistics = True
+        return backward
 
-    def fits(self, layout: Layout) -> bool:
+    def fits(self, axis: ExampleAxis) -> bool:
         """Return whether rows of the model's input that are in these places are those of the examples."""
-        several = self._several and self.batch > 0 and layout.batch % self.batch == 0
-        return several or layout.batch == self.batch
+        several = self._several and self.batch > 0 and axis.batch % self.batch == 0
+        return several or axis.batch == self.batch
 
-    def place(self, layout: Layout) -> Layout:
+    def place(self, axis: ExampleAxis) -> ExampleAxis:
         """Return where the examples are, given where the rows of the model's input are."""
-        if layout.batch == self.batch:
-            return layout
-        if not self.fits(layout):
+        if axis.batch == self.batch:
+            return axis
+        if not self.fits(axis):
             raise ValueError(
-                f"GradientAccountant: the model's input must have a row per example, got {layout.batch} rows and "
+                f"GradientAccountant: the model's input must have a row per example, got {axis.batch} rows and "
                 f"{self.batch} examples; if each example has several, one behind the other, give batch_size"
             )
-        return layout.of(self.batch)
+        return axis.of(self.batch)
 
-    def is_slow(self, weight: Weight) -> bool:
+    def is_slow(self, weight: ParameterView) -> bool:
         """Return whether all that is trained of it is accounted one example at a time."""
         return all(id(parameter) in self.slow for parameter in weight.parameters)
 
-    def wants(self, weight: Weight) -> bool:
+    def wants(self, weight: ParameterView) -> bool:
         """Return whether a parameter's gradient of the whole batch is computed."""
         return self.weight_grads
 
-    def record(self, weight: Weight, use: Use) -> Tensor | None:
+    def record(self, weight: ParameterView, contribution: Contribution) -> Tensor | None:
         """Take note of a use; return the gradient of the whole batch, or None where it is not wanted.
 
         The norm of a parameter that the forward pass used once is computed here. The uses of another are held, with
@@ -138,9 +138,9 @@ class Run:
         key, whole = id(weight.parameter), weight.tensor.numel() == weight.parameter.numel()
         wanted = self.wants(weight)
         if self.is_slow(weight):
-            return use.total().to(weight.tensor.dtype) if wanted else None
+            return contribution.total().to(weight.tensor.dtype) if wanted else None
         if weight.derived is not None:
-            self._derived.setdefault(weight.derived, []).append(use)
+            self._derived.setdefault(weight.derived, []).append(contribution)
             return None
         alone = self._calls.get(key) == 1 and key not in self._held and whole
         if key in self.sqnorm:  # found out too late that there is another use
@@ -150,8 +150,8 @@ class Run:
             )
         gradient = None
         if wanted and (alone or self.groups is not None):
-            groups = self.summed(use.device)
-            sqnorm, sums = use.sqnorm_and_groups(groups)
+            groups = self.summed(contribution.device)
+            sqnorm, sums = contribution.sqnorm_and_groups(groups)
             gradient = sums.sum(0) if groups.num > 1 else sums[0]
             if self.groups is not None:
                 self._add_groups(weight, sums)
@@ -159,21 +159,21 @@ class Run:
             if alone:
                 self.sqnorm[key] = sqnorm
         elif wanted:
-            gradient = use.total()
+            gradient = contribution.total()
         elif alone:
-            self.sqnorm[key] = use.sqnorm()
+            self.sqnorm[key] = contribution.sqnorm()
         if not alone:
-            self._held[key].append((weight, use))
+            self._held[key].append((weight, contribution))
         return None if gradient is None else gradient.to(weight.tensor.dtype)
 
-    def take(self, derived: Derived) -> list[Use]:
+    def take(self, derived: Derived) -> list[Contribution]:
         """Return the uses of a tensor that is computed from parameters, now that all are known."""
         return self._derived.pop(derived, [])
 
     def finish(self) -> None:
         """Compute the norms of the parameters whose uses were held."""
-        for key, uses in self._held.items():
-            self.sqnorm[key] = _held_sqnorm(uses)
+        for key, contributions in self._held.items():
+            self.sqnorm[key] = _held_sqnorm(contributions)
         self._held.clear()
 
     def add_examples(self, parameters: Mapping[int, nn.Parameter], begin: int, gradients: Mapping[int, Tensor]) -> None:
@@ -210,7 +210,7 @@ class Run:
             self.group_grad[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return self.group_grad[key]
 
-    def _add_groups(self, weight: Weight, groups: Tensor) -> None:
+    def _add_groups(self, weight: ParameterView, groups: Tensor) -> None:
         key = id(weight.parameter)
         if weight.whole and key not in self.group_grad:
             self.group_grad[key] = groups
@@ -219,41 +219,41 @@ class Run:
             weight.inside(total).add_(part)
 
 
-class OneByOne(Run):
+class GradientPass(BackwardPass):
     """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
-    def __init__(self, run: Run, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(run.batch, None, True, {}, dict(wanted), run._several)
+    def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
+        super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several)
         self.undivided = True
 
-    def wants(self, weight: Weight) -> bool:
+    def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""
         return any(id(parameter) in self.slow for parameter in weight.parameters)
 
-    def record(self, weight: Weight, use: Use) -> Tensor | None:
+    def record(self, weight: ParameterView, contribution: Contribution) -> Tensor | None:
         """Take no note."""
-        return use.total().to(weight.tensor.dtype) if self.wants(weight) else None
+        return contribution.total().to(weight.tensor.dtype) if self.wants(weight) else None
 
 
-def _held_sqnorm(uses: list[tuple[Weight, Use]]) -> Tensor:
+def _held_sqnorm(contributions: list[tuple[ParameterView, Contribution]]) -> Tensor:
     """Return the squared norm of the sum of uses of views of one parameter; views that do not overlap just add up."""
-    places: dict[tuple[object, ...], list[Use]] = defaultdict(list)
-    views: dict[tuple[object, ...], Weight] = {}
-    for weight, use in uses:
+    places: dict[tuple[object, ...], list[Contribution]] = defaultdict(list)
+    views: dict[tuple[object, ...], ParameterView] = {}
+    for weight, contribution in contributions:
         place = (weight.tensor.shape, weight.tensor.stride(), weight.tensor.storage_offset())
-        places[place].append(use)
+        places[place].append(contribution)
         views[place] = weight
-    parameter = uses[0][0].parameter
+    parameter = contributions[0][0].parameter
     touched = torch.zeros(parameter.shape, dtype=torch.int8)
     for weight in views.values():
         weight.inside(touched).add_(1)
     if len(places) == 1 or not (touched > 1).any():
-        return torch.stack([combined_sqnorm(uses) for uses in places.values()]).sum(0)
-    batch, dtype = uses[0][1].batch, uses[0][1].dtype
+        return torch.stack([combined_sqnorm(contributions) for contributions in places.values()]).sum(0)
+    batch, dtype = contributions[0][1].batch, contributions[0][1].dtype
     norms = torch.zeros(batch, dtype=dtype, device=parameter.device)
     for example in range(batch):
         gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        for weight, use in uses:
-            weight.inside(gradient).add_(use.gradients(example, example + 1)[0])
+        for weight, contribution in contributions:
+            weight.inside(gradient).add_(contribution.gradients(example, example + 1)[0])
         norms[example] = Rows(gradient[None]).sqnorm()[0]
     return norms

@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.broadcast import spread
-from memloc_ext.accounting.layer import Rule
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Weight
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import LinearUse, Rows
+from memloc_ext.accounting.backward_pass import ParameterView
+from memloc_ext.accounting.contributions import LinearContribution, Rows
+from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.layers.elementwise import spread
+from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.tracer import Tracer
 
 
-class Recurrent(Rule):
+class Recurrent(LayerFunction):
     """One layer in one direction, of ``[tokens, batch, features]``.
 
     Its tensors are the input, the state ``[batch, hidden]``, the state of the cells or None, and the parameters.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of the tensors.
-        layout: Of input and output.
+        axis: Of input and output.
         kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
     """
 
-    def __init__(self, session: Session, weights: Sequence[Weight | None], layout: Layout, kind: str) -> None:
-        super().__init__(session, weights, layout)
+    def __init__(self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, kind: str) -> None:
+        super().__init__(tracer, weights, axis)
         self.kind = kind
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
@@ -47,7 +47,7 @@ class Recurrent(Rule):
         return out, (x, h, c, out if c is None else out[0], *weights)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor, *last: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, h, c, out, *weights = saved
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         before = torch.cat([h[None], out[:-1]])
@@ -74,7 +74,7 @@ class Recurrent(Rule):
         g = self.examples(grad)
         if source is None:
             return self.record(index, Rows(g.flatten(1, -2).sum(1)))
-        return self.record(index, LinearUse(self.examples(source), g))
+        return self.record(index, LinearContribution(self.examples(source), g))
 
 
 def _lstm(
@@ -127,18 +127,18 @@ def _simple(slope: Tensor, grad: Tensor, w_hh: Tensor) -> tuple[Tensor, Tensor]:
     return gates, carried
 
 
-def recurrent(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def recurrent(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle what `torch.nn.LSTM`, ``GRU`` and ``RNN`` call, of sequences that are not packed."""
     if len(args) != 9 or kwargs or not isinstance(args[2], list) or not args[0].numel():
         return NotImplemented
     input, state, flat, biased, layers, dropout, training, both, batch_first = args
-    layout = session.layout(input)
-    layout = layout and layout.at(0 if batch_first else 1, input)
-    if layout is None or layout.dim != (0 if batch_first else 1):
+    axis = tracer.axis(input)
+    axis = axis and axis.at(0 if batch_first else 1, input)
+    if axis is None or axis.dim != (0 if batch_first else 1):
         return NotImplemented
-    x, layout, directions = input.transpose(0, 1) if batch_first else input, replace(layout, dim=1), 1 + both
-    each = _each(session, flat, layers * directions, biased)
-    states = _states(session, state, layout)
+    x, axis, directions = input.transpose(0, 1) if batch_first else input, replace(axis, dim=1), 1 + both
+    each = _each(tracer, flat, layers * directions, biased)
+    states = _states(tracer, state, axis)
     if each is None or states is None:
         return NotImplemented
     last: list[list[Tensor]] = [[] for _ in states]
@@ -147,7 +147,7 @@ def recurrent(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         for reverse in range(directions):
             k = layer * directions + reverse
             start = [s[k] for s in states]
-            out, *now = _run(session, func.__name__, layout, x.flip(0) if reverse else x, start, *each[k])
+            out, *now = _run(tracer, func.__name__, axis, x.flip(0) if reverse else x, start, *each[k])
             for ends, end in zip(last, (out[-1], *now), strict=True):
                 ends.append(end)
             outs.append(out.flip(0) if reverse else out)
@@ -156,61 +156,61 @@ def recurrent(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
             x = F.dropout(x, dropout, training)
     result = [x.transpose(0, 1) if batch_first else x, *map(torch.stack, last)]
     for t, dim in zip(result, (0 if batch_first else 1, 1, 1), strict=False):
-        session.remember(t, replace(layout, dim=dim))
+        tracer.remember(t, replace(axis, dim=dim))
     return tuple(result)
 
 
-def cell(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def cell(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle what `torch.nn.LSTMCell`, ``GRUCell`` and ``RNNCell`` call: a layer of one token."""
     input, state, *weights = args
-    layout = session.layout(input)
-    layout = layout and layout.at(0, input)
-    if layout is None or layout.dim or not input.numel() or kwargs:
+    axis = tracer.axis(input)
+    axis = axis and axis.at(0, input)
+    if axis is None or axis.dim or not input.numel() or kwargs:
         return NotImplemented
-    each, states = _each(session, weights, 1, len(weights) == 4), _states(session, state, layout)
+    each, states = _each(tracer, weights, 1, len(weights) == 4), _states(tracer, state, axis)
     if each is None or states is None:
         return NotImplemented
     kind = func.__name__.removesuffix("_cell")
-    out, *now = _run(session, kind, replace(layout, dim=1), input[None], states, *each[0])
+    out, *now = _run(tracer, kind, replace(axis, dim=1), input[None], states, *each[0])
     result = (out[0], *now)
     for t in result:
-        session.remember(t, layout)
+        tracer.remember(t, axis)
     return result if now else result[0]
 
 
-_Parameters = tuple[list[Tensor | None], list[Weight | None]]
+_Parameters = tuple[list[Tensor | None], list[ParameterView | None]]
 
 
-def _each(session: Session, flat: Sequence[Tensor | None], count: int, biased: bool) -> list[_Parameters] | None:
+def _each(tracer: Tracer, flat: Sequence[Tensor | None], count: int, biased: bool) -> list[_Parameters] | None:
     """Return the parameters of each layer and direction; None if they cannot be accounted."""
     size, result = len(flat) // count, []
     for begin in range(0, len(flat), size):
         own = list(flat[begin : begin + size])
         biases, projection = (own[2:4], own[4:]) if biased else ([None, None], own[2:])
         given = [*own[:2], *biases, *(projection or [None])]
-        weights = session.weights(*given)
+        weights = tracer.weights(*given)
         if weights is None:
             return None
         result.append((given, weights))
     return result
 
 
-def _states(session: Session, state: Any, layout: Layout) -> list[Tensor] | None:
+def _states(tracer: Tracer, state: Any, axis: ExampleAxis) -> list[Tensor] | None:
     """Return the initial states, each example's its own; None if that cannot be told."""
-    states = [spread(session, t, layout) for t in ((state,) if isinstance(state, Tensor) else state)]
+    states = [spread(tracer, t, axis) for t in ((state,) if isinstance(state, Tensor) else state)]
     return None if any(t is None for t in states) else [t for t in states if t is not None]
 
 
 def _run(
-    session: Session,
+    tracer: Tracer,
     kind: str,
-    layout: Layout,
+    axis: ExampleAxis,
     x: Tensor,
     states: Sequence[Tensor],
     given: Sequence[Tensor | None],
-    weights: Sequence[Weight | None],
+    weights: Sequence[ParameterView | None],
 ) -> tuple[Tensor, ...]:
     """Return the output ``[tokens, batch, hidden]``, and of an LSTM the last state of the cells."""
     h, c = states if len(states) == 2 else (*states, None)
-    out = Recurrent(session, [None, None, None, *weights], layout, kind)(x, h, c, *given)
+    out = Recurrent(tracer, [None, None, None, *weights], axis, kind)(x, h, c, *given)
     return out if isinstance(out, tuple) else (out,)

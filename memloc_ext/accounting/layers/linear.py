@@ -10,45 +10,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.contraction import product
-from memloc_ext.accounting.layer import Rule, autocast_dtype
-from memloc_ext.accounting.layout import Layout
-from memloc_ext.accounting.run import Weight
-from memloc_ext.accounting.session import Session
-from memloc_ext.accounting.uses import LinearUse, Rows
+from memloc_ext.accounting.backward_pass import ParameterView
+from memloc_ext.accounting.contributions import LinearContribution, Rows
+from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.layers.contraction import product
+from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
+from memloc_ext.accounting.tracer import Tracer
 
 
-class Linear(Rule):
+class Linear(LayerFunction):
     """``input @ weight.T + bias``.
 
     Args:
-        session: See `Rule`.
+        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        layout: See `Rule`.
+        axis: See `LayerFunction`.
         dtype: That the product is computed in.
         transposed: The weight is ``[in, out]``.
     """
 
     def __init__(
         self,
-        session: Session,
-        weights: Sequence[Weight | None],
-        layout: Layout,
+        tracer: Tracer,
+        weights: Sequence[ParameterView | None],
+        axis: ExampleAxis,
         dtype: torch.dtype,
         transposed: bool = False,
     ) -> None:
-        super().__init__(session, weights, layout)
+        super().__init__(tracer, weights, axis)
         self.dtype, self.transposed = dtype, transposed
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         out = _product(x, w if self.transposed else w.t(), b)
         return out, (x if self.weights[1] else None, w if input.requires_grad else None)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `Rule`."""
+        """See `LayerFunction`."""
         x, w = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
@@ -59,8 +59,8 @@ class Linear(Rule):
             grad_bias = self.record(2, bias)
         if needs[1]:
             first = self.examples(x)
-            use = LinearUse(g, first) if self.transposed else LinearUse(first, g, bias)
-            grad_weight = self.record(1, use)
+            contribution = LinearContribution(g, first) if self.transposed else LinearContribution(first, g, bias)
+            grad_weight = self.record(1, contribution)
         return grad_input, grad_weight, grad_bias
 
 
@@ -73,49 +73,49 @@ def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return out
 
 
-def linear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.linear`."""
     input, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
-    return _run(session, input, weight, bias)
+    return _run(tracer, input, weight, bias)
 
 
-def matmul(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle the product of activations with a parameter, as ``[in, out]``."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     input, weight = reversed(args) if func.__name__ == "__rmatmul__" else args
-    if weight.dim() != 2 or session.shared(input):
-        return product(session, input, weight)
-    return _run(session, input, weight, None, transposed=True)
+    if weight.dim() != 2 or tracer.shared(input):
+        return product(tracer, input, weight)
+    return _run(tracer, input, weight, None, transposed=True)
 
 
-def addmm(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``bias + input @ weight`` with a weight ``[in, out]``."""
     if len(args) != 3 or kwargs or args[0].dim() != 1:
         return NotImplemented
     bias, input, weight = args
-    return _run(session, input, weight, bias, transposed=True)
+    return _run(tracer, input, weight, bias, transposed=True)
 
 
-def _run(session: Session, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
-    layout = session.layout(input)
-    if layout is None or weight.dim() != 2 or layout.dim >= input.dim() - 1:
+def _run(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
+    axis = tracer.axis(input)
+    if axis is None or weight.dim() != 2 or axis.dim >= input.dim() - 1:
         return NotImplemented
-    weights = session.weights(weight)
+    weights = tracer.weights(weight)
     if weights is None:
         return NotImplemented
-    shift = session.weights(bias)
+    shift = tracer.weights(bias)
     outputs = weight.shape[1:] if transposed else weight.shape[:1]
     if shift is None or (bias is not None and bias.shape != outputs):
-        return _run(session, input, weight, None, transposed) + bias
-    layer = Linear(session, [None, *weights, *shift], layout, autocast_dtype(input), transposed)
+        return _run(tracer, input, weight, None, transposed) + bias
+    layer = Linear(tracer, [None, *weights, *shift], axis, autocast_dtype(input), transposed)
     return layer(input, weight, bias)
 
 
-def bilinear(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.bilinear`: a linear layer of the products of two inputs."""
     first, second, weight, bias = _bind(("input1", "input2", "weight", "bias"), args, kwargs)
-    with session:
+    with tracer:
         return F.linear((first[..., None] * second[..., None, :]).flatten(-2), weight.flatten(1), bias)
 
 
