@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -232,15 +229,6 @@ def test_threads_agree_bit_for_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("capability", ["avx2", "baseline"])
-def test_every_instruction_set_computes_the_same(capability: str) -> None:
-    tests = "test_conv2d_shapes or test_linear or test_conv2d_geometries"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests]
-    environment = {**os.environ, "MEMLOC_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_gram_keeps_what_the_cancellation_leaves() -> None:

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -187,15 +183,6 @@ def test_threads_agree_bit_for_bit(channels: tuple[int, int]) -> None:
     for norm, sums in results[1:]:
         assert torch.equal(norm, results[0][0])
         assert torch.equal(sums, results[0][1])
-
-
-@pytest.mark.parametrize("capability", ["avx2", "baseline"])
-def test_every_instruction_set_computes_the_same(capability: str) -> None:
-    tests = "test_conv2d_shapes or test_linear or test_conv2d_geometries"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests]
-    environment = {**os.environ, "MEMLOC_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_the_results_are_detached() -> None:
