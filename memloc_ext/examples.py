@@ -10,6 +10,7 @@ any noise, by ``true_labels``: by number, or by row where ``indices`` has the nu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -98,6 +99,21 @@ def examples(
             f"got {type(data).__name__}; make a list of the batches of a generator"
         )
     return _Passes(function, data, device, numbered)
+
+
+def digest(data: Examples) -> str:
+    """Return what stands for examples, by their targets and numbers: a SHA-256 in hexadecimal.
+
+    Of examples that have their ``labels`` in a tensor nothing else is read.
+    """
+    labels, sha = getattr(data, "labels", None), hashlib.sha256()
+    if isinstance(labels, Tensor):
+        whole = iter([Batch(None, labels, data.indices)])
+    else:
+        whole = data.subset(torch.arange(len(data))).batches(_PASS)  # by row, which a pass may shuffle
+    for _, y, ids in whole:
+        with_each_tensor((y, ids), lambda t: sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes()) or t)
+    return sha.hexdigest()
 
 
 def row_batches(

@@ -48,7 +48,7 @@ def marked(function: str, memorized: Marks | None, data: Any) -> Lookup | None:
     return lambda ids: torch.isin(ids, numbers.to(ids.device))
 
 
-def true_labels(function: str, labels: Any | None, data: Any) -> Lookup | None:
+def truth(function: str, labels: Any | None, data: Any) -> Lookup | None:
     """Return what gives examples' labels before any noise; None where they are not known.
 
     Args:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from memloc_ext.batches import Batch, call, device_of, read_batch
 from memloc_ext.data import Split
 from memloc_ext.examples import Examples, examples
-from memloc_ext.marks import ByNumber, marked, true_labels
+from memloc_ext.marks import ByNumber, marked, truth
 
 X, Y = torch.arange(14.0).view(7, 2), torch.arange(7) % 3
 NUMBERS = torch.tensor([30, 10, 20, 0, 60, 50, 40])
@@ -181,7 +181,7 @@ def test_numbers_that_cannot_be_known(loader: Any, reason: str) -> None:
 
 @pytest.mark.parametrize("data", [(batch for batch in ()), iter([(X, Y)]), 7, None])
 def test_what_can_be_iterated_once_or_not_at_all_is_refused(data: Any) -> None:
-    with pytest.raises(TypeError, match="probe: data must be .* iterated again, got .*; make a list"):
+    with pytest.raises(TypeError, match=r"probe: data must be .* iterated again, got .*; make a list"):
         examples("probe", data, CPU)
 
 
@@ -250,7 +250,7 @@ def test_no_memorized_example() -> None:
     assert told is not None
     assert told(torch.tensor([4, 0])).tolist() == [False, False]
     assert marked("probe", None, TensorDataset(X, Y)) is None
-    assert true_labels("probe", None, DATA["loader"]) is None
+    assert truth("probe", None, DATA["loader"]) is None
 
 
 @pytest.mark.parametrize("memorized", [[0.5], [[1]], [-1], [1, 0, 1], "ab", [[True]]])
@@ -263,7 +263,7 @@ def test_a_data_set_may_know_its_memorized_examples() -> None:
     mask = torch.tensor([True, False, True])
     own = Split(torch.rand(3, 1, 2, 2), torch.zeros(3).long(), torch.ones(3).long(), mask, torch.tensor([9, 4, 6]))
     for data in (own, DataLoader(own)):
-        told, before = marked("probe", None, data), true_labels("probe", None, data)
+        told, before = marked("probe", None, data), truth("probe", None, data)
         assert told is not None
         assert before is not None
         assert told(torch.tensor([6, 4, 9])).tolist() == [True, False, True]
@@ -273,11 +273,11 @@ def test_a_data_set_may_know_its_memorized_examples() -> None:
     by_number = marked("probe", None, SimpleNamespace(memorized=[False, True]))
     assert by_number is not None
     assert by_number(torch.tensor([1, 0])).tolist() == [True, False]
-    with pytest.raises(ValueError, match="probe: memorized must have .* number 7"):
+    with pytest.raises(ValueError, match=r"probe: memorized must have .* number 7"):
         ByNumber("probe: memorized", mask)(torch.tensor([7]))
 
 
 def test_true_labels_are_by_number() -> None:
-    told = true_labels("probe", [[1, 2], [3, 4]], None)
+    told = truth("probe", [[1, 2], [3, 4]], None)
     assert told is not None
     assert told(torch.tensor([1, 0, 1])).tolist() == [[3, 4], [1, 2], [3, 4]]

@@ -73,7 +73,9 @@ def test_classification_is_cross_entropy() -> None:
     losses = [float(row.logsumexp(0) - row[label]) for row, label in zip(logits, y, strict=True)]
     task = task_of("classification")
     torch.testing.assert_close(task.loss(logits, y), torch.tensor(losses, dtype=torch.float64))
-    assert task.right(logits, y).tolist() == [int(row.argmax()) == int(label) for row, label in zip(logits, y)]
+    assert task.right(logits, y).tolist() == [
+        int(row.argmax()) == int(label) for row, label in zip(logits, y, strict=True)
+    ]
     torch.testing.assert_close(mean_loss(task, logits, y, 7), torch.tensor(losses, dtype=torch.float64).mean())
     assert torch.equal(mean_loss(task, logits.float(), y, 7), F.cross_entropy(logits.float(), y))
 
