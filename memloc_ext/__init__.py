@@ -7,19 +7,22 @@ from memloc_ext.ablation import ablation_losses, apply_ablation
 from memloc_ext.accounting import GradientAccountant
 from memloc_ext.nn import example_ids
 from memloc_ext.ops import plan
-from memloc_ext.probes import localize, retrain, rewind
+from memloc_ext.probes import account_epoch, accuracy, localize, localize_dataset, retrain, rewind
 from memloc_ext.study import load_run
 
 __all__ = [
     "GradientAccountant",
     "__version__",
     "ablation_losses",
+    "account_epoch",
+    "accuracy",
     "apply_ablation",
     "data",
     "example_ids",
     "has_cuda_kernels",
     "load_run",
     "localize",
+    "localize_dataset",
     "models",
     "nn",
     "ops",

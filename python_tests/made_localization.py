@@ -12,7 +12,7 @@ from memloc_ext.probes.localization.dataset import (
 from memloc_ext.probes.localization.edits import EditedAccuracy
 
 
-def make_kind(kind: str = "noisy", **change: Any) -> KindLocalization:
+def make_kind(kind: str = "memorized", **change: Any) -> KindLocalization:
     """Three examples: flipped after one and after three units, capped after four."""
     after = EditedAccuracy(8 / 3, 3, 0.9, 0.5, 0.8)
     curve = [EditedAccuracy(float(k), 3 - k // 2, 1 - 0.02 * k, 1 - 0.1 * k, 0.9) for k in range(5)]
@@ -24,14 +24,14 @@ def make_kind(kind: str = "noisy", **change: Any) -> KindLocalization:
         "median": 3.0,
         "histogram": [0, 1, 0, 1],
         "sites": {"conv1": 2, "blocks.0:heads": 6},
-        "memorization": 5 if kind == "noisy" else 1,
+        "memorization": 5 if kind == "memorized" else 1,
         "edited": after,
         "curve": curve,
     }
     return KindLocalization(**{**values, **change})
 
 
-def make_localization(kinds: tuple[str, ...] = ("noisy", "clean"), **change: Any) -> DatasetLocalization:
+def make_localization(kinds: tuple[str, ...] = ("memorized", "clean"), **change: Any) -> DatasetLocalization:
     """Three examples of each kind, two sites; one with memorization channels."""
     units = [("conv1", 3), *(("blocks.0:heads", unit) for unit in (5, 0, 7))]
     ends = (("flipped", 1), ("flipped", 3), ("capped", 4))

@@ -152,7 +152,7 @@ def test_the_cost_is_measured_in_one_process(outcome) -> None:
 def test_the_localization_is_that_of_one_process(outcome, one: Path, two: Path) -> None:
     expected = outcome[0]["localization"]
     assert {row["status"] for row in expected["examples"]} >= {"flipped"}
-    assert expected["kinds"]["noisy"]["edited"]["examples"] == 3
+    assert expected["kinds"]["memorized"]["edited"]["examples"] == 3
     assert all(seen["localization"] == expected for seen in outcome)
     assert all(seen["again"] for seen in outcome)
     names = {path.name for path in (one / "parts").iterdir()}

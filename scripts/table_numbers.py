@@ -32,7 +32,7 @@ def layers(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if run.rewinding:
         found["rewinding, memorized accuracy per epoch"] = {
-            group: {cell.epoch: cell.with_buffers.noisy for cell in result.epochs}
+            group: {cell.epoch: cell.with_buffers.memorized for cell in result.epochs}
             for group, result in run.rewinding.groups.items()
         }
     if run.retraining:

@@ -14,12 +14,13 @@ from memloc_ext.ablation.network import Network, given
 from memloc_ext.ablation.one_by_one import check_how
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.running import evaluating, logits_of, without_fast_path
+from memloc_ext.ablation.running import evaluating, without_fast_path
 from memloc_ext.ablation.sites import attention
 from memloc_ext.ablation.slab import Slab
 from memloc_ext.ablation.switch import SiteHook, hooked
 from memloc_ext.borrowing import uncompiled
 from memloc_ext.nn.example_ids import example_ids
+from memloc_ext.tasks import logits_of
 
 
 def searchable(

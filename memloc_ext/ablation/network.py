@@ -13,10 +13,11 @@ from memloc_ext.ablation.evaluation import Graph
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
-from memloc_ext.ablation.running import evaluating, logits_of
+from memloc_ext.ablation.running import evaluating
 from memloc_ext.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.ablation.slab import Slab
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
+from memloc_ext.tasks import logits_of
 
 HOWS = ("zero", "mean", "filter")
 _SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.running import evaluating, logits_of
+from memloc_ext.ablation.running import evaluating
 from memloc_ext.ablation.sites import Site, find_sites
 from memloc_ext.ablation.switch import SiteHook, apply_ablation, hooked
+from memloc_ext.tasks import logits_of
 
 
 def one_by_one(

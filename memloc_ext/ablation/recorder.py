@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memloc_ext.ablation.channels import Channels
 from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
-from memloc_ext.ablation.running import evaluating, logits_of, without_fast_path
+from memloc_ext.ablation.running import evaluating, without_fast_path
 from memloc_ext.borrowing import uncompiled
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
+from memloc_ext.tasks import logits_of
 
 aten = torch.ops.aten
 

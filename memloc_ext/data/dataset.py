@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from memloc_ext.data.split import Split
+from memloc_ext.data.split import Normalization, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,3 +62,8 @@ class Dataset:
     def to(self, device: torch.device | str) -> Dataset:
         """Return the data set with both splits moved as in `Split.to`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def normalized(self, normalization: Normalization) -> Dataset:
+        """Return the data set with inputs normalised otherwise, see `Split`."""
+        train, test = (replace(split, normalization=normalization) for split in (self.train, self.test))
+        return replace(self, train=train, test=test)

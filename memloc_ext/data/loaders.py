@@ -13,7 +13,7 @@ from memloc_ext._torchvision import import_torchvision
 from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.folder import folder
 from memloc_ext.data.idx import read_idx
-from memloc_ext.data.split import Split
+from memloc_ext.data.split import Normalization, Split
 
 DIGITS_SEED = 0
 """Names the division of the digits into train and test."""
@@ -121,7 +121,13 @@ def svhn(root: str | Path = "data", download: bool = False) -> Dataset:
     return Dataset("svhn", train, test, _TEN_DIGITS)
 
 
-def load(name: str, root: str | Path = "data", download: bool = False, image_size: int | None = None) -> Dataset:
+def load(
+    name: str,
+    root: str | Path = "data",
+    download: bool = False,
+    image_size: int | None = None,
+    normalization: Normalization = "paper",
+) -> Dataset:
     """Return a data set by name.
 
     Args:
@@ -129,12 +135,17 @@ def load(name: str, root: str | Path = "data", download: bool = False, image_siz
         root: Folder that holds the files of ``mnist``, ``cifar10`` and ``svhn``.
         download: Fetch their files if missing.
         image_size: Side in pixels of the images of ``folder:PATH``, see `folder`.
+        normalization: ``paper`` (0.5 and 0.5), ``imagenet``, or mean and standard deviation, see `Split`.
 
     Raises:
         ValueError: If there is no such name, or ``image_size`` is given for another data set than a folder.
         FileNotFoundError: If files are missing.
         ImportError: If a package is missing.
     """
+    return _load(name, root, download, image_size).normalized(normalization)
+
+
+def _load(name: str, root: str | Path, download: bool, image_size: int | None) -> Dataset:
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         return folder(path, image_size)

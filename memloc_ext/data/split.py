@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 import torch.utils.data
 from torch import Tensor
 
+from memloc_ext.batches import Batch
 from memloc_ext.data._memory import fits
 from memloc_ext.data.images import LazyImages
+from memloc_ext.examples import Shard, row_batches
 
-MEAN = 0.5
-STD = 0.5
-"""Normalisation of every channel, for pixels scaled to [0, 1]: the models see inputs in [-1, 1]."""
+Normalization: TypeAlias = "Literal['paper', 'imagenet'] | tuple[tuple[float, ...], tuple[float, ...]]"
+"""Mean and standard deviation of each channel, for pixels scaled to [0, 1], one value for all or one for each; or those
+of the paper, 0.5, which put inputs into [-1, 1]; or those of ImageNet, by name."""
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "paper": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
     """The N examples of one split; a map-style data set of ``(input, label, index)``.
+
+    Data as `memloc_ext.examples` has it, whose batches are taken on the device at once.
 
     Attributes:
         inputs: Pixels, ``[N, channels, height, width]``: uint8 in 0 .. 255, or floating point in ``[0, 1]``. May be on
@@ -30,6 +39,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
             rest are "clean".
         indices: The example's number in the data set, ``[N]``, int64. A subset keeps it, so that whatever is tied to an
             example (its dropout mask) stays with it.
+        normalization: What is subtracted from the pixels, scaled to ``[0, 1]``, and what they are divided by then.
 
     Raises:
         ValueError: If a shape, device or value breaks the above.
@@ -41,6 +51,8 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
     true_labels: Tensor
     memorized: Tensor
     indices: Tensor
+    normalization: Normalization = "paper"
+    _scale: tuple[float | Tensor, float | Tensor] = field(init=False)
 
     @classmethod
     def clean(cls, inputs: Tensor | LazyImages, labels: Tensor) -> Split:
@@ -71,6 +83,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
             low, high = self.inputs.aminmax()
             if not (low >= 0 and high <= 1):  # also catches NaN
                 raise ValueError(f"Split: floating-point inputs must be in [0, 1], got {low:g} .. {high:g}")
+        object.__setattr__(self, "_scale", _scale(self.normalization, self.inputs.shape[1], self.device))
 
     @property
     def device(self) -> torch.device:
@@ -90,14 +103,14 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         inputs, labels, indices = self.batch(torch.tensor([position]))
         return inputs[0], int(labels), int(indices)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, rows: Tensor) -> Batch:
         """Return examples by their position in this split.
 
         Args:
             rows: Positions, ``[B]``, int64, each in ``[0, N)``; or a mask, ``[N]``, bool.
 
         Returns:
-            Inputs ``[B, C, H, W]`` float32, normalised: ``(p - 0.5) / 0.5`` for a pixel p scaled to ``[0, 1]``; labels
+            Inputs ``[B, C, H, W]`` float32, normalised: ``(p - mean) / std`` for a pixel p scaled to ``[0, 1]``; labels
             ``[B]`` int64; numbers in the data set ``[B]`` int64. All on `Split.device`.
 
         Raises:
@@ -108,41 +121,14 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         pixels = self.inputs[rows.to(self.inputs.device)].to(self.device)
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         rows = rows.to(self.device)
-        return (scaled - MEAN) / STD, self.labels[rows], self.indices[rows]
+        mean, std = self._scale
+        return Batch((scaled - mean) / std, self.labels[rows], self.indices[rows])
 
     def batches(
-        self,
-        batch_size: int | Sequence[int],
-        generator: torch.Generator | None = None,
-        *,
-        shard: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Iterate once over all examples, in order or shuffled; the last batch may be smaller.
-
-        Args:
-            batch_size: Examples in a batch, at least 1; or those of each batch, which add up to N.
-            generator: Shuffles if given; on the CPU. Drawn from once, in this call.
-            shard: ``(k, n)``: of every batch cut into n slices, as equal as can be and the longer ones first, return
-                slice k alone, from 0 on.
-
-        Returns:
-            Batches as in `Split.batch`.
-
-        Raises:
-            ValueError: If ``batch_size``, the generator's device or ``shard`` breaks the above.
-        """
-        sizes = list(batch_size) if isinstance(batch_size, Sequence) else batch_size
-        if (min(sizes, default=1) if isinstance(sizes, list) else sizes) < 1:
-            raise ValueError(f"batches: batch_size must be at least 1, got {batch_size}")
-        if isinstance(sizes, list) and sum(sizes) != len(self):
-            raise ValueError(f"batches: batch_size must add up to {len(self)} examples, got {sum(sizes)}")
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"batches: generator must be on the CPU, got {generator.device}")
-        number, shards = shard
-        if not 0 <= number < shards:
-            raise ValueError(f"batches: shard must be (k, n) with k in [0, n), got {shard}")
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        return (self.batch(rows.tensor_split(shards)[number]) for rows in order.split(sizes) if len(rows))
+        self, batch_size: int | Sequence[int], generator: torch.Generator | None = None, *, shard: Shard = (0, 1)
+    ) -> Iterator[Batch]:
+        """Iterate once over all examples, in order or shuffled, see `memloc_ext.examples.row_batches`."""
+        return map(self.batch, row_batches(len(self), batch_size, generator, shard))
 
     def subset(self, rows: Tensor) -> Split:
         """Return a split of the examples at ``rows`` (as in `Split.batch`), which keep their ``indices``."""
@@ -150,7 +136,14 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         inputs = self.inputs
         inputs = inputs.subset(rows) if isinstance(inputs, LazyImages) else inputs[rows.to(inputs.device)]
         rows = rows.to(self.device)
-        return Split(inputs, self.labels[rows], self.true_labels[rows], self.memorized[rows], self.indices[rows])
+        return replace(
+            self,
+            inputs=inputs,
+            labels=self.labels[rows],
+            true_labels=self.true_labels[rows],
+            memorized=self.memorized[rows],
+            indices=self.indices[rows],
+        )
 
     def to(self, device: torch.device | str) -> Split:
         """Return the split with its batches on ``device``.
@@ -183,3 +176,18 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
             if low < 0 or high >= len(self):
                 raise IndexError(f"{function}: rows must be in [0, {len(self)}), got {low if low < 0 else high}")
         return rows
+
+
+def _scale(normalization: Normalization, channels: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    """Return mean and standard deviation, as numbers or ``[channels, 1, 1]``."""
+    mean, std = NORMALIZATIONS.get(normalization, ((), ())) if isinstance(normalization, str) else normalization
+    if any(len(values) not in (1, channels) for values in (mean, std)) or not all(value > 0 for value in std):
+        raise ValueError(
+            f"Split: normalization must be one of {', '.join(NORMALIZATIONS)} or (mean, std), each of one value or one "
+            f"for each of {channels} channels, std positive; got {normalization!r}"
+        )
+
+    def shaped(values: tuple[float, ...]) -> float | Tensor:
+        return values[0] if len(values) == 1 else torch.tensor(values, device=device)[:, None, None]
+
+    return shaped(mean), shaped(std)

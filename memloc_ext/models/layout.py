@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from memloc_ext.nn.insert import DROPOUT
+
 ROOT_GROUP = "(root)"
+_PARAMETRIZED = "parametrizations"
+"""The child that `torch.nn.utils.parametrize` adds to a module."""
 
 
 @dataclass(frozen=True)
@@ -27,36 +31,81 @@ class Layout:
     channel_dim: int = 1
 
 
-def layer_groups(model: nn.Module) -> dict[str, list[str]]:
-    """Partition the parameters of a model into its layer groups.
+def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
+    """Name the parameters of each layer group of a model.
 
-    A model without a ``layout`` gets one group per direct child, and ``"(root)"`` for parameters of its own. A tied
-    parameter has the one name that ``named_parameters`` gives it. Groups without parameters are left out.
+    Without ``groups`` they are those of the model's ``layout``. A model without a layout has a group per child with
+    parameters, and ``"(root)"`` for parameters of its own. Blocks are groups of their own, by their dotted names, at
+    any depth: the children of a ``ModuleList``, and those of a ``Sequential`` one of which holds modules in turn. What
+    lies beside the blocks stays in the child's group. A tied parameter has the one name that ``named_parameters`` gives
+    it. Groups without parameters are left out.
 
     Args:
         model: Any module.
+        groups: Group to names of parameters, or of modules with all parameters inside. May leave parameters out.
 
     Returns:
-        Group to parameter names, groups in the order of the layout, names in the order of ``named_parameters``.
+        Group to parameter names, in the order of ``groups``, the layout or the model; names in that of
+        ``named_parameters``.
 
     Raises:
-        ValueError: If the layout puts a parameter in no group or in several.
+        ValueError: If a name in ``groups`` is not the model's, or a parameter is in several groups or in none of a
+            layout.
     """
+    names = [name for name, _ in model.named_parameters()]
     layout = _layout(model)
-    groups: dict[str, list[str]] = {group: [] for group in layout.groups} if layout else {}
-    for name, _ in model.named_parameters():
-        if layout:
-            owners = [group for group, prefixes in layout.groups.items() if any(_within(name, p) for p in prefixes)]
-            if len(owners) != 1:
-                where = ", ".join(owners) or "none"
+    if groups is None and layout is None:
+        owner, found = _block_of(model), dict[str, list[str]]()
+        for name in names:
+            found.setdefault(owner(name), []).append(name)
+        return found
+    given = groups if groups is not None else layout.groups if layout is not None else {}
+    where = "groups" if groups is not None else "layout"
+    found = {group: [] for group in given}
+    for name in names:
+        owners = [group for group, prefixes in given.items() if any(_within(name, p) for p in prefixes)]
+        if len(owners) > 1 or (not owners and groups is None):
+            rule = "at most one group" if groups is not None else "exactly one group"
+            got = ", ".join(owners) or "none"
+            raise ValueError(f"layer_groups: {where} must put every parameter in {rule}, got {name} in {got}")
+        for group in owners:
+            found[group].append(name)
+    if groups is None:
+        return {group: members for group, members in found.items() if members}
+    for group, prefixes in given.items():
+        for prefix in prefixes:
+            if not any(_within(name, prefix) for name in names):
                 raise ValueError(
-                    f"layer_groups: layout must put every parameter in exactly one group, got {name} in {where}"
+                    f"layer_groups: groups must hold names of parameters of the model, or of modules that have some, "
+                    f"got {prefix!r} in {group!r}"
                 )
-            groups[owners[0]].append(name)
-        else:
-            child, dot, _ = name.partition(".")
-            groups.setdefault(child if dot else ROOT_GROUP, []).append(name)
-    return {group: names for group, names in groups.items() if names}
+        if not found[group]:
+            raise ValueError(f"layer_groups: groups must hold parameters, got {group!r} without")
+    return found
+
+
+def _block_of(model: nn.Module) -> Callable[[str], str]:
+    """Return what tells the layer group of a parameter by its name."""
+    blocks = {""}  # names of the modules that are groups
+    for name, module in model.named_modules():
+        if _PARAMETRIZED not in name.split("."):
+            is_split = name == "" or _holds_blocks(module)
+            blocks.update(f"{name}.{child}".lstrip(".") for child, _ in module.named_children() if is_split)
+
+    def owner(name: str) -> str:
+        while name not in blocks:
+            name = name.rpartition(".")[0]
+        return name or ROOT_GROUP
+
+    return lambda name: owner(name.rpartition(".")[0])
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        return True
+    added = (_PARAMETRIZED, DROPOUT)  # of a leaf layer
+    inner = (name for child in module.children() for name, _ in child.named_children())
+    return isinstance(module, nn.Sequential) and any(name not in added for name in inner)
 
 
 def dropout_sites(model: nn.Module) -> list[str]:

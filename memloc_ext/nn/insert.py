@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout
 
-_NAME = "dropout_after"
+DROPOUT = "dropout_after"
+"""The child that a dropout becomes of the module it follows."""
 
 
 def insert_example_tied_dropout(
@@ -82,7 +83,7 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
         if name not in modules:
             raise ValueError(f"insert: after must name modules of the model; it has no {name!r}")
         module = modules[name]
-        if id(module) in taken or hasattr(module, _NAME):
+        if id(module) in taken or hasattr(module, DROPOUT):
             raise ValueError(f"insert: {name!r} already has a dropout behind it")
         taken.add(id(module))
         if not _runs_children_in_order(module) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -93,7 +94,7 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
     for name, dropout in zip(after, new, strict=True):
         module = modules[name]
         dropout.train(module.training)
-        module.add_module(_NAME, dropout)
+        module.add_module(DROPOUT, dropout)
         if not _runs_children_in_order(module):
             module.register_forward_hook(_apply)
     return model
@@ -102,7 +103,7 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
 def example_tied_sites(model: nn.Module) -> dict[str, ExampleTiedDropout]:
     """Return the modules whose output an `ExampleTiedDropout` ends, by name: those it was put behind, else itself."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ExampleTiedDropout)}
-    return {name.removesuffix(f".{_NAME}"): module for name, module in found.items()}
+    return {name.removesuffix(f".{DROPOUT}"): module for name, module in found.items()}
 
 
 def _known_channel_dim(module: nn.Module) -> int | None:
@@ -115,4 +116,4 @@ def _runs_children_in_order(module: nn.Module) -> bool:
 
 def _apply(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     # looks its module up at run time, so that a copied or unpickled model uses its own
-    return getattr(module, _NAME)(output)
+    return getattr(module, DROPOUT)(output)

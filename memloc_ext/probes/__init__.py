@@ -1,12 +1,13 @@
 """The paper's methods: each takes a model and data and returns a typed result."""
 
-from memloc_ext.probes.accuracy import Accuracy, accuracy, accuracy_by_mode
+from memloc_ext.probes.accuracy import accuracy, accuracy_by_mode
+from memloc_ext.probes.evaluation import Accuracy
 from memloc_ext.probes.gradient_accounting import (
     EpochAccount,
     GradientAccounting,
     GroupAccount,
     ParameterAccount,
-    gradient_accounting,
+    account_epoch,
 )
 from memloc_ext.probes.localization import (
     DatasetLocalization,
@@ -16,8 +17,8 @@ from memloc_ext.probes.localization import (
     localize,
     localize_dataset,
 )
-from memloc_ext.probes.retraining import GroupRetraining, RetrainConfig, RetrainedEpoch, Retraining, retrain
-from memloc_ext.probes.rewinding import GroupRewinding, RewindConfig, Rewinding, RewoundAccuracy, rewind
+from memloc_ext.probes.retraining import GroupRetraining, RetrainedEpoch, Retraining, retrain
+from memloc_ext.probes.rewinding import GroupRewinding, Rewinding, RewoundAccuracy, rewind
 from memloc_ext.probes.roc import roc_auc
 
 __all__ = [
@@ -32,15 +33,13 @@ __all__ = [
     "Localization",
     "LocalizationConfig",
     "ParameterAccount",
-    "RetrainConfig",
     "RetrainedEpoch",
     "Retraining",
-    "RewindConfig",
     "Rewinding",
     "RewoundAccuracy",
+    "account_epoch",
     "accuracy",
     "accuracy_by_mode",
-    "gradient_accounting",
     "localize",
     "localize_dataset",
     "retrain",

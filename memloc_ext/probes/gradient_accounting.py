@@ -1,9 +1,9 @@
 r"""Gradient accounting: which examples move which layers, over an epoch.
 
-A batch of B examples, n_c of them clean and n_n noisy, has the gradient ``g_clean + g_noisy``, where ``g_clean`` is
-``n_c / B`` times the gradient of the mean loss of the clean examples, and ``g_noisy`` likewise. Both are summed over
+A batch of B examples, c of them clean and m memorized, has the gradient ``g_clean + g_memorized``, where ``g_clean`` is
+``c / B`` times the gradient of the mean loss of the clean examples, and ``g_memorized`` likewise. Both are summed over
 the batches of an epoch. What the paper draws per layer group is the sum over its parameters of ``||g|| / sqrt(numel)``
-and the mean over them of ``cos(g_clean, g_noisy)``. Added here: the norm of every single example's gradient.
+and the mean over them of ``cos(g_clean, g_memorized)``. Added here: the norm of every single example's gradient.
 
 Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on gradient accounting.
 """
@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from memloc_ext import distributed, models
-from memloc_ext.accounting import GradientAccountant
+from memloc_ext import distributed
+from memloc_ext.accounting import Account, GradientAccountant
+from memloc_ext.batches import Batch, call, device_of
 from memloc_ext.borrowing import kept_training_flags
-from memloc_ext.data import Split
+from memloc_ext.examples import Data, examples
+from memloc_ext.marks import Lookup, Marks, marked
 from memloc_ext.nn import example_ids
+from memloc_ext.probes.layer_groups import Groups, chosen_groups
 from memloc_ext.probes.roc import roc_auc
+from memloc_ext.tasks import Classification, Task, TaskName, example_losses, mean_loss, task_of
 
 
 class BatchAccount(Protocol):
@@ -36,7 +39,7 @@ class BatchAccount(Protocol):
 
     @property
     def group_grad(self) -> Mapping[str, Tensor]:
-        """Parameter to its gradient from the clean and from the noisy examples, ``[2, *shape]``."""
+        """Parameter to its gradient from the clean and from the memorized examples, ``[2, *shape]``."""
         ...
 
 
@@ -46,13 +49,13 @@ class ParameterAccount:
 
     Attributes:
         clean: ``||g_clean|| / sqrt(numel)``.
-        noisy: ``||g_noisy|| / sqrt(numel)``.
-        total: ``||g_clean + g_noisy|| / sqrt(numel)``.
-        cosine: Of the angle between ``g_clean`` and ``g_noisy``, in ``[-1, 1]``; 0 where one of them is 0.
+        memorized: ``||g_memorized|| / sqrt(numel)``.
+        total: ``||g_clean + g_memorized|| / sqrt(numel)``.
+        cosine: Of the angle between ``g_clean`` and ``g_memorized``, in ``[-1, 1]``; 0 where one of them is 0.
     """
 
     clean: float
-    noisy: float
+    memorized: float
     total: float
     cosine: float
 
@@ -63,22 +66,22 @@ class GroupAccount:
 
     Attributes:
         clean: Sum over the parameters of `ParameterAccount.clean`.
-        noisy: Likewise.
+        memorized: Likewise.
         total: Likewise.
         cosine: Mean over the parameters of `ParameterAccount.cosine`.
-        auc: Area under the ROC curve of "noisy" predicted from the norm of the example's gradient; None where there is
-            no noisy or no clean example.
+        auc: Area under the ROC curve of "memorized" predicted from the norm of the example's gradient; None where there
+            is no memorized or no clean example.
         clean_example_norm: Norm of a clean example's gradient, mean over them; None where there is none.
-        noisy_example_norm: Likewise.
+        memorized_example_norm: Likewise.
     """
 
     clean: float
-    noisy: float
+    memorized: float
     total: float
     cosine: float
     auc: float | None
     clean_example_norm: float | None
-    noisy_example_norm: float | None
+    memorized_example_norm: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +94,8 @@ class EpochAccount:
         parameters: Parameter name to its account.
         example_norms: Norm of the gradient of each example's own loss with respect to each layer group,
             ``[N, groups]``, float32; NaN for an example whose batch overflowed in float16.
-        memorized: The noisy examples, ``[N]``, bool.
-        indices: Number of each example in the data set, ``[N]``, int64.
+        memorized: Which examples are memorized, ``[N]``, bool.
+        indices: Number of each example, ``[N]``, int64, in ascending order.
     """
 
     model: GroupAccount
@@ -107,6 +110,11 @@ class EpochAccount:
         """Norm of the gradient of each example's own loss with respect to all parameters, ``[N]``, float32."""
         return self.example_norms.norm(dim=1)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per layer group: ``group``, ``clean``, ``memorized``, ``total``, ``cosine`` and ``auc``."""
+        names = ("clean", "memorized", "total", "cosine", "auc")
+        return [{"group": g, **{name: getattr(row, name) for name in names}} for g, row in self.groups.items()]
+
 
 class GradientAccounting:
     """The account of one epoch while it is kept.
@@ -115,47 +123,43 @@ class GradientAccounting:
     ``N x groups`` numbers. Of several processes that share the batches, each adds its own slices and calls `gather`.
 
     Args:
-        model: Its parameters that require a gradient are accounted.
-        split: The N examples of the epoch; ``memorized`` says which are noisy.
-        layer_groups: Group to parameter names, each parameter in exactly one; by default the model's own, see
-            `memloc_ext.models.layer_groups`.
+        model: Its parameters that require a gradient are accounted, but for those that ``groups`` leaves out.
+        memorized: Tells by number which examples are memorized, see `memloc_ext.marks`; None if none is.
+        groups: As for `account_epoch`.
 
     Raises:
-        ValueError: If the groups break the above, or an example is in the split twice.
+        ValueError: If no parameter is to be accounted, or the groups break the above.
     """
 
-    def __init__(
-        self, model: nn.Module, split: Split, *, layer_groups: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self._groups = _trained_groups(model, parameters, layer_groups)
-        order = split.indices.argsort()
-        self._order, self._sorted = order, split.indices[order]
-        if (self._sorted[1:] == self._sorted[:-1]).any():
-            raise ValueError("GradientAccounting: split must hold each example once, got an index twice")
-        self._split = split
+    def __init__(self, model: nn.Module, memorized: Lookup | None, *, groups: Groups = None) -> None:
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not trained:
+            raise ValueError("account_epoch: model must have a parameter that requires a gradient, got none")
+        chosen = chosen_groups("account_epoch", model, groups)
+        parts = {group: [name for name in part.parameters if name in trained] for group, part in chosen.items()}
+        self._groups = {group: names for group, names in parts.items() if names}
         owner = {name: column for column, names in enumerate(self._groups.values()) for name in names}
-        self._owner = torch.tensor([owner[name] for name in parameters], device=split.device)
+        parameters = {name: value for name, value in trained.items() if name in owner}
+        self._memorized, device = memorized, device_of(model)
+        self._owner = torch.tensor([owner[name] for name in parameters], device=device)
         self._sums = {
             name: value.new_zeros(2, *value.shape, dtype=torch.promote_types(value.dtype, torch.float32))
             for name, value in parameters.items()
         }
-        shape = len(split), len(self._groups)
-        self._sqnorm = torch.full(shape, float("nan"), dtype=torch.float32, device=split.device)
-        self._added = torch.zeros(len(split), dtype=torch.float32, device=split.device)
+        self._ids = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._sqnorms = [torch.empty(0, len(self._groups), device=device)]
 
     def kinds(self, ids: Tensor) -> Tensor:
-        """Return the kind of the examples with the given numbers, ``[B]``, int64: 0 is clean, 1 is noisy."""
-        return self._split.memorized[self._rows(ids)].long()
+        """Return the kind of the examples with the given numbers, ``[B]``, int64: 0 is clean, 1 is memorized."""
+        return torch.zeros_like(ids) if self._memorized is None else self._memorized(ids).long()
 
     def add(self, account: BatchAccount, ids: Tensor, scale: float | Tensor | None = None, share: float = 1.0) -> None:
         """Add a batch to the account.
 
         Args:
             account: Of the batch; ``group_grad`` with `kinds` as its groups and of the mean loss, as the paper's
-                ``g_clean`` and ``g_noisy``. A parameter that is missing in it got no gradient.
-            ids: Numbers of its B examples in the data set, ``[B]``, int64; each must be in the split, which is checked
-                on the CPU, where that does not wait for a device.
+                ``g_clean`` and ``g_memorized``. A parameter that is missing in it got no gradient.
+            ids: Numbers of its B examples, ``[B]``, int64.
             scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, in any of
                 the processes that share it, counts nothing, since its step is skipped. None for 1.
             share: What the loss of a slice of a batch was multiplied by besides, to be its part of the batch's mean; in
@@ -163,7 +167,7 @@ class GradientAccounting:
         """
         names = [name for name in self._sums if name in account.group_grad]
         added = [account.group_grad[name] for name in names]
-        none = self._sqnorm.new_zeros(len(ids))
+        none = self._sqnorms[0].new_zeros(len(ids))
         each = torch.stack([account.sqnorm.get(name, none).to(none) for name in self._sums])
         sqnorm = none.new_zeros(len(self._groups), len(ids)).index_add_(0, self._owner, each)
         if scale is not None:
@@ -175,106 +179,109 @@ class GradientAccounting:
             torch._foreach_add_([self._sums[name] for name in names], added)  # pyright: ignore[reportPrivateImportUsage]
         if share != 1:
             sqnorm = sqnorm / share / share
-        rows = self._rows(ids)
-        self._sqnorm[rows], self._added[rows] = sqnorm.T, 1
+        self._ids.append(ids)
+        self._sqnorms.append(sqnorm.T)
 
     def gather(self) -> None:
         """Make this the account of what all processes added; each calls it once, after its last batch."""
         self._sums = dict(zip(self._sums, distributed.summed(list(self._sums.values())), strict=True))
-        own = torch.where(self._added[:, None] > 0, self._sqnorm, 0)  # an overflow stays NaN
-        sqnorm, self._added = distributed.summed([own, self._added])
-        self._sqnorm = torch.where(self._added[:, None] > 0, sqnorm, float("nan"))
+        own = torch.cat(self._ids).cpu(), torch.cat(self._sqnorms).cpu()
+        every = distributed.spread(lambda _: own, range(distributed.world_size()))
+        self._ids, self._sqnorms = [ids for ids, _ in every], [sqnorms for _, sqnorms in every]
 
     def result(self) -> EpochAccount:
         """Return the account of all batches that were added."""
         table = torch.stack([_numbers(sums) for sums in self._sums.values()]).tolist()
         parameters = {name: ParameterAccount(*row) for name, row in zip(self._sums, table, strict=True)}
-        norms, memorized = self._sqnorm.clamp(min=0).sqrt().cpu(), self._split.memorized.cpu()
+        ids, order = torch.cat(self._ids).cpu().sort(stable=True)
+        norms, memorized = torch.cat(self._sqnorms).cpu()[order].clamp(min=0).sqrt(), self.kinds(ids) > 0
         groups = {
             group: _group_account([parameters[name] for name in names], norms[:, column], memorized)
             for column, (group, names) in enumerate(self._groups.items())
         }
         model = _group_account(list(parameters.values()), norms.norm(dim=1), memorized)
-        return EpochAccount(model, groups, parameters, norms, memorized, self._split.indices.cpu())
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        places = torch.searchsorted(self._sorted, ids).clamp_(max=len(self._sorted) - 1)
-        if ids.device.type == "cpu" and not torch.equal(self._sorted[places], ids):
-            wrong = ids[self._sorted[places] != ids][0].item()
-            raise ValueError(f"GradientAccounting: ids must be those of examples in the split, got {wrong}")
-        return self._order[places]
+        return EpochAccount(model, groups, parameters, norms, memorized, ids)
 
 
-def gradient_accounting(
+def account_epoch(
     model: nn.Module,
-    split: Split,
+    data: Data,
     *,
+    memorized: Marks | None = None,
+    task: TaskName | Task = "classification",
+    groups: Groups = None,
+    optimizer: torch.optim.Optimizer | None = None,
     batch_size: int = 512,
-    layer_groups: Mapping[str, Sequence[str]] | None = None,
+    num_workers: int = 0,
 ) -> EpochAccount:
-    """Keep the account of a model as it stands, in evaluation mode, over all examples of a split in their order.
+    """Keep the account of a model over one pass over all examples.
 
-    The loss is the cross-entropy, mean over each batch. Nothing is updated: flags and gradients are put back.
+    The loss of a batch is the mean of its examples' losses. Without an optimizer the model stands still, in evaluation
+    mode; flags and gradients are put back. With one it is trained as it is accounted: in training mode, with a step
+    after each batch; flags are put back, and parameters are left without gradients.
 
     Args:
-        model: Inputs ``[B, C, H, W]`` to logits ``[B, classes]``, on the device of ``split``, not compiled.
-        split: The examples, at least one.
-        batch_size: Examples at a time, at least 1. The paper's sums over batches are proportional to their number; the
-            norms of the single examples do not depend on it.
-        layer_groups: As for `GradientAccounting`.
+        model: Any model; if compiled, it runs as it was written.
+        data: The examples, at least one; see `memloc_ext.examples`. A ``DataLoader`` may shuffle if its items give
+            their numbers.
+        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
+            says, or none.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
+            `memloc_ext.models.layer_groups`; by default all of these. Parameters in no group are not accounted.
+        optimizer: Makes the steps; None for none.
+        batch_size: Examples in a batch of a data set, at least 1; a ``DataLoader`` has its own. The paper's sums over
+            batches are proportional to their number; the norms of the single examples do not depend on it.
+        num_workers: Processes that read a data set; a ``DataLoader`` has its own.
 
     Returns:
         The account.
 
     Raises:
-        ValueError: If an argument breaks the above.
+        ValueError: If an argument breaks the above, or the numbers of the examples cannot be known.
+        TypeError: If data can be iterated only once.
     """
-    if len(split) == 0:
-        raise ValueError("gradient_accounting: split must hold at least one example, got none")
-    accounting = GradientAccounting(model, split, layer_groups=layer_groups)
+    model, task = getattr(model, "_orig_mod", model), task_of(task)
+    source = examples("account_epoch", data, device_of(model), num_workers=num_workers)
+    accounting = GradientAccounting(model, marked("account_epoch", memorized, data), groups=groups)
     accountant = GradientAccountant(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad if optimizer is None else None) for parameter in model.parameters()]
+    batch = None
     try:
         with kept_training_flags(model), torch.enable_grad():
-            model.eval()
-            for inputs, labels, ids in split.batches(batch_size):
+            model.train(optimizer is not None)
+            for batch in source.batches(batch_size):
                 model.zero_grad()
-                with example_ids(ids), accountant:
-                    loss = F.cross_entropy(model(inputs), labels)
-                    account = accountant.backward(
-                        loss, group_ids=accounting.kinds(ids), num_groups=2, loss_reduction="mean"
-                    )
-                accounting.add(account, ids)
+                with example_ids(batch.ids), accountant:
+                    account = _accounted(accountant, task, call(model, batch.x), batch, accounting.kinds)
+                accounting.add(account, batch.ids)
+                if optimizer is not None:
+                    optimizer.step()
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+    if batch is None:
+        raise ValueError("account_epoch: data must hold at least one example, got none")
     return accounting.result()
 
 
-def _trained_groups(
-    model: nn.Module, parameters: Mapping[str, Tensor], layer_groups: Mapping[str, Sequence[str]] | None
-) -> dict[str, list[str]]:
-    if not parameters:
-        raise ValueError("GradientAccounting: model must have a parameter that requires a gradient, got none")
-    groups = models.layer_groups(model) if layer_groups is None else layer_groups
-    named = [name for names in groups.values() for name in names]
-    known = {name for name, _ in model.named_parameters()}
-    for name in [*parameters, *named]:
-        if name not in known or named.count(name) != 1:
-            where = f"in {named.count(name)} of them" if name in known else "which the model does not have"
-            raise ValueError(
-                f"GradientAccounting: layer_groups must hold each parameter exactly once, got {name} {where}"
-            )
-    trained = {group: [name for name in names if name in parameters] for group, names in groups.items()}
-    return {group: names for group, names in trained.items() if names}
+def _accounted(accountant: GradientAccountant, task: Task, output: Any, batch: Batch, kinds: Lookup) -> Account:
+    """Run the backward pass of a batch's mean loss, inside of the accountant, and return its account."""
+    count = len(batch.ids)
+    groups: dict[str, Any] = {"group_ids": kinds(batch.ids), "num_groups": 2}
+    if isinstance(task, Classification):
+        return accountant.backward(mean_loss(task, output, batch.y, count), loss_reduction="mean", **groups)
+    losses = example_losses(task, output, batch.y, count) / count
+    weights = torch.full_like(losses, 1 / count)
+    return accountant.backward(losses, loss_reduction="none", example_weights=weights, **groups)
 
 
 def _numbers(sums: Tensor) -> Tensor:
     """Return the fields of `ParameterAccount`, ``[4]``, float64, whose range holds the squares of float32."""
-    clean, noisy = sums.double().reshape(2, sums[0].numel())
-    norms = torch.stack([part.norm() for part in (clean, noisy, clean + noisy)])
+    clean, memorized = sums.double().reshape(2, sums[0].numel())
+    norms = torch.stack([part.norm() for part in (clean, memorized, clean + memorized)])
     lengths = norms[0] * norms[1]
-    cosine = torch.where(lengths > 0, clean @ noisy / lengths, 0).clamp(-1, 1)
+    cosine = torch.where(lengths > 0, clean @ memorized / lengths, 0).clamp(-1, 1)
     return torch.cat([norms / max(len(clean), 1) ** 0.5, cosine[None]])
 
 
@@ -283,12 +290,12 @@ def _group_account(parameters: Sequence[ParameterAccount], norms: Tensor, memori
     norms, memorized = norms[counted], memorized[counted]
     return GroupAccount(
         clean=sum(parameter.clean for parameter in parameters),
-        noisy=sum(parameter.noisy for parameter in parameters),
+        memorized=sum(parameter.memorized for parameter in parameters),
         total=sum(parameter.total for parameter in parameters),
         cosine=sum(parameter.cosine for parameter in parameters) / len(parameters),
         auc=roc_auc(norms, memorized),
         clean_example_norm=_mean(norms[~memorized]),
-        noisy_example_norm=_mean(norms[memorized]),
+        memorized_example_norm=_mean(norms[memorized]),
     )
 
 

@@ -15,47 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext._version import __version__
-from memloc_ext.data import Dataset, Split
+from memloc_ext.batches import device_of
 from memloc_ext.distributed import once
+from memloc_ext.examples import Data
 from memloc_ext.files import parsed
-from memloc_ext.nn import example_ids
+from memloc_ext.marks import Marks
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.accuracy import Accuracy, accuracy, accuracy_of, masks_test_examples
-from memloc_ext.probes.layer_states import Groups, LayerGroup, chosen_groups, dataset_digest, read_state
+from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
-from memloc_ext.training import list_checkpoints
+from memloc_ext.probes.states import State, found_states, read_state
+from memloc_ext.tasks import Task, TaskName
 
 PAPER_EPOCHS = tuple(range(0, 15, 2))
 """The epochs that the authors rewind to."""
 _SHORT = 3
 """Epochs of a training that is so short that all of them are taken."""
-
-
-@dataclass(frozen=True)
-class RewindConfig:
-    """Which layer groups are rewound, and how far.
-
-    Attributes:
-        rewind_epochs: Epochs whose weights the groups get back, each at least 0; none for the paper's, see `rewind`.
-        rewind_groups: Names of layer groups; none for all of the model's.
-
-    Raises:
-        ValueError: If an epoch is negative, or anything is there twice.
-        TypeError: If a value is no tuple of such.
-    """
-
-    rewind_epochs: tuple[int, ...] = ()
-    rewind_groups: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, kind in (("rewind_epochs", int), ("rewind_groups", str)):
-            values = getattr(self, name)
-            if type(values) is not tuple or any(type(value) is not kind for value in values):
-                raise TypeError(f"RewindConfig: {name} must be a tuple of {kind.__name__}, got {values!r}")
-            if len(set(values)) != len(values):
-                raise ValueError(f"RewindConfig: {name} must be different, got {values}")
-        if any(epoch < 0 for epoch in self.rewind_epochs):
-            raise ValueError(f"RewindConfig: rewind_epochs must be at least 0, got {self.rewind_epochs}")
 
 
 @dataclass(frozen=True)
@@ -110,36 +85,64 @@ class Rewinding:
         """The epochs that were rewound to."""
         return [found.epoch for group in list(self.groups.values())[:1] for found in group.epochs]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per layer group, epoch and treatment of the buffers.
+
+        The keys are ``group``; ``epoch``; ``buffers``: whether the group's batch-norm statistics are put back too, None
+        for a group without; and the shares ``clean``, ``memorized`` and ``test`` of `Accuracy`.
+        """
+        rows = []
+        for group, result in self.groups.items():
+            for found in result.epochs:
+                ways = {False: found.without_buffers, True: found.with_buffers}
+                for buffers, share in ways.items() if result.has_buffers else [(None, found.with_buffers)]:
+                    shares = {"clean": share.clean, "memorized": share.memorized, "test": share.test}
+                    rows.append({"group": group, "epoch": found.epoch, "buffers": buffers, **shares})
+        return rows
+
 
 def rewind(
     model: nn.Module,
-    checkpoints: str | Path | Mapping[int, Mapping[str, Any]],
-    dataset: Dataset,
+    states: str | Path | Mapping[int, State],
+    data: Data,
     *,
+    memorized: Marks | None = None,
+    true_labels: Any | None = None,
+    test: Data | None = None,
+    task: TaskName | Task = "classification",
     groups: Groups = None,
     epochs: Sequence[int] | None = None,
     batch_size: int = 512,
+    num_workers: int = 0,
     parts: Parts | None = None,
 ) -> Rewinding:
     """Put one layer group at a time back to its weights after each of some epochs, and evaluate the model.
 
-    The model is evaluated as by `memloc_ext.probes.accuracy`, in evaluation mode but in the dropout mode it is in;
-    test examples, which have no masks of their own, are left out in mode ``train``. It is left as it was. What does
-    not depend on the group is computed once per batch for all epochs (see `memloc_ext.probes.parameter_variants`), and
+    The model is evaluated as by `memloc_ext.accuracy`, in evaluation mode but in the dropout mode it is in; test
+    examples, which have no masks of their own, are left out in mode ``train``. It is left as it was. What does not
+    depend on the group is computed once per batch for all epochs (see `memloc_ext.probes.parameter_variants`), and
     accuracy is that of a model that was loaded so, exactly; with PyTorch's own transformer layers, to rounding.
 
     Each checkpoint is read once, and of all of them the tensors of the groups are held. Several processes (see
     `memloc_ext.distributed`) share the groups.
 
     Args:
-        model: The trained model, on the device of ``dataset``.
-        checkpoints: Folder of the ``epoch_<number>.pt`` of its training, or epoch to state dict.
-        dataset: Training and test examples; at least one to train on.
-        groups: Layer group to parameter names; or names of the model's own, see `memloc_ext.models.layer_groups`; by
-            default all of these.
-        epochs: To put the groups back to; by default the paper's 0, 2, .. 14, of those that come before the last
-            checkpoint, or all before it if that is of epoch 3 or less.
-        batch_size: Examples at a time, at least 1.
+        model: The trained model.
+        states: Epoch to state dict or path; or a folder of checkpoints, of this package, of Hugging Face or of
+            Lightning, see `memloc_ext.probes.states.found_states`.
+        data: Training examples, at least one; see `memloc_ext.examples`.
+        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
+            says, or none.
+        true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
+        test: Test examples.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
+            `memloc_ext.models.layer_groups`; by default all of these.
+        epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
+            .. 14, before its last checkpoint, or all before it if none is the paper's or the last is of epoch 3 or
+            less.
+        batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
+        num_workers: Processes that read a data set; a ``DataLoader`` has its own.
         parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
             arguments goes on from there.
 
@@ -148,92 +151,81 @@ def rewind(
         of then and as they are.
 
     Raises:
-        ValueError: If a group or epoch is not there, a checkpoint is damaged or of another model, or there are no
-            training examples.
-        TypeError: If ``groups`` is a single string.
+        ValueError: If a group or epoch is not there, a checkpoint is damaged or of another model, there are no training
+            examples, or their numbers cannot be known.
+        TypeError: If ``groups`` is a single string, or data can be iterated only once.
         OSError: If a checkpoint cannot be read.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer rewinding.
     """
     model = getattr(model, "_orig_mod", model)
-    if len(dataset.train) == 0:
-        raise ValueError("rewind: dataset must hold at least one training example, got none")
     chosen = chosen_groups("rewind", model, groups)
-    sources: Mapping[int, Any] = checkpoints if isinstance(checkpoints, Mapping) else _found(checkpoints)
-    if not sources:
-        raise ValueError(f"rewind: checkpoints must hold at least one checkpoint, got none in {checkpoints}")
-    when = _epochs(sources, epochs)
+    settings = {"memorized": memorized, "true_labels": true_labels, "test": test, "task": task}
+    evaluation = Evaluation("rewind", model, data, **settings, batch_size=batch_size, num_workers=num_workers)
+    if isinstance(states, Mapping):
+        sources, when = states, sorted(states) if epochs is None else _there(states, epochs)
+    else:  # read by one process: another machine may not see the newest yet
+        sources = once(lambda: found_states("rewind", states))
+        when = _before_last(sources) if epochs is None else _there(sources, epochs)
+    if not when:
+        raise ValueError("rewind: epochs must hold at least one, got none")
     names = {name for group in chosen.values() for name in group.names}
-    test, variants = not masks_test_examples(model), ParameterVariants(model)
-    states = {epoch: _part(read_state("rewind", sources[epoch], model), names) for epoch in when}
+    past = {epoch: _part(read_state("rewind", sources[epoch], model), names) for epoch in when}
+    unchanged = evaluation.accuracy(model)
+    if unchanged.counts["clean"] + unchanged.counts["memorized"] == 0:
+        raise ValueError("rewind: data must hold at least one training example, got none")
+    variants = ParameterVariants(model)
 
     def one(group: LayerGroup) -> dict[str, Any]:
-        return asdict(_rewind_group(variants, dataset, group, states, batch_size, test))
+        return asdict(_rewind_group(variants, evaluation, group, past, device_of(model)))
 
-    unchanged = accuracy(model, dataset, test=test, batch_size=batch_size)
-    common = fingerprint(__version__, model.state_dict(), dataset_digest(dataset), when, batch_size)
-    work = {}
-    for group in chosen.values():
-        values = [state[name] for state in states.values() for name in group.names]
-        work[f"rewind_{fingerprint(common, group.names, values)}"] = group
+    work, common = {}, None
+    if parts is not None:
+        common = fingerprint(__version__, model.state_dict(), evaluation.digest(), when, batch_size)
+    for number, group in enumerate(chosen.values()):
+        values = [state[name] for state in past.values() for name in group.names]
+        key = number if parts is None else fingerprint(common, group.names, values)
+        work[f"rewind_{key}"] = group
     results = spread_parts(one, work, parts, partial(parsed, GroupRewinding))
     return Rewinding(unchanged, dict(zip(chosen, results, strict=True)))
 
 
-def _found(folder: str | Path) -> dict[int, Path]:
-    return once(lambda: list_checkpoints(folder))  # another machine may not see the newest yet
-
-
 def _rewind_group(
     variants: ParameterVariants,
-    dataset: Dataset,
+    evaluation: Evaluation,
     group: LayerGroup,
     states: Mapping[int, Mapping[str, Tensor]],
-    batch_size: int,
-    test: bool,
+    device: torch.device,
 ) -> GroupRewinding:
-    parts = [group.parameters, group.names] if group.buffers else [group.parameters]
-    device = dataset.train.device
+    ways = [group.parameters, group.names] if group.buffers else [group.parameters]
     cells = []
     for state in states.values():
         whole = {name: state[name].to(device) for name in group.names}
-        cells += [_part(whole, names) for names in parts]
-    train = _predict(variants, dataset.train, cells, batch_size)
-    tested = _predict(variants, dataset.test, cells, batch_size) if test else [None] * len(cells)
-    found = [accuracy_of(dataset, *pair) for pair in zip(train, tested, strict=True)]
-    step = len(parts)
+        cells += [_part(whole, names) for names in ways]
+    found = evaluation.accuracies(lambda x: variants.outputs(x, cells), len(cells))
+    step = len(ways)
     pairs = zip(states, found[::step], found[step - 1 :: step], strict=True)
     return GroupRewinding(bool(group.buffers), [RewoundAccuracy(epoch, full, bare) for epoch, bare, full in pairs])
-
-
-def _predict(
-    variants: ParameterVariants, split: Split, cells: Sequence[Mapping[str, Tensor]], batch_size: int
-) -> list[Tensor]:
-    """Return the predicted classes in each cell, ``[N]``."""
-    classes: list[list[Tensor]] = [[split.labels.new_empty(0)] for _ in cells]
-    for inputs, _, ids in split.batches(batch_size):
-        with example_ids(ids):
-            for found, logits in zip(classes, variants.outputs(inputs, cells), strict=True):
-                found.append(logits.argmax(1))
-    return [torch.cat(found) for found in classes]
 
 
 def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[str, Tensor]:
     return {name: state[name] for name in names}
 
 
-def _epochs(there: Mapping[int, Any], epochs: Sequence[int] | None) -> list[int]:
-    if epochs is None:
-        last = max(there)
-        epochs = [epoch for epoch in there if epoch < last and (last <= _SHORT or epoch in PAPER_EPOCHS)]
-        if not epochs:
-            raise ValueError(f"rewind: checkpoints must hold one to rewind to, before the last, got {_listed(there)}")
+def _there(sources: Mapping[int, Any], epochs: Sequence[int]) -> list[int]:
     for epoch in epochs:
-        if epoch not in there:
-            raise ValueError(f"rewind: epochs must be among the checkpoints, which are {_listed(there)}, got {epoch}")
-    if not epochs:
-        raise ValueError("rewind: epochs must hold at least one, got none")
+        if epoch not in sources:
+            raise ValueError(f"rewind: epochs must be among those of states, {_listed(sources)}, got {epoch}")
     return sorted(set(epochs))
+
+
+def _before_last(sources: Mapping[int, Any]) -> list[int]:
+    last = max(sources)
+    before = sorted(epoch for epoch in sources if epoch < last)
+    if not before:
+        raise ValueError(f"rewind: states must hold one to rewind to, before the last, got {_listed(sources)}")
+    papers = [epoch for epoch in before if epoch in PAPER_EPOCHS]
+    return before if last <= _SHORT or not papers else papers
 
 
 def _listed(epochs: Mapping[int, Any]) -> str:

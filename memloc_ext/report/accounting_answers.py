@@ -53,10 +53,10 @@ def cost(accounting: Accounting | None) -> list[str]:
 
 class _Found:
     def __init__(self, accounting: Accounting) -> None:
-        noisy, clean, auc = (accounting.column(name) for name in ("noisy", "clean", "auc"))
-        peak = noisy.index(max(noisy))
+        memorized, clean, auc = (accounting.column(name) for name in ("memorized", "clean", "auc"))
+        peak = memorized.index(max(memorized))
         self.epoch: int = accounting.epochs[peak]
-        self.share: float = noisy[peak] / (clean[peak] + noisy[peak])
+        self.share: float = memorized[peak] / (clean[peak] + memorized[peak])
         self.memorized = accounting.epoch(self.epoch).memorized.double().mean().item()
         self.cosine = statistics.fmean(accounting.column("cosine"))
         told = [value for value in auc if value is not None]
@@ -66,4 +66,4 @@ class _Found:
     @classmethod
     def of(cls, accounting: Accounting) -> _Found | None:
         """Return the numbers of an accounting; None if no example is memorized."""
-        return cls(accounting) if any(accounting.column("noisy")) else None
+        return cls(accounting) if any(accounting.column("memorized")) else None

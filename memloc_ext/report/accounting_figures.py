@@ -1,4 +1,4 @@
-"""The figures of a gradient accounting: whose gradient is large, where, when, and whether it tells who is noisy."""
+"""The figures of a gradient accounting: whose gradient is large, where, when, and whether it tells who is memorized."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from memloc_ext.study.accounting_files import Accounting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLEAN, NOISY = "clean examples", "memorized examples"
-_KINDS = {CLEAN: COLORS["clean"], NOISY: COLORS["noisy"]}
+CLEAN, MEMORIZED = "clean examples", "memorized examples"
+_KINDS = {CLEAN: COLORS["clean"], MEMORIZED: COLORS["memorized"]}
 _GROUP_NORM = "norm of the gradient, $\\|g\\|\\,/\\,\\sqrt{\\mathrm{numel}}$,\nsum over the parameters"
 _EXAMPLE_NORM = "norm of an example's gradient"
 _HISTOGRAMS = 4
@@ -26,7 +26,7 @@ def all_figures(accounting: Accounting) -> dict[str, Figure]:
     norms: dict[int, dict[str, np.ndarray]] = {}
     for epoch in accounting.epochs:
         account = accounting.epoch(epoch)
-        kinds = {CLEAN: ~account.memorized, NOISY: account.memorized}
+        kinds = {CLEAN: ~account.memorized, MEMORIZED: account.memorized}
         counted = account.total_norms.isfinite()
         norms[epoch] = {kind: account.total_norms[rows & counted].numpy() for kind, rows in kinds.items()}
     return {
@@ -41,7 +41,9 @@ def group_norms(accounting: Accounting) -> Figure:
     """Draw the norm of each layer group's gradient over the epochs: from clean, from memorized, from all examples."""
     figure = new_figure(9, 3.6)
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, column, title in zip(panels, ("clean", "noisy", "total"), (CLEAN, NOISY, "all examples"), strict=True):
+    for axes, column, title in zip(
+        panels, ("clean", "memorized", "total"), (CLEAN, MEMORIZED, "all examples"), strict=True
+    ):
         for group, color in _group_colors(accounting.groups).items():
             # an axis of logarithms has no place for 0
             values = [value or np.nan for value in accounting.column(column, group)]

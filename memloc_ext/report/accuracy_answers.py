@@ -15,13 +15,13 @@ Row = Mapping[str, Any]
 def plain_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
     """Return whether plain training memorizes examples that are mislabelled, or else atypical."""
     plain = _row(rows, "plain", AS_TRAINED)
-    if plain is None or plain["noisy"] is None:
+    if plain is None or plain["memorized"] is None:
         return []
     if not mislabelled:
-        return [f"Plain training fits {percent(plain['noisy'])} % of the memorized examples."]
+        return [f"Plain training fits {percent(plain['memorized'])} % of the memorized examples."]
     return [
-        f"Plain training gives {percent(plain['noisy'])} % of the memorized examples the wrong label that they came "
-        f"with, and {percent(plain['noisy_true'])} % their true one."
+        f"Plain training gives {percent(plain['memorized'])} % of the memorized examples the wrong label that they "
+        f"came with, and {percent(plain['memorized_true'])} % their true one."
     ]
 
 
@@ -31,7 +31,7 @@ def plain_numbers(rows: Sequence[Row]) -> list[Number]:
     if plain is None:
         return []
     return [
-        Number("plain training: memorized examples given their label", plain["noisy"]),
+        Number("plain training: memorized examples given their label", plain["memorized"]),
         Number("plain training: test accuracy", plain["test"], "%", "79.3 % (CIFAR-10)"),
     ]
 
@@ -40,12 +40,12 @@ def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
     """Return what switching the memorization channels off does to examples that are mislabelled, or else atypical."""
     own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
     plain = _row(rows, "plain", AS_TRAINED)
-    if own is None or drop is None or own["noisy"] is None:
+    if own is None or drop is None or own["memorized"] is None:
         return []
-    back = f"{percent(drop['noisy_true'])} % of the memorized examples get their true label, and "
+    back = f"{percent(drop['memorized_true'])} % of the memorized examples get their true label, and "
     return [
         "Switching the memorization channels off takes accuracy on the memorized examples from "
-        f"{percent(own['noisy'])} % to {percent(drop['noisy'])} %, and on clean training examples from "
+        f"{percent(own['memorized'])} % to {percent(drop['memorized'])} %, and on clean training examples from "
         f"{percent(own['clean'])} % to {percent(drop['clean'])} %.",
         "Without those channels, "
         + (back if mislabelled else "")
@@ -60,10 +60,10 @@ def dropout_numbers(rows: Sequence[Row], mislabelled: bool) -> list[Number]:
     if own is None or drop is None:
         return []
     name = "example-tied dropout"
-    returned = Number(f"{name}: memorized examples given their true label, dropped", drop["noisy_true"])
+    returned = Number(f"{name}: memorized examples given their true label, dropped", drop["memorized_true"])
     return [
-        Number(f"{name}: memorized examples, own mask", own["noisy"], "%", "100 % (MNIST), 99 % (CIFAR-10)"),
-        Number(f"{name}: memorized examples, dropped", drop["noisy"], "%", "0.1 % (MNIST), 3 % (CIFAR-10)"),
+        Number(f"{name}: memorized examples, own mask", own["memorized"], "%", "100 % (MNIST), 99 % (CIFAR-10)"),
+        Number(f"{name}: memorized examples, dropped", drop["memorized"], "%", "0.1 % (MNIST), 3 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, own mask", own["clean"], "%", "99.9 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, dropped", drop["clean"], "%", "90.8 % (CIFAR-10)"),
         *([returned] if mislabelled else []),

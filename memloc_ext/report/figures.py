@@ -27,11 +27,11 @@ MODES = {
 }
 COLUMNS = {
     "clean": "clean training examples",
-    "noisy": "memorized examples, given label",
-    "noisy_true": "memorized examples, true label",
+    "memorized": "memorized examples, given label",
+    "memorized_true": "memorized examples, true label",
     "test": "test examples",
 }
-COLORS = {"clean": "#4c78a8", "noisy": "#e45756", "noisy_true": "#f2a541", "test": "#54a24b"}
+COLORS = {"clean": "#4c78a8", "memorized": "#e45756", "memorized_true": "#f2a541", "test": "#54a24b"}
 
 _ACROSS = 3
 """Panels in a row of `accuracy_panels`."""
@@ -114,7 +114,9 @@ def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
     figure = new_figure(9, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(NAMES, ("#777777", "#e45756", "#4c78a8", "#54a24b"), strict=True))
-    for axes, column, title in zip(panels, ("noisy", "clean"), ("memorized examples", "clean examples"), strict=True):
+    for axes, column, title in zip(
+        panels, ("memorized", "clean"), ("memorized examples", "clean examples"), strict=True
+    ):
         for model, history in histories.items():
             name, color = NAMES.get(model, model), colors.get(model)
             epochs = [record["epoch"] for record in history]

@@ -10,8 +10,8 @@ from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUST
 from memloc_ext.report.figures import NAMES, percent
 from memloc_ext.report.section import Number
 
-KIND_NAMES = {"noisy": "memorized", "clean": "clean"}
-_PAPER = {"noisy": "around 5", "clean": "more"}
+KIND_NAMES = {"memorized": "memorized", "clean": "clean"}
+_PAPER = {"memorized": "around 5", "clean": "more"}
 
 
 def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
@@ -56,9 +56,9 @@ def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
             Number(f"{what}, median", result.median, ""),
             Number(f"{name}: {KIND_NAMES[kind]} examples that units flip", share),
         ]
-    noisy = localization.kinds.get("noisy")
-    if model != "plain" and noisy is not None and noisy.units:
-        share = noisy.memorization / noisy.units
+    memorized = localization.kinds.get("memorized")
+    if model != "plain" and memorized is not None and memorized.units:
+        share = memorized.memorization / memorized.units
         found.append(Number(f"{name}: memorization channels among the units of memorized examples", share))
     return found
 
@@ -101,7 +101,7 @@ def _edits(localization: DatasetLocalization) -> list[str]:
 
 
 def _change(before: EditedAccuracy, after: EditedAccuracy) -> str:
-    columns = {"clean": "clean", "noisy": "memorized", "test": "test"}
+    columns = {"clean": "clean", "memorized": "memorized", "test": "test"}
     parts = [
         f"from {percent(getattr(before, column))} to {percent(getattr(after, column))} % on {name}"
         for column, name in columns.items()
@@ -126,7 +126,7 @@ def _pool(localization: DatasetLocalization) -> list[str]:
         f"{' and '.join(parts)}. They are {percent(localization.memorization_share)} % of all units, and "
         f"{percent(localization.kept_share)} % of those that an example keeps."
     )
-    share = shares.get("noisy")
+    share = shares.get("memorized")
     if share is None:
         return [first]
     if share > localization.kept_share:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KINDS = {"noisy": "memorized examples", "clean": "clean examples"}
-_COLUMNS = {"clean": "clean training examples", "noisy": "memorized examples", "test": "test examples"}
+_KINDS = {"memorized": "memorized examples", "clean": "clean examples"}
+_COLUMNS = {"clean": "clean training examples", "memorized": "memorized examples", "test": "test examples"}
 _WIDTH = 0.4
 
 

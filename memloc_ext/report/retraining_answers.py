@@ -17,14 +17,14 @@ MOST = 0.9
 
 def answers(retraining: Retraining) -> list[str]:
     """Return what comes back of the memorized examples, in sentences; none if there are none that the model fits."""
-    if not retraining.unchanged.noisy or not retraining.groups:
+    if not retraining.unchanged.memorized or not retraining.groups:
         return []
     return [_regained(retraining), _least(retraining), _fitted(retraining), _paper(retraining)]
 
 
 def numbers(retraining: Retraining) -> list[Number]:
     """Return in how many groups the memorized examples come back."""
-    if not retraining.unchanged.noisy or not retraining.groups:
+    if not retraining.unchanged.memorized or not retraining.groups:
         return []
     share = len(regaining(retraining)) / len(retraining.groups)
     return [Number("retraining: layer groups that end with 90 % of the memorized accuracy", share, "%", "most")]
@@ -32,18 +32,18 @@ def numbers(retraining: Retraining) -> list[Number]:
 
 def regaining(retraining: Retraining) -> list[str]:
     """Name the layer groups after whose training at least 90 % of the memorized accuracy is there."""
-    return [group for group in retraining.groups if _noisy(retraining, group) >= _enough(retraining)]
+    return [group for group in retraining.groups if _memorized(retraining, group) >= _enough(retraining)]
 
 
 def _regained(retraining: Retraining) -> str:
     groups = regaining(retraining)
-    never = [group for group in groups if _noisy(retraining, group, 0) >= _enough(retraining)]
+    never = [group for group in groups if _memorized(retraining, group, 0) >= _enough(retraining)]
     names = f" ({', '.join(groups)})" if groups else ""
     kept = f"; {len(never)} of these had not lost it at their initial weights" if never else ""
     return (
         "With one layer group at its initial weights and trained anew, alone and on clean examples only, at least 90 % "
-        f"of the accuracy on memorized examples ({percent(retraining.unchanged.noisy)} % before) is there again for "
-        f"{len(groups)} of {len(retraining.groups)} groups{names}, though no memorized example was seen{kept}."
+        f"of the accuracy on memorized examples ({percent(retraining.unchanged.memorized)} % before) is there again "
+        f"for {len(groups)} of {len(retraining.groups)} groups{names}, though no memorized example was seen{kept}."
     )
 
 
@@ -51,8 +51,8 @@ def _least(retraining: Retraining) -> str:
     least = _lowest(retraining)
     first, last = (retraining.groups[least].epochs[i].accuracy for i in (0, -1))
     return (
-        f"Least is there with {least}: {percent(last.noisy)} % on memorized examples ({percent(first.noisy)} % before "
-        f"its training), {percent(last.clean)} % on clean ones."
+        f"Least is there with {least}: {percent(last.memorized)} % on memorized examples "
+        f"({percent(first.memorized)} % before its training), {percent(last.clean)} % on clean ones."
     )
 
 
@@ -77,12 +77,12 @@ def _paper(retraining: Retraining) -> str:
 
 
 def _lowest(retraining: Retraining) -> str:
-    return min(retraining.groups, key=lambda group: _noisy(retraining, group))
+    return min(retraining.groups, key=lambda group: _memorized(retraining, group))
 
 
 def _enough(retraining: Retraining) -> float:
-    return MOST * (retraining.unchanged.noisy or 0.0)
+    return MOST * (retraining.unchanged.memorized or 0.0)
 
 
-def _noisy(retraining: Retraining, group: str, epoch: int = -1) -> float:
-    return retraining.groups[group].epochs[epoch].accuracy.noisy or 0.0
+def _memorized(retraining: Retraining, group: str, epoch: int = -1) -> float:
+    return retraining.groups[group].epochs[epoch].accuracy.memorized or 0.0

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _LINES = {
     "clean": "clean training examples",
-    "noisy": "memorized examples, given label",
-    "noisy_true": "memorized examples, true label",
+    "memorized": "memorized examples, given label",
+    "memorized_true": "memorized examples, true label",
     "test": "test examples",
 }
-_BARS = {"noisy": "memorized examples, given label", "clean": "clean training examples"}
+_BARS = {"memorized": "memorized examples, given label", "clean": "clean training examples"}
 
 
 def all_figures(retraining: Retraining) -> dict[str, Figure]:
@@ -35,8 +35,8 @@ def accuracy_per_group(retraining: Retraining) -> Figure:
         for column, label in _LINES.items():
             values = [share_percent(record.accuracy, column) for record in result.epochs]
             axes.plot(epochs, values, color=COLORS[column], label=label, marker=".", markersize=4)
-        whole = share_percent(retraining.unchanged, "noisy")
-        axes.axhline(whole, color=COLORS["noisy"], linewidth=0.8, alpha=0.35, label="memorized, before rewinding")
+        whole = share_percent(retraining.unchanged, "memorized")
+        axes.axhline(whole, color=COLORS["memorized"], linewidth=0.8, alpha=0.35, label="memorized, before rewinding")
     first = next(iter(panels.values()))
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)

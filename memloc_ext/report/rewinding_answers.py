@@ -13,7 +13,7 @@ HALF, MOST = 0.5, 0.9
 
 def answers(rewinding: Rewinding) -> list[str]:
     """Return what becomes of the memorized examples, in sentences; none if there are none that the model fits."""
-    if not rewinding.unchanged.noisy or not rewinding.groups:
+    if not rewinding.unchanged.memorized or not rewinding.groups:
         return []
     first, last = rewinding.epochs[0], rewinding.epochs[-1]
     sentences = [_kept(rewinding, first), _worst(rewinding, first), _paper(rewinding, first, last)]
@@ -24,7 +24,7 @@ def answers(rewinding: Rewinding) -> list[str]:
 
 def numbers(rewinding: Rewinding) -> list[Number]:
     """Return in how many groups the memorized examples survive being put back to the first and to the last epoch."""
-    if not rewinding.unchanged.noisy or not rewinding.groups:
+    if not rewinding.unchanged.memorized or not rewinding.groups:
         return []
     return [
         Number(
@@ -46,8 +46,8 @@ def keeping(rewinding: Rewinding, epoch: int, share: float, *, buffers: bool = T
         share: Of the accuracy, given label, of the model as it is, in ``[0, 1]``.
         buffers: Whether batch-norm statistics are put back too.
     """
-    least = share * (rewinding.unchanged.noisy or 0.0)
-    return [group for group in rewinding.groups if _noisy(rewinding, group, epoch, buffers) >= least]
+    least = share * (rewinding.unchanged.memorized or 0.0)
+    return [group for group in rewinding.groups if _memorized(rewinding, group, epoch, buffers) >= least]
 
 
 def _kept(rewinding: Rewinding, epoch: int) -> str:
@@ -61,10 +61,10 @@ def _kept(rewinding: Rewinding, epoch: int) -> str:
 
 
 def _worst(rewinding: Rewinding, epoch: int) -> str:
-    worst = min(rewinding.groups, key=lambda group: _noisy(rewinding, group, epoch))
+    worst = min(rewinding.groups, key=lambda group: _memorized(rewinding, group, epoch))
     found = rewinding.groups[worst].at(epoch).with_buffers
     return (
-        f"Most is lost with {worst}: accuracy falls from {_percent(rewinding)} to {percent(found.noisy)} % on "
+        f"Most is lost with {worst}: accuracy falls from {_percent(rewinding)} to {percent(found.memorized)} % on "
         f"memorized, from {percent(rewinding.unchanged.clean)} to {percent(found.clean)} % on clean examples."
     )
 
@@ -103,13 +103,13 @@ def _earliest(rewinding: Rewinding) -> int:
     return found
 
 
-def _noisy(rewinding: Rewinding, group: str, epoch: int, buffers: bool = True) -> float:
+def _memorized(rewinding: Rewinding, group: str, epoch: int, buffers: bool = True) -> float:
     found = rewinding.groups[group].at(epoch)
-    return (found.with_buffers if buffers else found.without_buffers).noisy or 0.0
+    return (found.with_buffers if buffers else found.without_buffers).memorized or 0.0
 
 
 def _percent(rewinding: Rewinding) -> str:
-    return percent(rewinding.unchanged.noisy)
+    return percent(rewinding.unchanged.memorized)
 
 
 def _when(epoch: int) -> str:

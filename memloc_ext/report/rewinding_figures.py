@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINES = {"clean": "clean training examples", "noisy": "memorized examples, given label", "test": "test examples"}
+_LINES = {"clean": "clean training examples", "memorized": "memorized examples, given label", "test": "test examples"}
 
 
 def all_figures(rewinding: Rewinding) -> dict[str, Figure]:
     """Draw every figure of a rewinding, by the name of its file."""
     figures = {"rewinding_accuracy": accuracy_per_group(rewinding)}
-    if rewinding.unchanged.noisy is not None:
+    if rewinding.unchanged.memorized is not None:
         figures["rewinding_memorized"] = memorized_accuracy(rewinding)
     return figures
 
@@ -53,7 +53,7 @@ def memorized_accuracy(rewinding: Rewinding) -> Figure:
     axes = figure.add_subplot()
     table = np.array(
         [
-            [share_percent(found.with_buffers, "noisy") for found in result.epochs]
+            [share_percent(found.with_buffers, "memorized") for found in result.epochs]
             for result in rewinding.groups.values()
         ]
     )
@@ -65,7 +65,7 @@ def memorized_accuracy(rewinding: Rewinding) -> Figure:
     axes.set_yticks(range(len(groups)), groups)
     axes.set_xlabel("epoch that the layer group is put back to")
     axes.set_ylabel("layer group")
-    title = f"memorized examples, given label; the model as it is: {percent(rewinding.unchanged.noisy)} %"
+    title = f"memorized examples, given label; the model as it is: {percent(rewinding.unchanged.memorized)} %"
     axes.set_title(title, fontsize=10)
     figure.colorbar(picture, label="accuracy (%)", pad=0.01)
     return figure

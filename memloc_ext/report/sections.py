@@ -128,7 +128,7 @@ def _retraining(run: Run) -> Section | None:
                 "Accuracy per layer group and epoch",
                 accuracy,
                 "Accuracy while one layer group is trained again; epoch 0: at its initial weights. The paper: for most "
-                "groups noisy accuracy comes back.",
+                "groups memorized accuracy comes back.",
             ),
             Picture(
                 "retraining_regained",

@@ -17,7 +17,7 @@ from memloc_ext.report.figures import percent
 from memloc_ext.report.section import Number
 from memloc_ext.study.run_directory import Run
 
-_COLUMNS = {"clean": "clean", "noisy": "noisy", "noisy_true": "noisy -> true", "test": "test"}
+_COLUMNS = {"clean": "clean", "memorized": "memorized", "memorized_true": "memorized -> true", "test": "test"}
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,8 +18,10 @@ from memloc_ext import distributed
 from memloc_ext.accounting import GradientAccountant
 from memloc_ext.data import Split
 from memloc_ext.files import write_table
+from memloc_ext.marks import marked
 from memloc_ext.probes import EpochAccount, GradientAccounting
 from memloc_ext.study.accounting_files import ACCOUNTS, MODEL, PARAMETERS, account_path, load_account, save_account
+from memloc_ext.tasks import task_of
 from memloc_ext.training import Backward, TrainConfig
 from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 
@@ -44,11 +46,11 @@ class AccountedBackward(Backward):
     def __init__(self, model: nn.Module, split: Split, folder: Path) -> None:
         self._model, self._split, self._folder = model, split, folder
         self._accountant = GradientAccountant(model)
-        self._accounting = GradientAccounting(model, split)
+        self._accounting = GradientAccounting(model, marked("train", None, split))
 
     def start(self, epoch: int) -> None:
         """Begin an account with nothing in it."""
-        self._accounting = GradientAccounting(self._model, self._split)
+        self._accounting = GradientAccounting(self._model, marked("train", None, self._split))
 
     def batch(self) -> contextlib.AbstractContextManager[object]:
         """Return the accountant, which watches the modules of the model."""
@@ -121,7 +123,7 @@ def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict
 
 
 def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
-    model = copy.deepcopy(model).train()
+    model, task = copy.deepcopy(model).train(), task_of("classification")
     with epoch_rng(config.seed, 0, split.device) as generator:
         batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])
         optimizer = torch.optim.SGD(
@@ -131,7 +133,9 @@ def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, floa
         accounted = AccountedBackward(model, split, Path())
 
         def step(backward: Backward) -> Callable[[], object]:
-            return lambda: train_epoch(model, batch, optimizer, scaler, config, config.epochs, generator, backward)
+            return lambda: train_epoch(
+                model, batch, optimizer, scaler, config, config.epochs, generator, backward, task
+            )
 
         kinds = step(Backward()), step(accounted)
         for kind in kinds:  # the first steps allocate

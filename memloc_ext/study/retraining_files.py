@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ def save_retraining(folder: Path, retraining: Retraining) -> None:
     last row of each group in ``stopped`` why that was the last.
     """
     nothing = {"epoch": None, "loss": None}
-    rows = [{"group": UNCHANGED, **nothing, **asdict(retraining.unchanged), "stopped": None}]
+    rows = [{"group": UNCHANGED, **nothing, **retraining.unchanged.shares(), "stopped": None}]
     for group, result in retraining.groups.items():
         for record in result.epochs:
-            numbers = {"epoch": record.epoch, "loss": record.loss, **asdict(record.accuracy)}
+            numbers = {"epoch": record.epoch, "loss": record.loss, **record.accuracy.shares()}
             stopped = result.stopped if record is result.epochs[-1] else None
             rows.append({"group": group, **numbers, "stopped": stopped})
     write_table(folder, RETRAINING, rows)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from memloc_ext.files import parsed, read_as, write_table
 from memloc_ext.probes import Accuracy, GroupRewinding, Rewinding, RewoundAccuracy
+from memloc_ext.probes.evaluation import PARTS
 
 REWINDING = "rewinding"
 """Name of the table."""
 UNCHANGED = "(unchanged)"
 """The layer group, in the table, of the model as it is."""
-SHARES = tuple(field.name for field in fields(Accuracy))
+SHARES = PARTS
+"""The columns of an `Accuracy`."""
 _COLUMNS = ("group", "epoch", "buffers", *SHARES)
 
 
@@ -48,7 +49,7 @@ def load_rewinding(folder: Path) -> Rewinding:
 
 def parsed_accuracy(row: Mapping[str, Any]) -> Accuracy:
     """Return the shares in a row of a table; ValueError if one is no share."""
-    return parsed(Accuracy, {name: row[name] for name in SHARES})
+    return Accuracy(*(parsed(float | None, row[name]) for name in SHARES))
 
 
 def split_rows(rows: Any, columns: tuple[str, ...]) -> tuple[Accuracy, dict[str, list[Mapping[str, Any]]]]:
@@ -99,4 +100,4 @@ def _group(rows: list[Mapping[str, Any]]) -> GroupRewinding:
 
 
 def _row(group: str, epoch: int | None, buffers: bool | None, found: Accuracy) -> dict[str, Any]:
-    return {"group": group, "epoch": epoch, "buffers": buffers, **asdict(found)}
+    return {"group": group, "epoch": epoch, "buffers": buffers, **found.shares()}

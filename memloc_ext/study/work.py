@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from memloc_ext.files import write_json, write_table
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
 from memloc_ext.probes import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
-from memloc_ext.probes.layer_states import checked_state, chosen_groups
+from memloc_ext.probes.layer_groups import chosen_groups
+from memloc_ext.probes.states import checked_state
 from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
 from memloc_ext.study.accounting_files import ACCOUNTS, COST
 from memloc_ext.study.config import StudyConfig
@@ -80,9 +80,11 @@ class Study:
             tensorboard=folder / "tensorboard" if self.tensorboard else None,
         )
         modes = (
-            accuracy_by_mode(model, dataset) if variant == "example_tied" else {AS_TRAINED: accuracy(model, dataset)}
+            accuracy_by_mode(model, dataset.train, test=dataset.test)
+            if variant == "example_tied"
+            else {AS_TRAINED: accuracy(model, dataset.train, test=dataset.test)}
         )
-        rows = [{"model": variant, "mode": mode, **asdict(found)} for mode, found in modes.items()]
+        rows = [{"model": variant, "mode": mode, **found.shares()} for mode, found in modes.items()]
         once(lambda: write_table(folder, HISTORY, history))
         once(lambda: write_table(folder, METRICS, rows))
         self._trained[variant] = model
@@ -147,7 +149,8 @@ def _rewind(study: Study, accounted: bool) -> None:
         found = rewind(
             model,
             study.checkpoints("plain"),
-            study.dataset,
+            study.dataset.train,
+            test=study.dataset.test,
             groups=config.rewind_groups or None,
             epochs=config.rewind_epochs or None,
             parts=parts,
@@ -157,9 +160,10 @@ def _rewind(study: Study, accounted: bool) -> None:
 
 def _retrain(study: Study, accounted: bool) -> None:
     model, initial = study.trained("plain"), list_checkpoints(study.checkpoints("plain"))[0]
-    config, seed = study.config.retrain, study.config.train.seed
+    config, dataset = study.config.retrain, study.dataset
+    settings = {**config.as_arguments(), "seed": study.config.train.seed}
     with study.parts("plain", RETRAINING) as parts:
-        found = retrain(model, initial, study.dataset, config=config, seed=seed, parts=parts)
+        found = retrain(model, initial, dataset.train, test=dataset.test, **settings, parts=parts)
         once(lambda: save_retraining(study.path / "plain", found))
 
 
@@ -194,12 +198,12 @@ WORK: dict[StageName, Callable[[Study, bool], None]] = {
 
 def _numbers(model: nn.Module, dataset: Dataset, variant: Variant) -> dict[str, float]:
     if variant != "example_tied":
-        return _present(accuracy(model, dataset))
+        return _present(accuracy(model, dataset.train, test=dataset.test))
     with dropout_mode(model, "drop"):
-        dropped = _present(accuracy(model, dataset), "drop_")
+        dropped = _present(accuracy(model, dataset.train, test=dataset.test), "drop_")
     with dropout_mode(model, "train"):
-        return _present(accuracy(model, dataset, test=False)) | dropped
+        return _present(accuracy(model, dataset.train)) | dropped
 
 
 def _present(result: Accuracy, prefix: str = "") -> dict[str, float]:
-    return {prefix + name: value for name, value in asdict(result).items() if value is not None}
+    return {prefix + name: value for name, value in result.shares().items() if value is not None}

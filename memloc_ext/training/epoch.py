@@ -6,17 +6,19 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from memloc_ext import distributed
-from memloc_ext.data.split import Split
+from memloc_ext.batches import call
+from memloc_ext.examples import Examples
 from memloc_ext.nn.example_ids import example_ids
+from memloc_ext.tasks import Task, mean_loss
 from memloc_ext.training.backward import Backward
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.schedules import SCHEDULES
@@ -66,53 +68,55 @@ def batch_sizes(model: object, examples: int, batch_size: int) -> list[int]:
 
 
 def train_epoch(
-    forward: Callable[[Tensor], Tensor],
-    split: Split,
+    forward: Callable[..., Any],
+    data: Examples,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     epoch: int,
     generator: torch.Generator,
     backward: Backward,
+    task: Task,
 ) -> dict[str, float]:
-    """Run one step of the optimizer for each batch of the split, inside ``memloc_ext.example_ids``.
+    """Run one step of the optimizer for each batch of the examples, inside ``memloc_ext.example_ids``.
 
     Of several processes each takes its slice of every batch; the gradients are those of the batch's mean loss in all.
 
     Args:
-        forward: The model: inputs ``[B, C, H, W]`` to logits ``[B, classes]``. If it is a ``DistributedDataParallel``,
-            it adds up the gradients of the processes, else they are added up here.
-        split: The training examples, at least one.
+        forward: The model. If it is a ``DistributedDataParallel``, it adds up the gradients of the processes, else they
+            are added up here.
+        data: The training examples, at least one.
         optimizer: Of the model's parameters; the learning rate of its groups is set for each step.
         scaler: Of the gradients; not enabled unless the precision is float16.
         config: Batch size, learning rate, schedule, precision; and ``epochs``, which the schedule is spread over.
         epoch: Number of this epoch, from 1 to ``config.epochs``.
         generator: Shuffles the examples.
         backward: Computes the gradients of each batch; its ``start`` and ``finish`` are not called here.
+        task: Tells the loss.
 
     Returns:
-        ``loss``: cross-entropy, mean over the examples of the epoch, each before the step of its batch;
+        ``loss``: mean over the examples of the epoch, each before the step of its batch;
         ``learning_rate``: that of the last step.
 
     Raises:
         FloatingPointError: If the loss of a batch is not finite, in all processes; the parameters are as before that
             batch.
     """
-    device, world = split.device, distributed.world_size()
+    device, world = data.device, distributed.world_size()
     is_parallel = isinstance(forward, DistributedDataParallel)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sizes = batch_sizes(forward, len(split), config.batch_size)
+    sizes = batch_sizes(forward, len(data), config.batch_size)
     if sizes[-1] > config.batch_size and epoch == 1 and distributed.rank() == 0:
         warnings.warn(
-            f"train: batch_size {config.batch_size} leaves a single one of {len(split)} examples for the last batch, "
+            f"train: batch_size {config.batch_size} leaves a single one of {len(data)} examples for the last batch, "
             f"which batch norm cannot normalise; it joins the batch before, which has {sizes[-1]} examples",
             stacklevel=2,
         )
     mixed = config.precision != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.precision), enabled=mixed)
     total, rate = 0.0, 0.0
-    slices = split.batches(sizes, generator, shard=(distributed.rank(), world))
-    for batch, (examples, (inputs, labels, ids)) in enumerate(zip(sizes, slices, strict=True)):
+    slices = data.batches(sizes, generator, shard=(distributed.rank(), world))
+    for batch, (examples, (x, y, ids)) in enumerate(zip(sizes, slices, strict=True)):
         # the middle of the step, since at either end of the schedule the rate is 0 and a step would be wasted
         middle = (epoch - 1) * len(sizes) + batch + 0.5
         rate = config.learning_rate * SCHEDULES[config.schedule](middle, config.epochs * len(sizes))
@@ -121,10 +125,10 @@ def train_epoch(
         optimizer.zero_grad()
         with example_ids(ids), backward.batch():
             with autocast:
-                loss = F.cross_entropy(forward(inputs).float(), labels)
+                loss = mean_loss(task, call(forward, x), y, len(ids))
             # the scale as a tensor, since get_scale waits for the device
             scale = scaler.scale(loss.new_ones(())) if scaler.is_enabled() else None
-            share = len(labels) / examples
+            share = len(ids) / examples
             if world > 1:
                 loss = loss * share
             # DistributedDataParallel takes the mean over the processes, not the sum
@@ -138,4 +142,4 @@ def train_epoch(
         scaler.step(optimizer)
         scaler.update()
         total += value * examples
-    return {"loss": total / len(split), "learning_rate": rate}
+    return {"loss": total / len(data), "learning_rate": rate}

@@ -13,15 +13,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memloc_ext import distributed
+from memloc_ext.batches import device_of
 from memloc_ext.borrowing import kept_training_flags
-from memloc_ext.data.split import Split
+from memloc_ext.examples import Data, digest, examples
+from memloc_ext.tasks import Task, TaskName, task_of
 from memloc_ext.training.backward import Backward
 from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
 from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 from memloc_ext.training.report import progress_bar, tensorboard_log
-from memloc_ext.training.resume import digest, restore
+from memloc_ext.training.resume import restore
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 _OWN = ("epoch", "loss", "learning_rate")
@@ -29,16 +31,18 @@ _OWN = ("epoch", "loss", "learning_rate")
 
 def train(
     model: nn.Module,
-    split: Split,
+    data: Data,
     config: TrainConfig,
     *,
     checkpoints: str | Path,
+    task: TaskName | Task = "classification",
     evaluate: Evaluate | None = None,
     backward: Backward | None = None,
     progress: bool = True,
     tensorboard: str | Path | None = None,
+    num_workers: int = 0,
 ) -> list[dict[str, float]]:
-    """Train by SGD on the cross-entropy, mean over the batch; save the initial model and the one after each epoch.
+    """Train by SGD on the mean loss of a batch's examples; save the initial model and the one after each epoch.
 
     If ``checkpoints`` already holds some, the training continues after the newest, whose state replaces the model's; a
     finished one is just loaded. Killed at any moment and continued, a training ends like an unbroken one: on the CPU
@@ -56,34 +60,41 @@ def train(
     back, the parameters are left without gradients, and the global generators are as they were.
 
     Args:
-        model: Inputs ``[B, C, H, W]`` to logits ``[B, classes]``, initialised, on the split's device; compiled or not.
-        split: The training examples, at least one.
+        model: Any model, initialised; compiled or not.
+        data: The training examples, at least one; see `memloc_ext.examples`. They are shuffled by the seed, whatever
+            the order of a ``DataLoader``.
         config: How to train.
         checkpoints: Folder of the ``epoch_<number>.pt``; created if missing.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
         evaluate: Called with ``model`` in evaluation mode at the start and after each epoch; returns numbers by name.
             Called in all processes.
         backward: Takes the place of the plain backward pass, to look at the gradients.
         progress: Show a bar of the epochs if the standard error output is a terminal.
         tensorboard: Folder to log every record to.
+        num_workers: Processes that read a data set; a ``DataLoader`` has its own.
 
     Returns:
         A record per epoch, the initial model's first: ``epoch``, the numbers of ``evaluate``, and from epoch 1 on
         ``loss`` and ``learning_rate`` (see `train_epoch`).
 
     Raises:
-        ValueError: If the model is on another device, or compiled although ``backward`` is given, the split is empty,
+        ValueError: If the model is on several devices, or compiled although ``backward`` is given, there is no example,
             a batch has fewer examples than there are processes, ``evaluate`` uses one of those names, the model has
             wrong gradients once it is compiled, or the newest checkpoint is damaged or comes from another config, model
-            or split; no file changes then.
+            or data; no file changes then.
         FloatingPointError: If the loss or a weight is no longer finite; the checkpoints before stay.
         ImportError: If ``progress`` or ``tensorboard`` needs a package that is not installed.
     """
     original = getattr(model, "_orig_mod", model)  # of a compiled model, whose own state dict has other names
-    _check_place(original, split)
-    _check_slices(min(batch_sizes(original, len(split), config.batch_size)), len(split), config.batch_size)
+    task = task_of(task)
+    _check_place(original)
+    source = examples("train", data, device_of(original), num_workers=num_workers)
+    if len(source) == 0:
+        raise ValueError("train: data must hold at least one example, got none")
+    _check_slices(min(batch_sizes(original, len(source), config.batch_size)), len(source), config.batch_size)
     if backward is not None and (config.compile or model is not original):
         raise ValueError("train: model must not be compiled if backward is given, which needs the calls of its modules")
-    checkpoints, device, data = Path(checkpoints), split.device, digest(split)
+    checkpoints, device, seen = Path(checkpoints), source.device, digest(source)
     forward = torch.compile(original) if config.compile else model
     optimizer = torch.optim.SGD(
         original.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -92,10 +103,10 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_training_flags(original))
         stack.callback(original.zero_grad)
-        history = restore(checkpoints, original, optimizer, scaler, config, data)
+        history = restore(checkpoints, original, optimizer, scaler, config, seen)
         distributed.copy_from_first([*original.parameters(), *original.buffers()])
         if forward is not original and len(history) <= config.epochs:
-            check_gradients(original, forward, split, config)
+            check_gradients(original, forward, source, config, task)
         if backward is None and distributed.world_size() > 1 and len(history) <= config.epochs:
             forward = DistributedDataParallel(forward)
         backward = backward or Backward()
@@ -111,7 +122,7 @@ def train(
                 if epoch > 0:
                     original.train()
                     backward.start(epoch)
-                    record |= train_epoch(forward, split, optimizer, scaler, config, epoch, generator, backward)
+                    record |= train_epoch(forward, source, optimizer, scaler, config, epoch, generator, backward, task)
                     distributed.copy_from_first(original.buffers())
                     _check_finite(original, epoch)
                     backward.finish(epoch)
@@ -122,17 +133,17 @@ def train(
             for report in reports:
                 report(record)
             state = (original.state_dict(), optimizer.state_dict(), scaler.state_dict())
-            checkpoint = Checkpoint(epoch, *state, history, asdict(config), data)
+            checkpoint = Checkpoint(epoch, *state, history, asdict(config), seen)
             distributed.once(partial(save_checkpoint, checkpoints, checkpoint))
     return history
 
 
-def _check_place(model: nn.Module, split: Split) -> None:
-    if len(split) == 0:
-        raise ValueError("train: split must hold at least one example, got none")
+def _check_place(model: nn.Module) -> None:
+    device = device_of(model)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.device != split.device:
-            raise ValueError(f"train: model must be on {split.device} like split, got {name} on {value.device}")
+        if value.device != device or value.is_meta:
+            rule = "have values" if value.is_meta else f"be on one device, {device} like its first parameter"
+            raise ValueError(f"train: model must {rule}, got {name} on {value.device}")
 
 
 def _check_slices(smallest: int, examples: int, batch_size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext import distributed
-from memloc_ext.data.split import Split
 from memloc_ext.files import shown
 from memloc_ext.training.checkpoint import Checkpoint, is_dense, list_checkpoints, load_checkpoint
 from memloc_ext.training.config import TrainConfig
 
-_DATA = "the digest of split's labels and indices"
+_DATA = "the digest of the data's targets and numbers"
 
 
 def restore(
@@ -35,7 +33,7 @@ def restore(
         optimizer: Of the model's parameters.
         scaler: Of the gradients.
         config: Must be the one in the checkpoint.
-        data: The `digest` of the split; likewise.
+        data: The `memloc_ext.examples.digest` of the examples; likewise.
 
     Returns:
         The history up to that checkpoint, one record per epoch; empty without one.
@@ -77,14 +75,6 @@ def _newest(folder: Path) -> tuple[Path, Checkpoint] | None:
         return path, load_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"train: {error}; delete it to continue from the one before") from error
-
-
-def digest(split: Split) -> str:
-    """Return the SHA-256 of the labels and indices, in hexadecimal; the pixels would take too long to read."""
-    sha = hashlib.sha256()
-    for column in (split.labels, split.indices):
-        sha.update(column.cpu().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _identity(config: dict[str, Any], state: dict[str, Any], data: str) -> dict[str, Any]:

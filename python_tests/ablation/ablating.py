@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import ablation_losses, apply_ablation
-from memloc_ext.ablation.running import logits_of
+from memloc_ext.tasks import logits_of
 
 Units = Sequence[int]
 

@@ -31,6 +31,25 @@ def test_pixels_are_normalised_as_by_torchvision():
         assert torch.equal(actual, expected(pixels.permute(1, 2, 0).numpy()))
 
 
+@pytest.mark.parametrize(
+    "normalization", ["imagenet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.4,), (0.2,))]
+)
+def test_normalisation_is_a_setting(normalization):
+    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if len(normalization[0]) != 1 else ([0.4] * 3, [0.2] * 3)
+    dataset = Dataset("name", make_split(), make_split(4), ("a", "b", "c")).normalized(normalization)
+    for split in (dataset.train, dataset.test.subset(torch.tensor([2, 1])).to("cpu")):
+        inputs, _, _ = split.batch(torch.arange(len(split)))
+        for channel in range(3):
+            expected = (split.inputs[:, channel].double() / 255 - mean[channel]) / std[channel]
+            torch.testing.assert_close(inputs[:, channel].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["mnist", ((0.5, 0.5), (0.5,)), ((0.5,), (0.0,))])
+def test_a_wrong_normalisation_is_named(wrong):
+    with pytest.raises(ValueError, match=r"normalization must be one of paper, imagenet or .* 3 channels"):
+        Dataset("name", make_split(), make_split(), ("a", "b", "c")).normalized(wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_floating_point_pixels_are_in_unit_range(dtype):
     pixels = torch.tensor([0.0, 0.5, 1.0], dtype=dtype).view(3, 1, 1, 1)

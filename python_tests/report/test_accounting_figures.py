@@ -11,18 +11,18 @@ from memloc_ext.report.accounting_figures import all_figures, bands_and_auc, cos
 from memloc_ext.study.accounting_files import MODEL, Accounting, account_path, save_account
 
 
-def make_accounting(folder: Path, epochs: int = 3, *, noisy: bool = True, norms: float = 1.0) -> Accounting:
+def make_accounting(folder: Path, epochs: int = 3, *, memorized: bool = True, norms: float = 1.0) -> Accounting:
     """Two layer groups, 20 examples; the account of every epoch is on disk as well."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for epoch in range(1, epochs + 1):
-        row = GroupAccount(1.0 / epoch, 0.5 * noisy, 1.0, -0.5 * noisy, 0.9 if noisy else None, 1.0, None)
+        row = GroupAccount(1.0 / epoch, 0.5 * memorized, 1.0, -0.5 * memorized, 0.9 if memorized else None, 1.0, None)
         account = EpochAccount(
             model=row,
             groups={"conv1": row, "head": row},
             parameters={"conv1.weight": ParameterAccount(1.0, 0.5, 1.0, -0.5)},
             example_norms=norms * torch.rand(20, 2, generator=generator),
-            memorized=(torch.arange(20) < 5) & noisy,
+            memorized=(torch.arange(20) < 5) & memorized,
             indices=torch.arange(20),
         )
         save_account(account_path(folder, epoch), account)
@@ -30,7 +30,7 @@ def make_accounting(folder: Path, epochs: int = 3, *, noisy: bool = True, norms:
     return Accounting(folder, rows, [], {})
 
 
-@pytest.mark.parametrize("change", [{}, {"epochs": 1}, {"epochs": 40}, {"noisy": False}, {"norms": 0.0}])
+@pytest.mark.parametrize("change", [{}, {"epochs": 1}, {"epochs": 40}, {"memorized": False}, {"norms": 0.0}])
 def test_every_account_can_be_drawn(tmp_path: Path, change: dict) -> None:
     drawn = all_figures(make_accounting(tmp_path, **change))
     assert list(drawn) == ["gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"]
@@ -44,10 +44,10 @@ def test_examples_whose_batch_overflowed_are_left_out(tmp_path: Path) -> None:
 
 def test_curves_are_those_of_the_table(tmp_path: Path) -> None:
     accounting = make_accounting(tmp_path)
-    clean, noisy, total = group_norms(accounting).axes
+    clean, memorized, total = group_norms(accounting).axes
     assert [line.get_label() for line in clean.lines] == ["conv1", "head"]
     np.testing.assert_allclose(clean.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
-    assert [axes.get_title() for axes in (clean, noisy, total)] == [
+    assert [axes.get_title() for axes in (clean, memorized, total)] == [
         "clean examples",
         "memorized examples",
         "all examples",

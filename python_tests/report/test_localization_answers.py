@@ -17,12 +17,14 @@ def test_the_terminal_gets_a_line_per_model() -> None:
 
 
 def test_plain_training_answers_how_many_where_and_what_else() -> None:
-    counts, where, noisy, clean = answers({"plain": make_localization()})
+    counts, where, memorized, clean = answers({"plain": make_localization()})
     ends = "3 in the median for {} examples (2 of 3 flipped, 1 not within the limit)"
     assert f"{ends.format('memorized')} and {ends.format('clean')}. The paper: around 5" in counts
     assert "75.0 % of the units found for memorized examples are in blocks.0:heads, which has 57.1 % of all" in where
     change = "from 100.0 to 90.0 % on clean, from 100.0 to 50.0 % on memorized, from 90.0 to 80.0 % on test examples"
-    assert noisy == f"With the units of one memorized example off, accuracy goes {change} (mean over 3 such examples)."
+    assert (
+        memorized == f"With the units of one memorized example off, accuracy goes {change} (mean over 3 such examples)."
+    )
     assert change in clean
 
 

@@ -16,7 +16,7 @@ from memloc_ext.report.localization_figures import (
 NAMES = [f"localization_{name}" for name in ("units", "sites", "accuracy", "memorization")]
 
 
-@pytest.mark.parametrize("kinds", [("noisy", "clean"), ("noisy",), ("clean",)])
+@pytest.mark.parametrize("kinds", [("memorized", "clean"), ("memorized",), ("clean",)])
 @pytest.mark.parametrize(
     ("change", "names"), [({}, NAMES), ({"edited": None, "curve": []}, [*NAMES[:2], NAMES[3]]), (NOTHING, NAMES[:2])]
 )
@@ -40,8 +40,8 @@ def test_bars_are_percent_of_the_examples_of_a_kind() -> None:
         "memorized examples: 2 of 3 flip, median 3",
         "clean examples: 2 of 3 flip, median 3",
     ]
-    noisy, clean = axes.containers
-    for bars in (noisy, clean):
+    memorized, clean = axes.containers
+    for bars in (memorized, clean):
         np.testing.assert_allclose([bar.get_height() for bar in bars], [0, 100 / 3, 0, 100 / 3])
 
 
@@ -55,20 +55,20 @@ def test_sites_have_their_share_of_the_found_and_of_all_units() -> None:
 
 
 def test_curves_are_those_of_the_summary() -> None:
-    noisy, _ = accuracy_after_units({"plain": make_localization()}).axes
-    clean, memorized, test = noisy.lines
+    panel, _ = accuracy_after_units({"plain": make_localization()}).axes
+    clean, memorized, test = panel.lines
     np.testing.assert_array_equal(clean.get_xdata(), range(5))
     np.testing.assert_allclose(clean.get_ydata(), [100, 98, 96, 94, 92])
     np.testing.assert_allclose(memorized.get_ydata(), [100, 90, 80, 70, 60])
     np.testing.assert_allclose(test.get_ydata(), [90] * 5)
-    sizes = noisy.collections[0].get_sizes()
+    sizes = panel.collections[0].get_sizes()
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3] > sizes[4]
 
 
 def test_accuracy_that_was_not_measured_leaves_a_gap() -> None:
     curve = [replace(point, test=None) for point in make_kind().curve]
-    noisy, _ = accuracy_after_units({"example_tied": make_localization(curve=curve)}).axes
-    assert np.isnan(noisy.lines[2].get_ydata()).all()
+    memorized, _ = accuracy_after_units({"example_tied": make_localization(curve=curve)}).axes
+    assert np.isnan(memorized.lines[2].get_ydata()).all()
 
 
 def test_shares_of_memorization_channels_stand_beside_chance() -> None:

@@ -23,8 +23,8 @@ def test_a_panel_shows_a_group_in_percent() -> None:
 
 def test_bars_are_what_is_there_after_the_training_and_marks_what_was_before() -> None:
     axes = regained(made_retraining()).axes[0]
-    noisy, clean = axes.containers
-    np.testing.assert_allclose([bar.get_width() for bar in noisy], [40, 96, 90, 93])
+    memorized, clean = axes.containers
+    np.testing.assert_allclose([bar.get_width() for bar in memorized], [40, 96, 90, 93])
     np.testing.assert_allclose([bar.get_width() for bar in clean], [80] * 4)
     marks = next(line for line in axes.lines if line.get_label() == "back at its initial weights")
     np.testing.assert_allclose(marks.get_xdata(), [10, 95, 20, 10])

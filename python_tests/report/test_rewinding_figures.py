@@ -22,10 +22,12 @@ def test_a_panel_shows_a_group_in_percent_with_and_without_its_statistics() -> N
     lines = {line.get_label(): line for line in figure.axes[1].lines}
     np.testing.assert_allclose(lines["memorized examples, given label"].get_ydata(), [90, 95])
     dotted = [line for line in figure.axes[1].lines if line.get_linestyle() == ":"]
-    assert [list(line.get_ydata()) for line in dotted if line.get_color() == figures.COLORS["noisy"]] == [[45, 47.5]]
+    assert [list(line.get_ydata()) for line in dotted if line.get_color() == figures.COLORS["memorized"]] == [
+        [45, 47.5]
+    ]
     assert not any(line.get_linestyle() == ":" for line in figure.axes[3].lines)
     levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_alpha() and len(line.get_ydata())]
-    np.testing.assert_allclose(levels, [100 * WHOLE.clean, 100 * WHOLE.noisy, 100 * WHOLE.test])
+    np.testing.assert_allclose(levels, [100 * WHOLE.clean, 100 * WHOLE.memorized, 100 * WHOLE.test])
 
 
 def test_the_map_has_a_number_per_group_and_epoch() -> None:

@@ -89,7 +89,7 @@ def test_accounts_the_batches_of_the_training_itself(split: Split, unbroken: Pat
         loss = F.cross_entropy(model(inputs[row : row + 1]).float(), labels[row : row + 1])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         norm = torch.cat([value.flatten() for value in gradients]).norm()
-        place = (split.indices == number).nonzero().item()
+        place = (account.indices == number).nonzero().item()
         torch.testing.assert_close(account.total_norms[place], norm.float())
 
 
@@ -161,7 +161,7 @@ def test_a_missing_account_is_named(unbroken: Path, tmp_path: Path) -> None:
 
 
 def test_float16_is_as_accurate_as_plain_float16(split: Split, tmp_path: Path) -> None:
-    inputs, labels, _ = split.batch(torch.arange(len(split)))
+    inputs, labels, _ = split.batch(split.indices.argsort())
     scaler = torch.amp.GradScaler("cpu")
 
     def plain(model: nn.Module, mixed: bool) -> Tensor:

@@ -23,7 +23,7 @@ def make_account(num: int = 5) -> EpochAccount:
     generator = torch.Generator().manual_seed(0)
     row = GroupAccount(1.0, 0.5, 1.25, -0.5, 0.875, 2.0, 3.0)
     return EpochAccount(
-        model=replace(row, auc=None, noisy_example_norm=None),
+        model=replace(row, auc=None, memorized_example_norm=None),
         groups={"conv1": row, "head": replace(row, clean=0.0)},
         parameters={f"{name}.weight": ParameterAccount(1.0, 0.5, 1.25, -0.5) for name in ("conv1", "head")},
         example_norms=torch.rand(num, 2, generator=generator),
@@ -123,8 +123,8 @@ def test_objects_are_not_unpickled(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    row = {"clean": 1.0, "noisy": 0.5, "total": 1.25, "cosine": -0.5}
-    group = {**row, "auc": None, "clean_example_norm": 2.0, "noisy_example_norm": None}
+    row = {"clean": 1.0, "memorized": 0.5, "total": 1.25, "cosine": -0.5}
+    group = {**row, "auc": None, "clean_example_norm": 2.0, "memorized_example_norm": None}
     rows = [{"epoch": epoch, "group": name, **group} for epoch in (1, 2) for name in ("conv1", "head", MODEL)]
     (tmp_path / "accounting.json").write_text(json.dumps(rows))
     (tmp_path / "accounting_parameters.json").write_text(json.dumps([{"epoch": 1, "parameter": "head.weight", **row}]))

@@ -11,7 +11,7 @@ from memloc_ext.study.localization_files import load_localization, save_localiza
 
 
 @pytest.mark.parametrize("change", [{}, NOTHING])
-@pytest.mark.parametrize("kinds", [("noisy", "clean"), ("noisy",), ("clean",)])
+@pytest.mark.parametrize("kinds", [("memorized", "clean"), ("memorized",), ("clean",)])
 def test_a_localization_comes_back_and_has_the_same_bytes_every_time(
     tmp_path: Path, kinds: tuple[str, ...], change: dict
 ) -> None:
@@ -32,7 +32,7 @@ def test_the_table_has_a_row_per_example(tmp_path: Path) -> None:
     assert len(rows) == 6
     assert rows[1] == {
         "example": "1",
-        "kind": "noisy",
+        "kind": "memorized",
         "status": "flipped",
         "num_units": "3",
         "units": "conv1:3 blocks.0:heads:5 blocks.0:heads:0",
@@ -100,13 +100,13 @@ def test_a_damaged_row_is_found(tmp_path: Path, change: dict) -> None:
         (("sites", 0, "units"), 2.5),
         (("sites", 0, "more"), 2),
         (("kinds",), {}),
-        (("kinds", "noisy"), None),
-        (("kinds", "noisy", "mean"), "3"),
-        (("kinds", "noisy", "histogram"), [0, None]),
-        (("kinds", "noisy", "histogram"), {}),
-        (("kinds", "noisy", "statuses", "lost"), 1),
-        (("kinds", "noisy", "sites", "conv1"), True),
-        (("kinds", "noisy", "sites"), {"conv1": 1}),
+        (("kinds", "memorized"), None),
+        (("kinds", "memorized", "mean"), "3"),
+        (("kinds", "memorized", "histogram"), [0, None]),
+        (("kinds", "memorized", "histogram"), {}),
+        (("kinds", "memorized", "statuses", "lost"), 1),
+        (("kinds", "memorized", "sites", "conv1"), True),
+        (("kinds", "memorized", "sites"), {"conv1": 1}),
         (("kinds", "clean", "edited", "test"), [1]),
         (("kinds", "clean", "curve", 0), None),
     ],

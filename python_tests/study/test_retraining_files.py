@@ -55,7 +55,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
         (1, {"stopped": "ended"}),
         (2, {"loss": None}),
         (2, {"loss": "1"}),
-        (2, {"noisy": -0.5}),
+        (2, {"memorized": -0.5}),
         (3, {"stopped": None}),
         (3, {"stopped": "tired"}),
         (3, {"more": 1}),

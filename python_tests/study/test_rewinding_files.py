@@ -40,7 +40,7 @@ def test_the_table_has_a_row_per_cell(tmp_path: Path) -> None:
         ("conv1", "2", "False"),
         ("conv1", "2", "True"),
     ]
-    assert [(row["epoch"], row["buffers"], row["noisy"]) for row in rows if row["group"] == "head"] == [
+    assert [(row["epoch"], row["buffers"], row["memorized"]) for row in rows if row["group"] == "head"] == [
         ("0", "", "0.7"),
         ("2", "", "0.96"),
     ]
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (1, {"buffers": True}),
         (1, {"buffers": None}),
         (2, {"buffers": 1}),
-        (2, {"noisy": "0.1"}),
+        (2, {"memorized": "0.1"}),
         (2, {"test": True}),
         (2, {"more": 1}),
         (-1, {"epoch": 3}),

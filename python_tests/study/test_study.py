@@ -176,8 +176,11 @@ def test_a_localized_run_holds_every_example_of_both_models(localized) -> None:
     assert memloc_ext.load_run(localized.path) == localized
     assert list(localized.localizations) == ["plain", "example_tied"]
     for model, localization in localized.localizations.items():
-        assert Counter(row.kind for row in localization.examples) == {"noisy": 5, "clean": 5}
-        assert {kind: summary.total for kind, summary in localization.kinds.items()} == {"noisy": 143, "clean": 1294}
+        assert Counter(row.kind for row in localization.examples) == {"memorized": 5, "clean": 5}
+        assert {kind: summary.total for kind, summary in localization.kinds.items()} == {
+            "memorized": 143,
+            "clean": 1294,
+        }
         clean = localization.kinds["clean"]
         assert clean.curve[0].examples == clean.edited.examples == 2
         with open(localized.path / model / "localization.csv", newline="") as file:
@@ -436,11 +439,11 @@ def test_atypical_examples_go_through_every_probe(tmp_path: Path) -> None:
     assert 0 < count < 40
     assert run.accounting is not None
     assert run.accounting.epoch(1).memorized.sum() == count
-    assert run.localizations["plain"].kinds["noisy"].total == count
+    assert run.localizations["plain"].kinds["memorized"].total == count
     assert run.rewinding is not None
     assert run.retraining is not None
     for row in (run.rewinding.unchanged, run.retraining.unchanged):
-        assert row.noisy == row.noisy_true is not None
+        assert row.memorized == row.memorized_true is not None
     page = (tmp_path / "run" / "report.html").read_text()
     assert "of the memorized examples.</li>" in page
     assert "true label" not in page.split("The probes")[1].split("Accuracy of every model")[0]

@@ -8,6 +8,7 @@ from torch import nn
 
 from memloc_ext import models
 from memloc_ext.data import Split
+from memloc_ext.tasks import Classification
 from memloc_ext.training import TrainConfig, train
 from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.epoch import epoch_rng
@@ -82,10 +83,10 @@ def test_a_model_that_the_caller_compiled_is_checked(split, tmp_path):
 def test_the_check_leaves_everything_as_it_was(split):
     model = build().eval()
     before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    check_gradients(model, loses(7)(model), split, TrainConfig(batch_size=8))
+    check_gradients(model, loses(7)(model), split, TrainConfig(batch_size=8), Classification())
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="the gradient of"):
-        check_gradients(model, loses(8)(model), split, TrainConfig(batch_size=8))
+        check_gradients(model, loses(8)(model), split, TrainConfig(batch_size=8), Classification())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in model.modules())
     for name, value in model.state_dict().items():
@@ -95,7 +96,7 @@ def test_the_check_leaves_everything_as_it_was(split):
 
 def test_a_model_that_draws_is_not_checked(split):
     model = build(dropout=0.5)
-    check_gradients(model, loses(8)(model), split, TrainConfig(batch_size=8))
+    check_gradients(model, loses(8)(model), split, TrainConfig(batch_size=8), Classification())
 
 
 def test_a_gradient_that_is_zero_but_for_rounding_is_not_compared(split):
@@ -104,7 +105,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_not_compared(split):
     def other(x):  # the bias before a batch norm counts for nothing
         return nn.functional.linear(model[:3](x), model[3].weight, model[3].bias) + 0 * model[0].bias.sum()
 
-    check_gradients(model, other, split, TrainConfig(batch_size=8))
+    check_gradients(model, other, split, TrainConfig(batch_size=8), Classification())
 
 
 @pytest.mark.slow

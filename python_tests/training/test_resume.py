@@ -133,7 +133,7 @@ def test_another_model_is_refused_and_left_alone(unbroken, model, message):
 
 
 def test_another_split_is_refused(unbroken):
-    with pytest.raises(ValueError, match="train: the digest of split's labels and indices must be"):
+    with pytest.raises(ValueError, match="train: the digest of the data's targets and numbers must be"):
         train(build(), make_split(seed=1), CONFIG, checkpoints=unbroken[0], progress=False)
 
 

@@ -210,13 +210,17 @@ def test_weights_that_are_not_finite_are_not_saved(split, tmp_path):
 
 
 def test_a_model_elsewhere_is_refused(split, tmp_path):
-    with pytest.raises(ValueError, match=r"train: model must be on cpu like split, got 0\.weight on meta"):
+    with pytest.raises(ValueError, match=r"train: model must have values, got 0\.weight on meta"):
         train(build().to("meta"), split, CONFIG, checkpoints=tmp_path / "new", progress=False)
+    half = build()
+    half[5].to("meta")
+    with pytest.raises(ValueError, match=r"train: model must have values, got 5\.weight on meta"):
+        train(half, split, CONFIG, checkpoints=tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
 
 
 def test_an_empty_split_is_refused(split, tmp_path):
-    with pytest.raises(ValueError, match="train: split must hold at least one example, got none"):
+    with pytest.raises(ValueError, match="train: data must hold at least one example, got none"):
         train(build(), split.subset(torch.arange(0)), CONFIG, checkpoints=tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
 

@@ -16,13 +16,13 @@ from memloc_ext.nn import dropout_mode
 from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
-from memloc_ext.probes.accuracy import predict
+from memloc_ext.probes.evaluation import Evaluation
 from memloc_ext.probes.localization.chunks import search_in_chunks
 from memloc_ext.probes.localization.config import LocalizationConfig
 from memloc_ext.probes.localization.edits import EditedAccuracy, edited_accuracy, sampled
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
 
-KINDS = ("noisy", "clean")
+KINDS = ("memorized", "clean")
 REFERENCE = 512
 """Largest number of clean examples that stand for the population."""
 EVALUATED = 512
@@ -35,7 +35,7 @@ class LocalizedExample:
 
     Attributes:
         example: Its number in the data set.
-        kind: ``noisy`` for a memorized example, or ``clean``.
+        kind: ``memorized`` for a memorized example, or ``clean``.
         status: See `Found`.
         units: ``(site, unit)`` in the order in which they were switched off.
         loss: Its cross-entropy with all of them off.
@@ -123,7 +123,7 @@ class DatasetLocalization:
     Attributes:
         examples: Every localized example.
         sites: The sites that were searched, in the order in which the network computes them.
-        kinds: ``noisy`` and ``clean`` to their summary.
+        kinds: ``memorized`` and ``clean`` to their summary.
         seconds: Time of the search in one process, per example.
     """
 
@@ -171,10 +171,10 @@ def localize_dataset(
     train, generator = dataset.train, torch.Generator().manual_seed(seed)
     tied = example_tied_sites(model)
     with dropout_mode(model, "train"):
-        right = (predict(model, train) == train.labels).cpu()
+        right = Evaluation("localize_dataset", model, train).right_by_row(model).cpu()
         rows = {}
         for kind in KINDS:
-            members = (train.memorized if kind == "noisy" else ~train.memorized).nonzero()[:, 0].cpu()
+            members = (train.memorized if kind == "memorized" else ~train.memorized).nonzero()[:, 0].cpu()
             members = members[torch.randperm(len(members), generator=generator)]
             rows[kind] = torch.cat([members[right[members]], members[~right[members]]])
         chosen = {kind: members[: config.localized] for kind, members in rows.items() if len(members)}

@@ -14,7 +14,8 @@ from memloc_ext.ablation import apply_ablation
 from memloc_ext.data import Dataset
 from memloc_ext.files import parsed
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.accuracy import Accuracy, accuracy
+from memloc_ext.probes.accuracy import accuracy
+from memloc_ext.probes.evaluation import Accuracy
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class EditedAccuracy:
         units: Mean number of units that are off.
         examples: Number of examples in the mean.
         clean: Clean training examples predicted as their label.
-        noisy: Memorized training examples predicted as the label they were given.
+        memorized: Memorized training examples predicted as the label they were given.
         test: Test examples predicted as their label; None where they were not evaluated.
     """
 
     units: float
     examples: int
     clean: float | None
-    noisy: float | None
+    memorized: float | None
     test: float | None
 
 
@@ -61,13 +62,14 @@ def edited_accuracy(
         The accuracy with all units of an example off, mean over the examples; and the curve: the accuracy after the
         first k units, for k = 0, 1, ..., each the mean over the examples that have at least k units.
     """
-    plain = accuracy(model, dataset, test=test)
+    test_data = dataset.test if test else None
+    plain = accuracy(model, dataset.train, test=test_data)
 
     def follow(units: Sequence[tuple[str, int]]) -> list[dict[str, float | None]]:
         result = []
         for k in range(1, len(units) + 1):
             with apply_ablation(model, units[:k], channel_dims=channel_dims):
-                result.append(asdict(accuracy(model, dataset, test=test)))
+                result.append(asdict(accuracy(model, dataset.train, test=test_data)))
         return result
 
     common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims)
@@ -100,7 +102,7 @@ def _mean(units: float, results: Sequence[Accuracy]) -> EditedAccuracy:
     return EditedAccuracy(
         units,
         len(results),
-        *(_mean_or_none(getattr(result, name) for result in results) for name in ("clean", "noisy", "test")),
+        *(_mean_or_none(getattr(result, name) for result in results) for name in ("clean", "memorized", "test")),
     )
 
 

@@ -73,10 +73,10 @@ def prediction(model: nn.Module, dataset: Dataset, number: int) -> tuple[int, in
 def test_every_flip_is_one(name: str, dataset: Dataset, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     result = localize_dataset(model, dataset, CONFIG)
-    assert Counter(row.kind for row in result.examples) == {"noisy": 8, "clean": 8}
+    assert Counter(row.kind for row in result.examples) == {"memorized": 8, "clean": 8}
     memorized = dict(zip(dataset.train.indices.tolist(), dataset.train.memorized.tolist(), strict=True))
     for row in result.examples:
-        assert memorized[row.example] == (row.kind == "noisy")
+        assert memorized[row.example] == (row.kind == "memorized")
         with dropout_mode(model, "train"):
             predicted, label, _ = prediction(model, dataset, row.example)
             assert predicted == label
@@ -91,7 +91,7 @@ def test_the_summary_counts_the_examples(plain: nn.Module, dataset: Dataset) -> 
     result = localize_dataset(plain, dataset, replace(CONFIG, max_units=1))
     for kind, summary in result.kinds.items():
         rows = [row for row in result.examples if row.kind == kind]
-        assert (summary.total, summary.fitted) == ({"noisy": 12, "clean": 48}[kind],) * 2
+        assert (summary.total, summary.fitted) == ({"memorized": 12, "clean": 48}[kind],) * 2
         assert summary.localized == 8
         assert {status: n for status, n in summary.statuses.items() if n} == Counter(row.status for row in rows)
         units = [len(row.units) if row.status == "flipped" else math.inf for row in rows]
@@ -122,7 +122,7 @@ def test_the_curve_is_the_accuracy_after_each_unit(plain: nn.Module, dataset: Da
             for when, part in (("first", units[:1]), ("last", units)):
                 with apply_ablation(plain, part):
                     after[when].append(accuracy(plain, dataset))
-        for name in ("clean", "noisy", "test"):
+        for name in ("clean", "memorized", "test"):
             assert getattr(summary.curve[0], name) == getattr(accuracy(plain, dataset), name)
             for point, when in ((summary.curve[1], "first"), (summary.edited, "last")):
                 mean = statistics.mean(getattr(value, name) for value in after[when])
@@ -182,9 +182,9 @@ def test_nothing_is_counted_where_all_are_wrong(plain: nn.Module, dataset: Datas
         assert (summary.edited, summary.curve, summary.units) == (None, [], 0)
 
 
-@pytest.mark.parametrize("kind", ["noisy", "clean"])
+@pytest.mark.parametrize("kind", ["memorized", "clean"])
 def test_one_kind_is_enough(plain: nn.Module, dataset: Dataset, kind: str) -> None:
-    train = dataset.train.subset(dataset.train.memorized == (kind == "noisy"))
+    train = dataset.train.subset(dataset.train.memorized == (kind == "memorized"))
     result = localize_dataset(plain, replace(dataset, train=train), CONFIG)
     assert list(result.kinds) == [kind]
     assert len(result.examples) == 8
@@ -205,7 +205,7 @@ def test_a_tied_model_is_searched_after_its_dropouts(tied: nn.Module, dataset: D
         units = [unit for row in result.examples if row.kind == kind for unit in row.units]
         assert summary.memorization == sum(unit >= sizes[site][1] for site, unit in units)
         assert summary.curve[0].test is None
-        assert summary.curve[0].noisy == 1
+        assert summary.curve[0].memorized == 1
     flips = [row for row in result.examples if row.status == "flipped"]
     assert flips
     for row in flips:  # with a unit that the example keeps: any other is 0 anyway

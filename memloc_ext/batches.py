@@ -1,0 +1,100 @@
+"""What a batch is, in whatever form data yields it, and how a model is called on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """Some examples, on one device.
+
+    Attributes:
+        x: What the model is called with, see `call`.
+        y: The targets: a tensor ``[batch, *]``, or nested tuples or mappings of such.
+        ids: The examples' numbers, ``[batch]``, int64.
+    """
+
+    x: Any
+    y: Any
+    ids: Tensor
+
+
+def call(model: Callable[..., Any], x: Any) -> Any:
+    """Call a model: ``model(**x)`` for a mapping, ``model(*x)`` for a tuple, else ``model(x)``."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, or buffer; the CPU without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
+    """Take a batch apart.
+
+    Args:
+        function: Named in errors.
+        batch: ``(x, y)``, ``(x, y, index)``, or a mapping of which ``labels`` is y, ``index`` (if it is there) the
+            numbers and the rest x.
+
+    Returns:
+        x, y, and the numbers, ``[batch]`` int64, or None without.
+
+    Raises:
+        ValueError: If it is none of these, or the numbers are not integers, one per example.
+    """
+    if isinstance(batch, Mapping):
+        x: Any = dict(batch)
+        if "labels" not in x:
+            raise ValueError(f"{function}: a batch that is a mapping must hold labels, got {', '.join(map(str, x))}")
+        y, ids = x.pop("labels"), x.pop("index", None)
+    elif isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        (x, y), ids = batch[:2], batch[2] if len(batch) == 3 else None
+    else:
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"{function}: a batch must be (x, y), (x, y, index) or a mapping with labels, got {got}")
+    x = tuple(x) if isinstance(x, list) else x  # which a DataLoader makes of a tuple
+    if first_tensor(x) is None:
+        raise ValueError(f"{function}: x must be a tensor, or a tuple or mapping of tensors, got {type(x).__name__}")
+    target = first_tensor(y)
+    if target is None or target.dim() == 0:
+        raise ValueError(
+            f"{function}: a batch must hold a tensor of targets, one per example, got {type(y).__name__}; where data "
+            "yields single items, put a DataLoader around it"
+        )
+    if ids is None:
+        return x, y, None
+    ids = torch.as_tensor(ids)
+    if ids.shape != target.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"{function}: index must be integers [{len(target)}], one per example, got {ids.dtype} {list(ids.shape)}"
+        )
+    return x, y, ids.long()
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples, lists and mappings, or None."""
+    if isinstance(tree, Tensor):
+        return tree
+    inner = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    return next((found for found in map(first_tensor, inner) if found is not None), None)
+
+
+def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested tuples, lists and mappings with every tensor changed; what is no tensor stays."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: with_each_tensor(inner, change) for key, inner in tree.items()}
+    if isinstance(tree, tuple | list):
+        parts = [with_each_tensor(inner, change) for inner in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree

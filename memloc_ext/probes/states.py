@@ -1,0 +1,151 @@
+"""The states of a model at other times of its training: state dicts, files, and the folders that trainers write."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.files import read_bytes
+from memloc_ext.training import list_checkpoints
+from memloc_ext.training.checkpoint import _check_archive
+
+State = str | Path | Mapping[str, Any]
+"""A state dict, the path of a file that holds one, or the folder of a Hugging Face checkpoint."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What holds the weights in the folder of a Hugging Face checkpoint."""
+_INNER = ("model", "state_dict", "model_state_dict")
+"""Names under which the files of trainers hold a state dict: of this package, of Lightning, of others."""
+
+
+def found_states(function: str, folder: str | Path) -> dict[int, Path]:
+    """Return the checkpoints in a folder by epoch, in order.
+
+    They are those of `memloc_ext.training.train`; or the folders ``checkpoint-<step>`` of a Hugging Face ``Trainer``,
+    by the epoch in their ``trainer_state.json`` if all were saved at the end of one, else by step; or the ``.ckpt``
+    files of Lightning, by the epoch in their name, ``epoch=<number>``, the last step of each.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(folder)
+    found = list_checkpoints(folder) or _hugging_face(folder) or _lightning(folder)
+    if not found:
+        raise ValueError(f"{function}: states must hold at least one checkpoint, got none in {folder}")
+    return dict(sorted(found.items()))
+
+
+def read_state(function: str, source: State, model: nn.Module) -> dict[str, Tensor]:
+    """Return the values of a model's parameters and buffers at another time, on the CPU if they are read from a file.
+
+    Files are ``.safetensors``, or what ``torch.save`` wrote, of which only tensors and plain values are read. A prefix
+    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off.
+
+    Args:
+        function: Named in errors.
+        source: A state dict, or a path.
+        model: Not compiled.
+
+    Raises:
+        ValueError: If a file is damaged, or it is the state of another model.
+        OSError: If a file cannot be read.
+    """
+    if isinstance(source, Mapping):
+        return checked_state(f"{function}: the state dict", source, model)
+    try:
+        state = _read(Path(source))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{function}: {source}: cannot be read as the state of a model: {error}") from error
+    return checked_state(f"{function}: {source}", _without_prefix(state, model), model)
+
+
+def checked_state(where: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers in a state dict; ValueError, which begins with ``where``, if another model's.
+
+    ``load_state_dict`` would turn any dtype into the model's, complex numbers and float64 too. A tied tensor may be
+    there by one of its names alone.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+    tied = {value.data_ptr(): name for name, value in own.items() if name in state and value.numel()}
+    found = {}
+    for name, value in own.items():
+        there = state.get(name if name in state else tied.get(value.data_ptr(), name))
+        if not isinstance(there, Tensor) or (there.dtype, there.shape) != (value.dtype, value.shape):
+            what = f"as {there.dtype} {list(there.shape)}" if isinstance(there, Tensor) else "not there"
+            raise ValueError(
+                f"{where} must be of this model, whose {name} is {value.dtype} {list(value.shape)}, got it {what}"
+            )
+        found[name] = there
+    for name in state:
+        if name not in own and not name.endswith("_extra_state"):
+            raise ValueError(f"{where} must be of this model, got {name}, which the model does not have")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        file = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
+        if file is None:
+            raise ValueError(f"it is a folder without {', '.join(_WEIGHTS)}")
+        return _read(file)
+    if path.name.endswith(".index.json"):
+        files = set(json.loads(read_bytes(path))["weight_map"].values())
+        return {name: value for file in sorted(files) for name, value in _read(path.parent / Path(file).name).items()}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load
+
+        return load(read_bytes(path))
+    data = read_bytes(path)
+    _check_archive(data)
+    stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    inner = [stored[name] for name in _INNER if isinstance(stored, dict) and isinstance(stored.get(name), dict)]
+    state = inner[0] if inner else stored
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError("it holds no tensors by name")
+    return state
+
+
+def _without_prefix(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return what is under the one prefix that all of a model's names have in a state, if there is one."""
+    own = [name for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    if own and not any(name in state for name in own):
+        for prefix in dict.fromkeys(name.removesuffix(own[0]) for name in state if name.endswith(f".{own[0]}")):
+            inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if any(name in inner for name in own):
+                return inner
+    return state
+
+
+def _hugging_face(folder: Path) -> dict[int, Path]:
+    steps = _numbered(folder, r"checkpoint-(\d+)")
+    epochs = [_epoch(path) for path in steps.values()]
+    whole = {int(epoch): path for epoch, path in zip(epochs, steps.values(), strict=True) if epoch == int(epoch)}
+    return whole if len(whole) == len(steps) else steps
+
+
+def _epoch(path: Path) -> float:
+    """Return the epoch of a Hugging Face checkpoint, or one half if it does not tell."""
+    try:
+        return float(json.loads((path / "trainer_state.json").read_bytes())["epoch"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return 0.5
+
+
+def _lightning(folder: Path) -> dict[int, Path]:
+    steps = _numbered(folder, r".*step=(\d+).*\.ckpt")
+    in_order = [*_numbered(folder, r".*epoch=(\d+).*\.ckpt").values(), *(steps[step] for step in sorted(steps))]
+    found = {path: re.search(r"epoch=(\d+)", path.name) for path in in_order}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return {int(match[1]): folder / name for name in names if (match := re.fullmatch(pattern, name, re.ASCII))}
