@@ -19,10 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from memloc_ext.ablation.channels import FollowingChannels
-from memloc_ext.ablation.running import without_fast_path
 from memloc_ext.ablation.sites import HEADS
 from memloc_ext.accounting.in_parts import in_parts
-from memloc_ext.borrowing import uncompiled
+from memloc_ext.borrowing import uncompiled, without_fast_path
 
 Unit = tuple[str, int]
 
