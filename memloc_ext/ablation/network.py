@@ -177,10 +177,10 @@ class Network:
         """
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
-            if len(given[0]) < 2 and not self.graph.kept:
+            few = 1 if self.graph.kept else 2  # a number in a call may still be that of the examples
+            if len(given[0]) < few:
                 return
-            # a number in a call may still be that of the examples, and what a kept recording is of may have changed
-            given, outputs = ([t[:2] for t in tensors] for tensors in (given, outputs))
+            given, outputs = ([t[:few] for t in tensors] for tensors in (given, outputs))
         with evaluating(model), torch.no_grad():
             own, _ = opened(self.task, self.signature.call(model, given))
         eps = max(torch.finfo(dtype).eps for dtype in recording.dtypes if dtype.is_floating_point)
