@@ -151,3 +151,30 @@ def in_parts(function: Any) -> Callable[..., Any]:
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode and leave modes, buffers and the generators as they were.
+
+    Raises:
+        ValueError: If this process has only a part of it.
+    """
+    check_whole(model)
+    with kept_state(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+without_fast_path = SharedContext(_as_written)
+"""Have transformer layers run as they are written, not as one operator, until no thread is inside any more."""

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.ablation.recorder import Readers, Recorder, as_list, storage_address
-from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError
-from memloc_ext.ablation.running import evaluating, without_fast_path
-from memloc_ext.borrowing import generator_states, uncompiled
+from memloc_ext.ablation.recorder import Readers, Recorder, storage_address
+from memloc_ext.ablation.recording import Recording, Ref, UnsupportedError
+from memloc_ext.borrowing import evaluating, generator_states, uncompiled, without_fast_path
 from memloc_ext.nn.example_ids import example_ids
 
 aten = torch.ops.aten
@@ -22,19 +21,15 @@ aten = torch.ops.aten
 class _BatchRecorder(Recorder):
     """Records a whole batch and keeps none of its activations alive."""
 
+    _unrecorded = frozenset()
+
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._constants: set[int] = set()  # addresses of what calls read that depends on nothing
 
-    def put(self, t: Tensor, sample: Tensor | None = None) -> int:
-        """Return a new value for a tensor."""
-        index = super().put(t)
-        self.recording.sample.clear()
-        return index
-
-    def _keep_samples(self, target: Tensor) -> None:
-        """Keep none."""
+    def _derive(self, *_: Any) -> None:
+        """Note nothing: the tensors of the model are values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable and isinstance(args[0], Tensor) and storage_address(args[0]) in self._constants:
@@ -55,10 +50,6 @@ class _BatchRecorder(Recorder):
         if not self._storages[address]:
             del self._storages[address]
             self._dependent.discard(address)
-
-    def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
-        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in as_list(result)]
-        self.recording.calls.append(Call(function, tuple(refs[0]), dict(refs[1]), outputs, self.modules[-1]))
 
     def _ref(self, t: Tensor) -> Ref | Tensor:
         ref = super()._ref(t)
@@ -109,5 +100,5 @@ def record_batch(model: nn.Module, given: Sequence[Tensor], tensors: Sequence[Te
             raise UnsupportedError("the model must return one tensor that depends on its input")
         if any(not torch.equal(now, before) for now, before in zip(generator_states(device), drawn, strict=True)):
             raise UnsupportedError("the model draws random numbers in evaluation mode")
-        recorder.recording.output = value
+        recorder.recording.outputs = [value]
     return recorder.recording

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.ablation.evaluation import Graph
+from memloc_ext.ablation.interpreter import Graph
 from memloc_ext.ablation.layers import Layer, find_layer
 from memloc_ext.ablation.sites import Site, producer
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.evaluation import Edit, Graph
+from memloc_ext.ablation.interpreter import Edit
+from memloc_ext.ablation.network import Network
 
 
 def gradients(
-    graph: Graph,
+    network: Network,
     inputs: Sequence[Tensor],
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Any], Tensor],
     values: Sequence[int],
     edits: dict[int, Edit],
     keep: Iterable[int] = (),
@@ -21,9 +23,9 @@ def gradients(
     """Differentiate a loss with respect to values of a network.
 
     Args:
-        graph: The network.
+        network: The network.
         inputs: As of `Graph.examples`.
-        loss: Logits ``[examples, classes]`` to a number.
+        loss: What the model returns to a number.
         values: To differentiate with respect to, as they are after their edits.
         edits: As of `Graph.examples`.
         keep: Values to return besides.
@@ -43,8 +45,8 @@ def gradients(
 
     with torch.enable_grad():
         watch = {value: watched(value) for value in values}
-        kept = graph.examples([t.detach() for t in inputs], keep, edits | watch)
-        total, parts = loss(kept[graph.recording.output][:, 0]), [t for value in values for t in seen[value]]
+        kept = network.graph.examples([t.detach() for t in inputs], keep, edits | watch)
+        total, parts = loss(network.output_of(kept)), [t for value in values for t in seen[value]]
         found = [seen[value][0] if len(seen[value]) == 1 else torch.cat(seen[value]) for value in values]
         if not total.requires_grad:
             return found, [None] * len(found), kept

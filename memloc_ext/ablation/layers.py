@@ -27,8 +27,7 @@ class Layer:
         input: The value that it is given.
         weight: ``[out, in, *]``.
         bias: ``[out]``.
-        scale: ``[out]``.
-        shift: ``[out]``.
+        norm: A normalisation by running statistics, which scales and shifts.
         residual: A value that is added.
         relu: Whether a ReLU ends it.
         output: The value of the whole.
@@ -41,8 +40,7 @@ class Layer:
     bias: Tensor | None
     output: int
     calls: tuple[int, ...]
-    scale: Tensor | None = None
-    shift: Tensor | None = None
+    norm: Call | None = None
     residual: int | None = None
     relu: bool = False
 
@@ -56,12 +54,21 @@ class Layer:
         stride, padding, dilation = (list(self.call.args[i]) for i in (3, 4, 5))
         return stride, padding, dilation
 
+    def affine(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return scale and shift, ``[out]``."""
+        if self.norm is None:
+            return None, None
+        _, weight, bias, mean, var, *_, eps = self.norm.args
+        scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+        return scale, -mean * scale if bias is None else bias - mean * scale
+
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias that do the scale and shift too."""
-        if self.scale is None or self.shift is None:
+        scale, shift = self.affine()
+        if scale is None or shift is None:
             return self.weight, self.bias
-        bias = self.shift if self.bias is None else self.shift + self.bias * self.scale
-        return self.weight * self.scale.reshape(-1, *[1] * (self.weight.dim() - 1)), bias
+        bias = shift if self.bias is None else shift + self.bias * scale
+        return self.weight * scale.reshape(-1, *[1] * (self.weight.dim() - 1)), bias
 
 
 def find_layer(
@@ -82,7 +89,7 @@ def find_layer(
         return None
     while True:
         value = layer.output
-        ends = value in whole or value == recording.output or len(readers[value]) != 1
+        ends = value in whole or value in recording.outputs or len(readers[value]) != 1
         if ends or readers[value][0] in taken:
             return layer
         position = readers[value][0]
@@ -92,13 +99,10 @@ def find_layer(
             return replace(layer, relu=True, calls=calls, output=output)
         if not layer.is_convolution or layer.residual is not None:
             return layer
-        if call.name in BATCH_NORMS and layer.scale is None and not normalises_by_batch(call):
-            _, weight, bias, mean, var, *_, eps = call.args
-            if mean.dtype != layer.weight.dtype:  # under autocast
+        if call.name in BATCH_NORMS and layer.norm is None and not normalises_by_batch(call):
+            if call.args[3].dtype != layer.weight.dtype:  # under autocast
                 return layer
-            scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
-            shift = -mean * scale if bias is None else bias - mean * scale
-            layer = replace(layer, scale=scale, shift=shift, calls=calls, output=output)
+            layer = replace(layer, norm=call, calls=calls, output=output)
         elif call.name == "add" and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
             other = next((a.index for a in call.args if a.index != value), None)
             if other is None or any(kinds[other] != kinds[value] for kinds in (recording.shapes, recording.dtypes)):
@@ -154,7 +158,7 @@ def run_layer_on_channel(
         rows: Example of each row.
         residual: ``[rows, *shape]``.
     """
-    rest = (layer.scale, layer.shift, residual, layer.relu, rows)
+    rest = (*layer.affine(), residual, layer.relu, rows)
     if layer.is_convolution:
         operands = (unchanged[:, 0], change[:, 0], layer.weight, channels, *layer.geometry())
         return conv2d_ablation(*operands, *rest)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.ablation.evaluation import Graph
-from memloc_ext.ablation.recorder import record
+from memloc_ext.ablation.deltas import Slab
+from memloc_ext.ablation.interpreter import Graph
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
-from memloc_ext.ablation.running import evaluating
+from memloc_ext.ablation.signature import Judged, Signature, judge, opened
 from memloc_ext.ablation.sites import Site, find_sites, is_alone, producer
-from memloc_ext.ablation.slab import Slab
-from memloc_ext.nn.example_ids import current_example_ids, example_ids
-from memloc_ext.tasks import logits_of
+from memloc_ext.borrowing import evaluating
+from memloc_ext.tasks import Classification, Task, wide
 
 HOWS = ("zero", "mean", "filter")
 _SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'
 _CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing there
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a network is asked.
+
+    Attributes:
+        task: Of the model.
+        sites: See `ablation_losses`.
+        how: See `ablation_losses`.
+        memory_budget: Bytes.
+        edited: Whether units of all sites may be switched off in what is compared with.
+        weights: Whether what the sites' layers read is needed too: ``how`` is ``filter``.
+    """
+
+    task: Task
+    sites: Sequence[str] | None
+    how: str
+    memory_budget: int
+    edited: bool = False
+    weights: bool = False
 
 
 class Network:
@@ -29,50 +49,49 @@ class Network:
 
     Args:
         model: In any mode; run in evaluation mode.
-        x: ``[batch, *]``, at least one example.
-        sites: See `ablation_losses`.
-        how: See `ablation_losses`.
-        memory_budget: Bytes.
-        edited: Whether units of all sites may be switched off in what is compared with.
-        weights: Whether what the sites' layers read is needed too: ``how`` is ``filter``.
+        graph: Of it.
+        given: The tensors of a batch, at least one example.
+        signature: How the model is called with them.
+        question: What is asked of it.
 
     Raises:
-        UnsupportedError: If the model cannot be recorded.
-        ValueError: If ``sites``, ``how`` or the budget does not fit the model.
+        UnsupportedError: If the graph cannot be run for many examples.
+        ValueError: If sites, way or budget do not fit the model.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        sites: Sequence[str] | None,
-        how: str,
-        memory_budget: int,
-        edited: bool = False,
-        weights: bool = False,
+        self, model: nn.Module, graph: Graph, given: Sequence[Tensor], signature: Signature, question: Question
     ) -> None:
-        self.graph, self.how = self._graph(model, x), how
-        recording = self.graph.recording
-        self.sites = find_sites(model, recording, sites)
-        self.places = [_place(self.graph, site, how) for site in self.sites]
-        every = [value for place in self.places for value in place.values] if edited else []
+        self.graph, self.signature, self.task, self.how = graph, signature, question.task, question.how
+        recording = graph.recording
+        self.sites = find_sites(model, recording, question.sites)
+        self.places = [_place(graph, site, self.how) for site in self.sites]
+        every = [value for place in self.places for value in place.values] if question.edited else []
         for i, value in enumerate(every):
             if value in every[:i]:
                 same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
                 raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
-        self.suffixes = [self.graph.suffix(place.values, every) for place in self.places]
-        self._probe(int(memory_budget), edited, weights)
+        self.suffixes = [graph.suffix(place.values, every) for place in self.places]
+        with torch.no_grad():
+            self._probe([t[:1] for t in given], question)
 
-    @property
-    def output(self) -> int:
-        """The logits' value."""
-        return self.graph.recording.output
+    def output(self, values: Sequence[Tensor]) -> Any:
+        """Return what the model returns, of the recorded outputs ``[rows, 1, *]``."""
+        return self.graph.recording.build([t[:, 0] for t in values])
+
+    def output_of(self, values: dict[int, Tensor]) -> Any:
+        """Return the same, of what `Graph.examples` returns."""
+        return self.output([values[value] for value in self.graph.recording.outputs])
+
+    def judge(self, values: Sequence[Tensor], y: Tensor) -> Judged:
+        """Return what the recorded outputs of some rows are worth."""
+        return judge(self.task, self.output(values), y)
 
     def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what each site's units are replaced by, ``[units]``.
 
         Args:
-            inputs: Of the examples of whose activations ``how="mean"`` takes the mean.
+            inputs: Tensors of the examples of whose activations ``how="mean"`` takes the mean.
         """
         if self.how == "mean":
             with torch.no_grad():
@@ -83,19 +102,6 @@ class Network:
             dtype, device = self.graph.recording.dtypes[place.values[0]], inputs[0].device
             out.append(torch.zeros(place.units, dtype=dtype, device=device) if bias is None else bias.to(dtype))
         return out
-
-    def unchanged(self, inputs: Sequence[Tensor], recorded: bool) -> dict[int, Tensor]:
-        """Return the values that the sites' suffixes need of some examples, ``[examples, *shape]``.
-
-        Args:
-            inputs: As of `Graph.examples`.
-            recorded: Whether the first of them is the one that was recorded, whose values are there already, once.
-        """
-        sample, self._sample = self._sample, {}  # not held while variants run
-        if not recorded or not sample or len(inputs[0]) == 1:  # one at least is run, to find out what cannot be
-            return self.graph.examples(inputs, self.needed)
-        others = self.graph.examples([t[1:] for t in inputs], self.needed)
-        return {value: torch.cat([t, others[value]]) for value, t in sample.items()}
 
     def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
         """Return the units of a site switched off, one per row.
@@ -111,9 +117,6 @@ class Network:
         values = baseline[units].reshape(-1, *[1] * len(shape)).expand(-1, *shape)
         return Slab(values, units, place.dim)
 
-    def _graph(self, model: nn.Module, x: Tensor) -> Graph:
-        return Graph(record(model, x))
-
     def _means(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values, x = [place.values for place in self.places], inputs[0]
         sums = [torch.zeros(place.units, dtype=torch.float64, device=x.device) for place in self.places]
@@ -127,33 +130,33 @@ class Network:
         places = zip(sums, self.places, strict=True)
         return [(total / len(x)).to(self.graph.recording.dtypes[place.values[0]]) for total, place in places]
 
-    def _probe(self, budget: int, edited: bool, weights: bool) -> None:
+    def _probe(self, given: Sequence[Tensor], question: Question) -> None:
         """Run every suffix on one row, to see what it needs."""
-        unchanged = {value: t.detach()[None] for value, t in enumerate(self.graph.recording.sample)}
-        self.graph.recording.sample.clear()
-        device = unchanged[0].device
+        recording = self.graph.recording
+        unchanged = self.graph.examples(given, range(len(recording.shapes)))
+        device = given[0].device
         row = torch.zeros(1, dtype=torch.int64, device=device)
         self.ends_in_feature: list[bool] = []  # of each suffix, whether its head is given one changed feature
         for i, suffix in enumerate(self.suffixes):
-            dtype = self.graph.recording.dtypes[self.places[i].values[0]]
+            dtype = recording.dtypes[self.places[i].values[0]]
             slab = self.slab(i, row, torch.zeros(self.places[i].units, dtype=dtype, device=device))
-            self.ends_in_feature.append(suffix.feature(unchanged, row, slab) is not None)
-            if self.ends_in_feature[i] and suffix.head is not None:
+            fused = isinstance(self.task, Classification) and suffix.feature(unchanged, row, slab) is not None
+            self.ends_in_feature.append(fused)
+            if fused and suffix.head is not None:
                 suffix.needed.add(suffix.head.input)
             suffix.run(unchanged, row, slab)
             # what is a slab no longer where it is edited is read in another way, with one edit or with all of them
             slabs = sorted(suffix.slabs)
             for values in [*([value] for value in slabs), slabs] if slabs else []:
                 suffix.run(unchanged, row, slab, dict.fromkeys(values, _same))
-        self.needed = set().union(*(suffix.needed for suffix in self.suffixes), {self.output})
-        if weights:
-            self.needed.update(producer(self.graph.recording, site).refs[0] for site in self.sites)
-        self._sample = {} if edited else {value: unchanged[value] for value in self.needed}
+        self.needed = set().union(*(suffix.needed for suffix in self.suffixes), recording.outputs)
+        if question.weights:
+            self.needed.update(producer(recording, site).refs[0] for site in self.sites)
         sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
-        example += sum(sizes[v] for place in self.places for v in place.values) if edited else 0
+        example += sum(sizes[v] for place in self.places for v in place.values) if question.edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
-        least = _SHARE * max(example, row_bytes, 1)
+        least, budget = _SHARE * max(example, row_bytes, 1), int(question.memory_budget)
         if budget < least:
             raise ValueError(
                 f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
@@ -164,33 +167,34 @@ class Network:
         share = self.share if device.type == "cuda" else min(self.share, max(row_bytes, _CACHED))
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
-    def check_agreement(self, model: nn.Module, inputs: Sequence[Tensor], logits: Tensor) -> None:
-        """Raise UnsupportedError if the model itself gives other logits for a batch: examples meet in it."""
+    def check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Raise UnsupportedError if the model itself gives something else for a batch: examples meet in it.
+
+        Args:
+            model: The model itself.
+            given: The tensors of the batch.
+            outputs: The recorded ones for it, ``[batch, 1, *]``.
+        """
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
-            if len(logits) < 2:
+            few = 1 if self.graph.kept else 2  # a number in a call may still be that of the examples
+            if len(given[0]) < few:
                 return
-            inputs, logits = [t[:2] for t in inputs], logits[:2]  # a number in a call may still be that of the examples
-        with evaluating(model), torch.no_grad(), contextlib.ExitStack() as stack:
-            if len(inputs) > 1:
-                stack.enter_context(example_ids(inputs[1]))
-            own = logits_of(model(inputs[0]))
-        eps = max(torch.finfo(dtype).eps for dtype in self.graph.recording.dtypes if dtype.is_floating_point)
-        size = own.abs().max() if own.numel() else own.new_zeros(())
-        if own.shape != logits.shape or bool(((own - logits).abs() > max(1e-3, 32 * eps) * size + 1e-5).any()):
+            given, outputs = ([t[:few] for t in tensors] for tensors in (given, outputs))
+        with evaluating(model), torch.no_grad():
+            own, _ = opened(self.task, self.signature.call(model, given))
+        eps = max(torch.finfo(dtype).eps for dtype in recording.dtypes if dtype.is_floating_point)
+        if not all(_agree(t, found[:, 0], max(1e-3, 32 * eps)) for t, found in zip(own, outputs, strict=True)):
             norms = [call for call in recording.calls if call.name in BATCH_NORMS and normalises_by_batch(call)]
             why = f": {norms[0].module or 'the model'} normalises by the statistics of the batch" if norms else ""
             raise UnsupportedError(f"the model's examples meet in evaluation mode{why}")
 
 
-def given(x: Tensor) -> list[Tensor]:
-    """Return the recording's inputs for a batch: the examples, and their ids if they are named."""
-    ids = current_example_ids()
-    if ids is None:
-        return [x]
-    if len(ids) != len(x):
-        raise ValueError(f"example_ids must name each example; got {len(ids)} ids for a batch of {len(x)}")
-    return [x, ids]
+def _agree(own: Tensor, found: Tensor, allowed: float) -> bool:
+    own, found = wide(own), wide(found)
+    if own.shape != found.shape or own.numel() == 0:
+        return own.shape == found.shape
+    return not bool(((own - found).abs() > allowed * own.abs().max() + 1e-5).any())
 
 
 def _same(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:

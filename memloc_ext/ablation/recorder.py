@@ -14,20 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memloc_ext.ablation.channels import Channels
 from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
-from memloc_ext.ablation.running import evaluating, without_fast_path
-from memloc_ext.borrowing import uncompiled
-from memloc_ext.nn.example_ids import current_example_ids, example_ids
-from memloc_ext.tasks import logits_of
+from memloc_ext.ablation.signature import Signature, opened
+from memloc_ext.borrowing import evaluating, uncompiled, without_fast_path
+from memloc_ext.tasks import Task
 
 aten = torch.ops.aten
 
 
-def record(model: nn.Module, x: Tensor, strict: bool = True) -> Recording:
-    """Record the forward pass of the first example of ``x`` in evaluation mode; the model stays as it was.
+def record(
+    model: nn.Module, given: Sequence[Tensor], signature: Signature, task: Task, strict: bool = True
+) -> Recording:
+    """Record the forward pass of the first example of a batch in evaluation mode; the model stays as it was.
 
     Args:
         model: In any mode.
-        x: ``[batch, *]``.
+        given: The tensors of a batch, ``[batch, *]`` each.
+        signature: How the model is called with them.
+        task: Of what the model returns, values are what it reads.
         strict: Whether the recording must be one that can be run again; one that cannot still tells what is where.
 
     Raises:
@@ -35,21 +38,16 @@ def record(model: nn.Module, x: Tensor, strict: bool = True) -> Recording:
             that it reads in another way later.
         ValueError: If the model returns no logits; see `logits_of`.
     """
-    ids = current_example_ids()
-    with evaluating(model), torch.no_grad(), uncompiled(), contextlib.ExitStack() as stack:
+    with evaluating(model), torch.no_grad(), uncompiled(), without_fast_path(), contextlib.ExitStack() as stack:
         recorder = Recorder(strict)
-        given = [x[:1].detach().clone()]
-        if ids is not None:
-            given.append(ids[:1].clone())
-            stack.enter_context(example_ids(given[1]))
-        stack.enter_context(without_fast_path())
+        given = [t[:1].detach().clone() for t in given]
         for hook in _hooks(model, recorder):
             stack.callback(hook.remove)
-        for t in given:
-            recorder.recording.inputs.append(recorder.put(t))
+        recorder.recording.inputs = [recorder.put(t) for t in given]
         with Readers(recorder), recorder:
-            logits = logits_of(model(given[0]))
-    recorder.recording.output = recorder.output(logits)
+            output = signature.call(model, given)
+    tensors, recorder.recording.build = opened(task, output)
+    recorder.recording.outputs = [recorder.output(t) for t in tensors]
     _merge(recorder.recording, recorder.returned)
     return recorder.recording
 
@@ -60,6 +58,8 @@ class Recorder(TorchDispatchMode):
     Args:
         strict: Whether what cannot be run again raises UnsupportedError.
     """
+
+    _unrecorded = frozenset(("memory_format",))  # keyword arguments; rows have a format of their own
 
     def __init__(self, strict: bool = True) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, list[int]] = {}  # address to the tensors that share it, by id
         self._stale: set[int] = set()
         self._dependent: set[int] = set()  # addresses of the values
+        self._made: set[int] = set()  # addresses of constants that are the same in every recording
 
-    def put(self, t: Tensor, sample: Tensor | None = None) -> int:
-        """Return a new value for a tensor; ``sample`` is what it holds, if the model may change it later."""
+    def put(self, t: Tensor) -> int:
+        """Return a new value for a tensor."""
         index = len(self.recording.shapes)
         self.recording.shapes.append(t.shape)
         self.recording.dtypes.append(t.dtype)
-        self.recording.sample.append(t if sample is None else sample)
         self._keep(t)
         self._values[id(t)] = index
         self._dependent.add(storage_address(t))
@@ -90,16 +90,18 @@ class Recorder(TorchDispatchMode):
         """Return the value of a tensor, or None if it depends on no example."""
         return self._values.get(id(t)) if isinstance(t, Tensor) else None
 
-    def output(self, logits: Tensor) -> int:
-        """Return the value of the logits.
+    def output(self, t: Tensor) -> int:
+        """Return the value of a tensor that the model returns.
 
         Raises:
-            UnsupportedError: If they depend on no example.
+            UnsupportedError: If it depends on no example, or has no batch.
         """
-        value = self.value(logits)
+        value = self.value(t)
         if value is None:
-            self.refuse("the model must return logits [batch, classes] that depend on its input")
-        return self.put(logits) if value is None else value
+            self.refuse("the model must return tensors that depend on its input")
+        if t.shape[:1] != (1,):
+            self.refuse(f"the model must return tensors [batch, *], got {list(t.shape)} for one example")
+        return self.put(t) if value is None else value
 
     def refuse(self, reason: str) -> None:
         """Raise UnsupportedError if the recording is to be run again."""
@@ -136,9 +138,10 @@ class Recorder(TorchDispatchMode):
                 self.refuse(f"{func} reads an activation that no operator returned")
         if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
             result = func(*args, **kwargs)
-            for t in leaves([result]):
+            for t in as_list(result):
                 if isinstance(t, Tensor) and id(t) not in self._values:
                     self._keep(t)  # a constant
+            self._derive(func, args, kwargs, [] if name in _SHAPED_LIKE else tensors, as_list(result))
             return result
         if name in _ASKING:
             self.refuse(f"{func} reads an activation into Python")
@@ -161,31 +164,38 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
             self._call(func, refs, result)
             return result
-        old = target.clone() if self.value(target) is None else target
+        old = target
+        if self.value(target) is None:
+            old = target.clone()
+            self.recording.repeatable &= storage_address(target) in self._made
         refs = replaced(((old, *args[1:]), kwargs), self._ref)
         promoted = functional(*args, **kwargs)
-        self._keep_samples(target)
         result = func(*args, **kwargs)
         self._stale.update(other for other in self._storages.get(storage_address(target), []) if other != id(target))
-        sample = promoted
         if promoted.dtype != target.dtype:  # what is written keeps its type
             self._call(functional, refs, promoted)
             functional, refs = aten._to_copy.default, ((self._ref(promoted),), {"dtype": target.dtype})
-            sample = promoted.to(target.dtype)
-        self._call(functional, refs, target, sample)
+        self._call(functional, refs, target)
         return result
 
-    def _keep_samples(self, target: Tensor) -> None:
-        """Copy the samples that a call is about to write into."""
-        sample = self.recording.sample
-        for other in self._storages.get(storage_address(target), []):
-            index = self._values.get(other)
-            if index is not None and storage_address(sample[index]) == storage_address(target):
-                sample[index] = sample[index].clone()
+    def _derive(self, func: Any, args: Any, kwargs: Any, read: Sequence[Tensor], results: Sequence[Any]) -> None:
+        """Note how constants are computed anew that come from tensors which were there before."""
+        sources = {storage_address(t) for t in read if t.numel()}
+        earlier = not sources <= self._made
+        asks = func._opname in _ASKING or func._schema.is_mutable
+        if (earlier and asks) or torch.Tag.nondeterministic_seeded in func.tags:
+            self.recording.repeatable = False
+        for i, t in enumerate(results):
+            if not isinstance(t, Tensor) or not t.numel() or storage_address(t) in sources:
+                continue
+            if earlier:
+                self.recording.derived.append((t, lambda i=i: as_list(func(*args, **kwargs))[i]))
+            else:
+                self._made.add(storage_address(t))
 
-    def _call(self, function: Any, refs: tuple[Any, Any], result: Any, sample: Tensor | None = None) -> None:
-        outputs = [self.put(t, sample) if isinstance(t, Tensor) else -1 for t in as_list(result)]
-        kwargs = {key: value for key, value in refs[1].items() if key != "memory_format"}  # rows have one of their own
+    def _call(self, function: Any, refs: tuple[Any, Any], result: Any) -> None:
+        outputs = [self.put(t) if isinstance(t, Tensor) else -1 for t in as_list(result)]
+        kwargs = {key: value for key, value in refs[1].items() if key not in self._unrecorded}
         self.recording.calls.append(Call(function, tuple(refs[0]), kwargs, outputs, self.modules[-1]))
 
     def _ref(self, t: Any) -> Any:
@@ -217,8 +227,10 @@ class Readers(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READING and self._recorder.value(args[0]) is not None:
-            self._recorder.refuse(f"{func.__name__} reads an activation into Python")
+        if func in _READING:
+            self._recorder.recording.repeatable = False
+            if self._recorder.value(args[0]) is not None:
+                self._recorder.refuse(f"{func.__name__} reads an activation into Python")
         return func(*args, **(kwargs or {}))
 
 
@@ -230,7 +242,7 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
     readers, same = recording.readers(), dict[int, int]()
     for call in aliases:
         (source,) = call.refs
-        if len(readers[source]) == 1 and source != recording.output:
+        if len(readers[source]) == 1 and source not in recording.outputs:
             same[call.outputs[0]] = same.get(source, source)
 
     def merged(leaf: Any) -> Any:
@@ -241,7 +253,7 @@ def _merge(recording: Recording, aliases: Sequence[Call]) -> None:
         for call in recording.calls
         if call.outputs[0] not in same
     ]
-    recording.output = same.get(recording.output, recording.output)
+    recording.outputs = [same.get(value, value) for value in recording.outputs]
     for name, values in recording.returned.items():
         recording.returned[name] = [None if value is None else same.get(value, value) for value in values]
 

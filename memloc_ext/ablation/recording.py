@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -91,21 +91,31 @@ class Recording:
         calls: In their order.
         shapes: Of each value.
         dtypes: Likewise.
-        sample: The values themselves.
-        inputs: Values that are given: the model's input, then the example's id if one is known.
-        output: The logits.
+        inputs: Values that are given: the model's inputs, then the example's id if one is known.
+        outputs: Values that are returned.
+        build: Puts tensors ``[batch, *]`` in their place in what the model returns.
         returned: Module name to the value of each of its calls, None for what is not a single tensor.
         dims: Module name to the dimension of the channels in what its first call returns, see `Channels`.
+        derived: Constants that were computed from tensors of the model, with the calls that give their values anew.
+        repeatable: Whether the recording holds for other values of the model's tensors, once it is refreshed.
     """
 
     calls: list[Call] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
-    sample: list[Tensor] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
-    output: int = -1
+    outputs: list[int] = field(default_factory=list)
+    build: Callable[[Sequence[Tensor]], Any] = tuple
     returned: dict[str, list[int | None]] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
+    derived: list[tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=list)
+    repeatable: bool = True
+
+    def refresh(self) -> None:
+        """Compute what was computed from tensors of the model again: they may hold other values now."""
+        with torch.no_grad():
+            for constant, compute in self.derived:
+                constant.copy_(compute())
 
     def readers(self) -> list[list[int]]:
         """Return which calls read each value."""

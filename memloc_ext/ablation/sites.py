@@ -97,7 +97,7 @@ class _Flow:
                 break
             value = reader.outputs[0]
             best = self.names.get(value, best)
-        return None if value == self.recording.output else best
+        return None if value in self.recording.outputs else best
 
     def hidden_units(self, value: int) -> str | None:
         """Return the site of what a linear layer is given, if linear layers compute it and nothing else reads it."""
@@ -117,7 +117,7 @@ class _Flow:
         for v in region:
             calls = [self.recording.calls[i] for i in self.readers[v]]
             inside = {call.name for call in calls} <= _LINEAR if v == value else _outputs(calls) <= region
-            if not inside or v == self.recording.output:
+            if not inside or v in self.recording.outputs:
                 return None
         return self._name(value)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memloc_ext.ablation.candidates import Candidates, finite
-from memloc_ext.ablation.evaluation import Edit
+from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.gradients import gradients
+from memloc_ext.ablation.interpreter import Edit
 from memloc_ext.ablation.network import Network
 from memloc_ext.ablation.sites import Site
-from memloc_ext.ablation.slab import Slab
 from memloc_ext.ablation.weight_changes import WeightChange
 from memloc_ext.ops import ablate_channels, channel_saliency
 
@@ -86,7 +87,7 @@ class Switched:
     def screen(
         self,
         inputs: Sequence[Tensor],
-        loss: Callable[[Tensor], Tensor],
+        loss: Callable[[Any], Tensor],
         copies: int,
         population: Tensor | None,
         count: int,
@@ -95,7 +96,7 @@ class Switched:
 
         Args:
             inputs: As of `Graph.examples`; each example ``copies`` times.
-            loss: Logits ``[examples * copies, classes]`` to a number, the sum of the examples' losses.
+            loss: What the model returns to a number, the sum of the examples' losses.
             copies: Rows of each example.
             population: See `total`.
             count: How many, at most those that are not switched off yet.
@@ -109,7 +110,7 @@ class Switched:
         scores, units = finite(scores).masked_fill(torch.cat(self.masks, 1), -torch.inf).topk(count, 1)
         return Candidates(units, scores, torch.zeros_like(scores) if population is None else population[units])
 
-    def total(self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def total(self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
         """Return the first-order change of a loss when a unit is switched off, ``[units]``; see `first_order`."""
         return torch.cat(first_order(inputs, self, loss), 1).sum(0)
 
@@ -126,7 +127,7 @@ def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
 def first_order(
     inputs: Sequence[Tensor],
     switched: Switched,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Any], Tensor],
     only: int | None = None,
     scale: float = 1.0,
 ) -> list[Tensor]:
@@ -137,7 +138,7 @@ def first_order(
     Args:
         inputs: As of `Graph.examples`.
         switched: Units of the same examples that are switched off already.
-        loss: Logits ``[examples, classes]`` to a number, the sum of the examples' losses.
+        loss: What the model returns to a number, the sum of the examples' losses.
         only: Index of the one site that is asked about; by default all are.
         scale: Where between the baseline, 0, and the activation, 1, the gradient is taken; not 0.
     """
@@ -157,7 +158,7 @@ def first_order(
     towards = {}
     if scale != 1:
         towards = {value: scaled(value, place, baseline) for place, baseline in asked for value in place.values}
-    found, grads, _ = gradients(network.graph, inputs, loss, values, edits | towards)
+    found, grads, _ = gradients(network, inputs, loss, values, edits | towards)
     changes, given = [], iter(zip(found, grads, strict=True))
     for place, baseline in asked:
         change = baseline.new_zeros(len(inputs[0]), len(baseline))

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.ablation.candidates import Candidates, finite
-from memloc_ext.ablation.evaluation import Edit
+from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.filters import CHANNELS, Filters
 from memloc_ext.ablation.gradients import gradients
+from memloc_ext.ablation.interpreter import Edit
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.slab import Slab
 from memloc_ext.ablation.weight_changes import WeightChange
 
 
@@ -124,7 +125,7 @@ class ChangedWeights:
     def screen(
         self,
         inputs: Sequence[Tensor],
-        loss: Callable[[Tensor], Tensor],
+        loss: Callable[[Any], Tensor],
         copies: int,
         population: Tensor | None,
         count: int,
@@ -133,7 +134,7 @@ class ChangedWeights:
 
         Args:
             inputs: As of `Graph.examples`; each example ``copies`` times.
-            loss: Logits ``[examples * copies, classes]`` to a number, the sum of the examples' losses.
+            loss: What the model returns to a number, the sum of the examples' losses.
             copies: Rows of each example.
             population: See `total`.
             count: How many, at most those that are not changed yet.
@@ -154,7 +155,7 @@ class ChangedWeights:
             begin += size
         return Candidates.cat(found, 1).best(count)
 
-    def total(self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def total(self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
         """Return the gradient of a loss with respect to all sites' weights, ``[weights]``; see `screen`."""
         values, grads = self._gradients(inputs, loss)
         return torch.cat(
@@ -189,11 +190,11 @@ class ChangedWeights:
         return Candidates(units + self.starts[site], scores, effects, changes)
 
     def _gradients(
-        self, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]
+        self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Return the layers' inputs, and the gradient of a loss with respect to each layer's output."""
         outputs, reads = [f.layer.output for f in self.filters], {f.layer.input for f in self.filters}
-        found, grads, kept = gradients(self.network.graph, inputs, loss, outputs, self.edits(), reads)
+        found, grads, kept = gradients(self.network, inputs, loss, outputs, self.edits(), reads)
         values = {value: t.detach() for value, t in kept.items()}
         return values, [torch.zeros_like(t) if grad is None else grad for t, grad in zip(found, grads, strict=True)]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memloc_ext.ablation.batch_recorder import record_batch
 from memloc_ext.ablation.recorder import as_list
 from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError
-from memloc_ext.ablation.running import evaluating, without_fast_path
+from memloc_ext.borrowing import evaluating, without_fast_path
 from memloc_ext.nn.example_ids import current_example_ids
 
 
@@ -124,7 +124,7 @@ class _Program:
     """
 
     def __init__(self, recording: Recording, names: Sequence[str]) -> None:
-        self._calls, self._output = recording.calls, recording.output
+        self._calls, self._output = recording.calls, recording.outputs[0]
         self._inputs = recording.inputs
         self._value = dict(zip(names, recording.inputs[-len(names) :], strict=True)) if names else {}
         self._plans: dict[frozenset[str], _Plan] = {}

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import ablation_losses, apply_ablation
-from memloc_ext.tasks import logits_of
+from memloc_ext.ablation.recorder import record
+from memloc_ext.ablation.recording import Recording
+from memloc_ext.ablation.signature import given
+from memloc_ext.tasks import Classification, logits_of
 
 Units = Sequence[int]
+
+
+def recorded(model: nn.Module, x: Tensor, strict: bool = True) -> Recording:
+    return record(model, *given(x), Classification(), strict)
 
 
 class Model(nn.Module):

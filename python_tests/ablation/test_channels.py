@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ablating import Model, edited_loss, labels, settled
+from ablating import Model, edited_loss, labels, recorded, settled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from memloc_ext import ablation_losses, apply_ablation
 from memloc_ext._torchvision import import_torchvision
-from memloc_ext.ablation.recorder import record
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -79,7 +78,7 @@ def test_channels_are_where_the_convolution_puts_them(moves: list[str], rank: in
             edited(given_x)
         assert not seen[-1].select(dim, 1).any()
         assert seen[-1].select(dim, 0).all()
-    assert record(model, x, strict=False).dims["site"] == dim
+    assert recorded(model, x, strict=False).dims["site"] == dim
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -178,7 +177,7 @@ def test_families_of_torchvision(torchvision: ModuleType, family: str) -> None:
     model, x, y = settled(FAMILIES[family](torchvision)).eval(), torch.randn(2, 3, 64, 64), labels(2)
     if family not in ("alexnet", "squeezenet", "googlenet"):
         x = x[..., ::2, ::2]
-    recording = record(model, x)
+    recording = recorded(model, x)
     units: dict[str, int] = {}
     for name, values in recording.returned.items():
         shapes = [None if value is None else recording.shapes[value] for value in values]

@@ -1,14 +1,13 @@
 """Random small networks with residuals and concatenations, recorded and switched off at random sites."""
 
 import torch
-from ablating import check, settled
+from ablating import check, recorded, settled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, blocks
 
-from memloc_ext.ablation.evaluation import Graph
+from memloc_ext.ablation.interpreter import Graph
 from memloc_ext.ablation.network import HOWS
-from memloc_ext.ablation.recorder import record
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -28,7 +27,12 @@ def test_the_scan_equals_naive(data: st.DataObject, drawn: list[tuple[str, int, 
 def test_the_recorded_values_are_those_of_the_first_example(drawn: list[tuple[str, int, int]]) -> None:
     torch.manual_seed(0)
     model, x = settled(RandomNetwork(drawn)).double(), torch.randn(2, 2, 5, 4).double()
-    recording = record(model, x)
-    values = Graph(recording).examples([x[:1]], range(len(recording.sample)))
-    for value, t in values.items():
-        torch.testing.assert_close(recording.sample[value], t[0], rtol=1e-12, atol=1e-12, equal_nan=True)
+    recording, seen = recorded(model, x), dict[str, torch.Tensor]()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output.clone()}))
+    with torch.no_grad():
+        model.eval()(x[:1])
+        values = Graph(recording).examples([x], range(len(recording.shapes)))
+    for name, output in seen.items():
+        (value,) = recording.returned[name]
+        torch.testing.assert_close(values[value][0], output, rtol=1e-12, atol=1e-12, equal_nan=True)

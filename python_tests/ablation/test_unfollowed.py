@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ablating import Model, check, labels
+from ablating import Model, check, labels, recorded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import ablation_losses
-from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
 
 B = 3
@@ -144,7 +143,7 @@ def test_a_constant_output() -> None:
     assert torch.equal(found["conv"].predicted, torch.zeros(4, B, dtype=torch.int64))
     model = Model(lambda m, x: (m.conv(x), m.bias.expand(len(x), -1))[1], conv=nn.Conv2d(2, 4, 3))
     model.bias = nn.Parameter(torch.randn(3))
-    with pytest.warns(UserWarning, match="must return logits .* that depend on its input"):
+    with pytest.warns(UserWarning, match="must return tensors that depend on its input"):
         found = ablation_losses(model, images(), labels(B), ["conv"])
     assert torch.equal(found["conv"].loss, found.base_loss.expand(4, B))
 
@@ -178,8 +177,8 @@ def test_what_is_computed_from_the_site_but_not_returned(factor: float | None) -
 def test_a_recording_refuses() -> None:
     model = Model(lambda m, x: m.conv(x) * x.sum().item(), conv=nn.Conv2d(2, 4, 3))
     with pytest.raises(UnsupportedError, match="reads an activation into Python"):
-        record(model, images())
-    assert record(model, images(), strict=False).returned["conv"] != [None]
+        recorded(model, images())
+    assert recorded(model, images(), strict=False).returned["conv"] != [None]
 
 
 # arguments
@@ -213,7 +212,7 @@ def small() -> nn.Module:
         ({"how": "filter", "sites": ["3"]}, ValueError, "how='filter' and changes"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be at least"),
         ({"x": torch.full((B, 2, 6, 6), torch.nan)}, ValueError, "logits must be finite"),
-        ({"model": nn.Sequential(nn.Conv2d(2, 4, 3))}, ValueError, r"must return logits \[batch, classes\]"),
+        ({"model": nn.Sequential(nn.Conv2d(2, 4, 3))}, ValueError, r"needs logits \[batch, classes\]"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(72, 3))}, ValueError, "no convolution or hidden linear layer"),
     ],
 )

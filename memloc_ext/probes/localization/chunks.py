@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 import time
 from collections.abc import Sequence
@@ -85,20 +84,15 @@ def search_in_chunks(
     if population is not None and not tied:
         population = population[:2]
 
-    @functools.cache  # not made where all is kept
-    def searches() -> Searches:
-        x, y, ids = split.batch(chunks[0][1])  # the same in every process
-        settings = Settings(max_units=max_units, population=None if population is None else "first_order", seed=seed)
-        settings.check(x, y, population)
-        with example_ids(ids) if tied else contextlib.nullcontext():
-            return Searches(model, x, settings, population, list(tied) or None)
+    settings = Settings(max_units=max_units, population=None if population is None else "first_order", seed=seed)
+    settings.check(*split.batch(chunks[0][1])[:2], population)
+    searches = Searches(model, settings, population, list(tied) or None)
 
     def search(rows: Tensor) -> dict[str, object]:
         x, y, ids = split.batch(rows)
         start = time.perf_counter()
-        shared = searches()
         with example_ids(ids) if tied else contextlib.nullcontext():
-            result = shared.run(x, y)
+            result = searches.run(x, y)
         return {
             "found": [[found.status, found.units, found.losses[-1]] for found in result],
             "sites": [[name, units, result.channel_dims[name]] for name, units in result.sites.items()],

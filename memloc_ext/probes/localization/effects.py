@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from memloc_ext.ablation.candidates import Candidates
-from memloc_ext.ablation.losses import judge, wide
 from memloc_ext.ablation.network import Network
+from memloc_ext.ablation.signature import Judged, Signature, tensors_of
 from memloc_ext.ablation.switched import Switched
 from memloc_ext.ablation.weights import ChangedWeights
+from memloc_ext.tasks import Classification, example_losses
 
 Sets = Switched | ChangedWeights
 
 
-def verify(
-    network: Network, candidates: Candidates, sets: Sets, inputs: Sequence[Tensor], y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return loss and prediction with each candidate off too, ``[examples, candidates]``.
+def verify(network: Network, candidates: Candidates, sets: Sets, inputs: Sequence[Tensor], y: Tensor) -> Judged:
+    """Return what the examples are worth with each candidate off too, ``[examples, candidates]``; losses in float64.
 
     Args:
         network: To run.
@@ -30,8 +29,12 @@ def verify(
         y: Their labels.
     """
     edits = sets.edits()
-    losses = torch.empty(candidates.units.shape, dtype=torch.float64, device=y.device)
-    predicted = torch.empty_like(candidates.units)
+    shape, device = candidates.units.shape, y.device
+    found = Judged(
+        torch.empty(shape, dtype=torch.float64, device=device),
+        torch.empty(shape, dtype=torch.bool, device=device),
+        torch.empty_like(candidates.units) if isinstance(network.task, Classification) else None,
+    )
     with torch.no_grad():
         unchanged = network.graph.examples(inputs, network.needed, edits)
         for s, suffix in enumerate(network.suffixes):
@@ -41,9 +44,11 @@ def verify(
                 part = slice(begin, begin + network.rows_at_once[s])
                 row, column = rows[part], columns[part]
                 slab = sets.slab(s, candidates, row, column, unchanged)
-                loss, label = judge(suffix.run(unchanged, row, slab, edits)[:, 0], y[row])
-                losses[row, column], predicted[row, column] = loss.double(), label
-    return losses, predicted
+                judged = network.judge(suffix.run(unchanged, row, slab, edits), y[row])
+                for t, values in zip(found, judged, strict=True):
+                    if t is not None and values is not None:
+                        t[row, column] = values.to(t.dtype)
+    return found
 
 
 class Population:
@@ -60,20 +65,22 @@ class Population:
     """
 
     def __init__(self, network: Network, reference: Sequence[Tensor], nothing: Sets) -> None:
-        self.network, self.inputs, self.y = network, reference_inputs(network, reference), reference[1]
+        self.network, self.inputs, self.y = network, reference_inputs(network, *reference), reference[1]
         self.effect, self.loss = self._total(nothing, torch.ones(len(self.y), device=self.y.device))
 
-    def refreshed(self, own: Sets, without: tuple[Tensor, Tensor] | None) -> Tensor:
+    def refreshed(self, own: Sets, without: Sequence[Tensor]) -> Tensor:
         """Return the effect of units where some are off already.
 
         Args:
             own: Which: the set of one example.
-            without: An example and its label, that does not count where it is among the reference.
+            without: Inputs and label of an example that does not count where it is among the reference; of none none.
         """
         weights = torch.ones(len(self.y), device=self.y.device)
-        if without is not None:
-            x, y = without
-            weights = weights.masked_fill((self.inputs[0] == x).flatten(1).all(1) & (self.y == y), 0)
+        if without:
+            *inputs, y = without
+            pairs = [*zip(self.inputs, inputs, strict=False), (self.y, y)]
+            same = [(t == other).reshape(len(t), -1).all(1) for t, other in pairs]
+            weights = weights.masked_fill(torch.stack(same).all(0), 0)
         return self._total(own, weights)[0]
 
     def exact(self, candidates: Candidates, sets: Sets) -> Tensor:
@@ -85,8 +92,7 @@ class Population:
                 part = slice(begin, begin + step)
                 x, y = [t[part] for t in self.inputs], self.y[part]
                 own = sets.of(torch.full_like(y, i))
-                losses, _ = verify(self.network, candidates.repeated(i, len(y)), own, x, y)
-                total += losses.sum(0)
+                total += verify(self.network, candidates.repeated(i, len(y)), own, x, y).loss.sum(0)
             means.append(total / len(self.y))
         return torch.stack(means)
 
@@ -102,9 +108,9 @@ class Population:
             part = slice(begin, begin + step)
             labels, weight = self.y[part], weights[part]
 
-            def loss(logits: Tensor, labels: Tensor = labels, weight: Tensor = weight) -> Tensor:
+            def loss(output: Any, labels: Tensor = labels, weight: Tensor = weight) -> Tensor:
                 nonlocal value
-                result = (F.cross_entropy(wide(logits), labels, reduction="none") * weight).sum() / len(self.y)
+                result = (example_losses(self.network.task, output, labels, len(labels)) * weight).sum() / len(self.y)
                 value += float(result.detach())
                 return result
 
@@ -112,11 +118,10 @@ class Population:
         return totals[0], value
 
 
-def reference_inputs(network: Network, reference: Sequence[Tensor]) -> list[Tensor]:
+def reference_inputs(network: Network, x: Any, y: Tensor, ids: Tensor | None = None) -> list[Tensor]:
     """Return the recording's inputs for the reference examples: with their ids if the model was recorded with some."""
-    count = len(network.graph.recording.inputs)
-    inputs = [reference[0], *reference[2:]]
-    if len(inputs) != count:
-        rule = "examples, labels and ids inside example_ids" if count == 2 else "examples and labels"
-        raise ValueError(f"localize: reference must be {rule}, got {len(reference)} tensors")
+    inputs = [*tensors_of(x), *([] if ids is None else [ids])]
+    if Signature(x, ids is not None).key != network.signature.key:
+        rule = "examples, labels and ids inside example_ids" if network.signature.named else "examples and labels"
+        raise ValueError(f"localize: reference must be {rule} of the form of x, got {len(inputs) + 1} tensors")
     return inputs

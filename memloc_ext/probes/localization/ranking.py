@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memloc_ext.ablation.network import Network
 from memloc_ext.ablation.switched import Switched, first_order
+from memloc_ext.tasks import Classification, logits_of
 
 METHODS = ("search", "activation", "gradient_activation", "integrated_gradients", "random")
 _STEPS = 16  # of the path that gradients are integrated along
@@ -30,9 +32,10 @@ def rank(
         inputs: Of the examples.
         y: Their labels.
         method: ``activation``: mean absolute activation; ``gradient_activation``: activation less baseline, times the
-            gradient of the label's logit, summed over positions; ``integrated_gradients``: the same with the mean
-            gradient along the straight line of the site's activations from the baseline (Sundararajan et al., ICML
-            2017); ``random``: a permutation per seed, the control.
+            gradient of the label's logit (of minus the loss for other tasks than classification), summed over
+            positions; ``integrated_gradients``: the same with the mean gradient along the straight line of the site's
+            activations from the baseline (Sundararajan et al., ICML 2017); ``random``: a permutation per seed, the
+            control.
         seeds: Of each example.
     """
     parts, step = [], network.gradients_at_once
@@ -56,8 +59,10 @@ def _rank(
         return torch.stack(draws).to(y.device)
     empty = Switched.none(network, baselines, len(y))
 
-    def logit(logits: Tensor) -> Tensor:
-        return logits.gather(1, y[:, None]).sum()
+    def logit(output: Any) -> Tensor:
+        if isinstance(network.task, Classification):
+            return logits_of(output).gather(1, y[:, None]).sum()
+        return -network.task.loss(output, y).sum()
 
     if method == "gradient_activation":
         return -torch.cat(first_order(inputs, empty, logit), 1)

@@ -8,7 +8,7 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from memloc_ext.ablation.switch import AppliedAblation, apply_ablation
+from memloc_ext.ablation.edits import AppliedAblation, apply_ablation
 from memloc_ext.ablation.weight_changes import AppliedChanges, WeightChange
 
 _RECALL_AT = (1, 8, 32, 128)
@@ -23,13 +23,13 @@ class Found:
     Attributes:
         units: ``(site, unit)`` in the order in which they were switched off or changed; each stays so. A unit is a
             channel or head, or for ``unit="weight"`` an index into the flattened weight of the site's layer.
-        status: ``flipped``: the last unit changed the prediction away from the label; ``capped``: ``max_units`` are
-            off and the prediction still is the label; ``exhausted``: no unit is left; ``already_wrong``: the
-            unchanged network does not predict the label, nothing was searched.
-        losses: Cross-entropy of the example: of the unchanged network, then after each unit.
-        population_losses: Mean cross-entropy of the reference examples, likewise: exact for ``population="exact"``,
+        status: ``flipped``: with the last unit the example is no longer right, which is predicted as its label;
+            ``capped``: ``max_units`` are off and it still is; ``exhausted``: no unit is left; ``already_wrong``: it is
+            not right in the unchanged network, nothing was searched.
+        losses: Loss of the example: of the unchanged network, then after each unit.
+        population_losses: Mean loss of the reference examples, likewise: exact for ``population="exact"``,
             the first-order estimate for ``"first_order"``, empty for None.
-        predicted: Class with the largest logit, likewise.
+        predicted: Class with the largest logit, likewise; empty for other tasks than classification.
         changes: What was done to the weights, per unit, for ``unit="weight"`` and ``action="step"``; else empty.
     """
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.ablation.by_model import searchable
 from memloc_ext.ablation.candidates import Candidates, finite
 from memloc_ext.ablation.filters import find_filters
-from memloc_ext.ablation.losses import check_classes, check_logits, judge, wide
-from memloc_ext.ablation.network import given
+from memloc_ext.ablation.kept import ask
+from memloc_ext.ablation.model_runs import ModelNetwork, check_how
+from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.signature import Judged, check_classes, check_output, given
 from memloc_ext.ablation.sites import producer
 from memloc_ext.ablation.switched import Switched
 from memloc_ext.ablation.weights import ChangedWeights
@@ -23,16 +27,18 @@ from memloc_ext.probes.localization.ranking import rank
 from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
 from memloc_ext.probes.localization.settings import Settings
 from memloc_ext.probes.localization.state import Search
+from memloc_ext.tasks import Classification, Task, TaskName, Tokens, logits_of, task_of, wide
 
 _BLOCK = 256  # examples that are searched at a time
 
 
 def localize(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor,
     *,
-    reference: tuple[Tensor, ...] | None = None,
+    task: TaskName | Task = "classification",
+    reference: tuple[Any, ...] | None = None,
     sites: Sequence[str] | None = None,
     how: str = "zero",
     unit: str = "channel",
@@ -64,9 +70,11 @@ def localize(
 
     Args:
         model: Returns logits as for `ablation_losses`. Examples must not meet in evaluation mode.
-        x: ``[batch, *]``, on the model's device.
-        y: The labels that are to be lost, ``[batch]``, int64: those that the model was trained on.
-        reference: Examples and labels that stand for the population, ``([*, *], [*])``; inside of `example_ids` also
+        x: See `ablation_losses`.
+        y: The labels that are to be lost: those that the model was trained on; see `ablation_losses`.
+        task: See `ablation_losses`. An example flips when it is no longer right.
+        reference: Examples and labels that stand for the population, ``(x, y)`` of the forms of the
+            two; inside of `example_ids` also
             their ids, ``[*]``. None only where nothing needs them: ``population=None`` and ``how`` other than ``mean``.
         sites: See `ablation_losses`.
         how: See `ablation_losses`; the mean is that over ``reference``.
@@ -94,9 +102,10 @@ def localize(
         refresh: See ``population``; 0 is never.
         method: ``search``, as above, or a ranking of the units that is made once and then followed, to compare with:
             ``activation``, ``gradient_activation``, ``integrated_gradients`` (see `rank`) or ``random``.
-        eot: Noisy copies of an example, whose logits are averaged; at least 1.
-        noise: Norm of the Gaussian noise over that of the example; with 0 one copy is enough. It is 0 for an ``x``
-            that is not floating.
+        eot: Noisy copies of an example, whose logits, or for other tasks than classification losses, are averaged; at
+            least 1.
+        noise: Norm of the Gaussian noise over that of the example, for each floating tensor of ``x``; with 0 one copy
+            is enough. It must be 0 if none is floating.
         seed: Of the noise and of ``random``, together with the example itself; the global generators are not touched.
         memory_budget: See `ablation_losses`.
         progress: Called with the number of examples whose search has ended.
@@ -112,17 +121,16 @@ def localize(
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
     """
     choices = (how, unit, action, step_size, max_units, verify, objective, population, refresh, method)
-    settings = Settings(*choices, eot, noise, seed)
+    settings = Settings(*choices, eot, noise, seed, task_of(task))
     settings.check(x, y, reference)
-    return Searches(model, x, settings, reference, sites, memory_budget).run(x, y, progress)
+    return Searches(model, settings, reference, sites, memory_budget).run(x, y, progress)
 
 
 class Searches:
-    """What calls of `localize` for the same model, reference and settings have in common, done once.
+    """What calls of `localize` for the same model, reference and settings have in common.
 
     Args:
         model: See `localize`.
-        x: Some examples; the first is recorded, inside of `example_ids` with its id. Which one it is changes no result.
         settings: Checked.
         reference: See `localize`.
         sites: See `localize`.
@@ -132,36 +140,78 @@ class Searches:
     def __init__(
         self,
         model: nn.Module,
-        x: Tensor,
         settings: Settings,
-        reference: tuple[Tensor, ...] | None,
+        reference: tuple[Any, ...] | None,
         sites: Sequence[str] | None = None,
         memory_budget: int = 1 << 30,
     ) -> None:
-        network = searchable(model, x, sites, settings.how, memory_budget, settings.changes_weights)
-        self.model, self.network, self.settings, self.progress = model, network, settings, _nothing
-        self.inputs, self.y = given(x), torch.empty(0)
-        self.baselines = network.baselines(self.inputs if reference is None else reference_inputs(network, reference))
+        self.model, self.settings, self.reference = model, settings, reference
+        self.question = Question(settings.task, sites, settings.how, memory_budget, True, settings.changes_weights)
+        self._search: _Search | None = None
+
+    def run(self, x: Any, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
+        """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
+        tensors, signature = given(x)
+
+        def search(network: Network) -> Localization:
+            if self._search is None or self._search.network is not network:
+                self._search = _Search(self.model, network, self.settings, self.reference, tensors)
+            return self._search.run(tensors, y, progress or _nothing)
+
+        if self._search is not None and isinstance(self._search.network, ModelNetwork):
+            return search(self._search.network)
+        try:
+            return ask(self.model, tensors, signature, self.question, search)
+        except UnsupportedError as error:
+            if self._search is not None:  # the search raises it: examples meet
+                raise
+            check_how(self.settings.how, error)
+            message = f"localize: {error}; running the model once per unit and example instead"
+            warnings.warn(message, UserWarning, stacklevel=3)
+        return search(ModelNetwork(self.model, tensors, signature, self.question))
+
+
+class _Search:
+    """A network that is searched.
+
+    Args:
+        model: Whose network it is.
+        network: Of it.
+        settings: Checked.
+        reference: See `localize`.
+        inputs: Tensors of some examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: Network,
+        settings: Settings,
+        reference: tuple[Any, ...] | None,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        self.model, self.network, self.settings, self.reference = model, network, settings, reference
+        self.baselines = network.baselines(inputs if reference is None else reference_inputs(network, *reference))
         self.filters = []
         if settings.changes_weights:
             self.filters = find_filters(model, network.graph, network.sites, settings.unit == "weight")
-        self.ranks: list[int] = []
-        self.reference, self.population = reference, None
+        self.population: Population | None = None
 
-    def run(self, x: Tensor, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
-        """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
-        self.inputs, self.y, self.ranks, self.progress = given(x), y, [], progress or _nothing
+    def run(self, inputs: Sequence[Tensor], y: Tensor, progress: Callable[[int], object]) -> Localization:
+        """Search in blocks of examples that fit into the memory budget; see `localize`."""
+        self.ranks, self.progress = list[int](), progress
         network, found = self.network, []
-        units = self._none(1).starts[-1]
-        held = self._none(1).bytes_per_example(min(units, self.settings.max_units) + self.settings.count(units))
+        starts = self._none(1).starts
+        count = min(starts[-1], self.settings.max_units) + self.settings.count(starts[-1])
+        held = self._none(1).bytes_per_example(count)
         block = max(1, min(network.examples_at_once, _BLOCK, network.share // max(1, held)))
-        for begin in range(0, len(self.y), block):
-            found += self._block(begin, min(len(self.y), begin + block))
-        names, starts = [site.name for site in network.sites], self._none(1).starts
+        for begin in range(0, len(y), block):
+            found += self._block([t[begin : begin + block] for t in inputs], y[begin : begin + block])
+        names = [site.name for site in network.sites]
         sites = {name: starts[i + 1] - starts[i] for i, name in enumerate(names)}
         dims = {site.name: site.dim for site in network.sites}
         baselines = dict(zip(names, self.baselines, strict=True))
-        modules = {site.name: site.name for site in network.sites}
+        modules = {name: name for name in names}
         if network.how == "filter":
             modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
         return Localization(found, sites, dims, baselines, modules, recall(self.ranks))
@@ -173,35 +223,32 @@ class Searches:
         step_size = self.settings.step_size if self.settings.action == "step" else None
         return ChangedWeights.none(self.network, self.filters, step_size, examples)
 
-    def _block(self, begin: int, end: int) -> list[Found]:
-        inputs, y = [t[begin:end] for t in self.inputs], self.y[begin:end]
+    def _block(self, inputs: list[Tensor], y: Tensor) -> list[Found]:
+        network, settings, task = self.network, self.settings, self.settings.task
         with torch.no_grad():
-            logits = check_logits(self.network.graph.examples(inputs, ())[self.network.output][:, 0], y)
-            self.network.check_agreement(self.model, inputs, logits)
-            if self.reference is not None:
-                check_classes("localize: reference", self.reference[1], logits)
-        if self.population is None and self.reference is not None and self.settings.population is not None:
-            self.population = Population(self.network, self.reference, self._none(1))
-        losses, predicted = judge(logits, y)
+            outputs = network.graph.examples(inputs, ())
+            outputs = [outputs[value] for value in network.graph.recording.outputs]
+            judged = check_output(task, network.output(outputs), y)
+            network.check_agreement(self.model, inputs, outputs)
+            if self.reference is not None and isinstance(task, Classification | Tokens):
+                check_classes("localize: reference", task, self.reference[1], outputs[0].shape[-1])
+        if self.population is None and self.reference is not None and settings.population is not None:
+            self.population = Population(network, self.reference, self._none(1))
         start = [] if self.population is None else [self.population.loss]
         searches = [
-            Search(*values, list(start))
-            for values in zip(
-                y.tolist(), ([v] for v in losses.tolist()), ([v] for v in predicted.tolist()), strict=True
-            )
+            Search([loss], [] if label is None else [label], list(start), status="" if right else ALREADY_WRONG)
+            for loss, right, label in zip(*_listed(judged), strict=True)
         ]
-        for search in searches:
-            search.status = "" if search.predicted[0] == search.label else ALREADY_WRONG
-        settings, seeds = self.settings, seeds_of(inputs[0], self.settings.seed)
-        copies = noisy_copies(inputs[0], settings.eot, settings.noise, seeds)
+        seeds = seeds_of(inputs[: len(inputs) - network.signature.named], settings.seed)
+        copies = [noisy_copies(t, settings.eot, settings.noise, seeds) for t in inputs]
         order = None
         if settings.method != "search":
-            order = rank(self.network, self.baselines, inputs, y, settings.method, seeds)
-        switched = self._none(end - begin)
+            order = rank(network, self.baselines, inputs, y, settings.method, seeds)
+        switched = self._none(len(y))
         self.progress(sum(bool(search.status) for search in searches))
         while active := [i for i, search in enumerate(searches) if not search.status]:
             index = torch.tensor(active, device=y.device)
-            self._step([searches[i] for i in active], index, inputs, copies, switched, order)
+            self._step([searches[i] for i in active], index, inputs, y, copies, switched, order)
             self.progress(sum(bool(searches[i].status) for i in active))
         return [search.done(switched.changed(i)) for i, search in enumerate(searches)]
 
@@ -210,7 +257,8 @@ class Searches:
         searches: list[Search],
         index: Tensor,
         inputs: list[Tensor],
-        copies: Tensor,
+        labels: Tensor,
+        copies: list[Tensor],
         switched: Sets,
         order: Tensor | None,
     ) -> None:
@@ -220,13 +268,13 @@ class Searches:
             searches: Of these examples.
             index: Of them in the block.
             inputs: Of the block.
-            copies: Noisy, ``[block * eot, *]``.
+            labels: Of the block.
+            copies: Noisy ones of the inputs, ``[block * eot, *]``.
             switched: Units of the block's examples; the chosen ones are added.
             order: Scores of a ranking that is followed, ``[block, units]``.
         """
         settings, own = self.settings, switched.of(index)
-        y = torch.tensor([search.label for search in searches], device=index.device)
-        some = [t[index] for t in inputs]
+        some, y = [t[index] for t in inputs], labels[index]
         units = own.starts[-1]
         count = settings.count(units - len(searches[0].units))  # the searches of a block have come equally far
         if count == 0:
@@ -234,29 +282,30 @@ class Searches:
                 search.status = EXHAUSTED
             return
         if order is None:
-            candidates = self._screen(copies, index, y, own, some, count, settings.is_refreshed(len(searches[0].units)))
+            ours = [t.unflatten(0, (-1, settings.eot))[index] for t in copies]
+            candidates = self._screen(ours, some, y, own, count, settings.is_refreshed(len(searches[0].units)))
         else:
             assert isinstance(own, Switched)
             candidates = own.best(order[index], None, count)
-        losses, predicted = verify(self.network, candidates, own, some, y)
+        judged = verify(self.network, candidates, own, some, y)
+        losses = judged.loss
         before = torch.tensor([search.losses[-1] for search in searches], device=y.device, dtype=losses.dtype)
         effects = candidates.effects
         if settings.population == "exact" and self.population is not None:
             so_far = torch.tensor([search.population[-1] for search in searches], device=y.device, dtype=losses.dtype)
             effects = self.population.exact(candidates, own) - so_far[:, None]
         gain = finite(losses - before[:, None] - effects)
-        flips = (predicted != y[:, None]) & losses.isfinite()  # logits that are no numbers predict nothing
+        flips = ~judged.right & losses.isfinite()  # logits that are no numbers predict nothing
         best = torch.where(flips.any(1, keepdim=True) & ~flips, -torch.inf, gain).argmax(1, keepdim=True)
         chosen = candidates.pick(best)
         switched.add(index, chosen)
         if settings.is_exhaustive:
             self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
-        columns = (chosen.units, *(t.gather(1, best) for t in (losses, predicted, effects)))
-        for search, (unit, loss, label, change) in zip(
-            searches, zip(*(c[:, 0].tolist() for c in columns), strict=True), strict=True
-        ):
+        changes = effects.gather(1, best)[:, 0].tolist()
+        taken = _listed(judged.map(lambda t: t.gather(1, best)[:, 0]))
+        for search, unit, change, *worth in zip(searches, chosen.units[:, 0].tolist(), changes, *taken, strict=True):
             site = bisect.bisect_right(own.starts, unit) - 1
-            search.take((self.network.sites[site].name, unit - own.starts[site]), loss, label, change)
+            search.take((self.network.sites[site].name, unit - own.starts[site]), change, *worth)
             if not search.status and len(search.units) == units:
                 search.status = EXHAUSTED
             elif not search.status and len(search.units) >= settings.max_units:
@@ -264,34 +313,49 @@ class Searches:
 
     def _screen(
         self,
-        copies: Tensor,
-        index: Tensor,
+        copies: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         y: Tensor,
         switched: Sets,
-        inputs: list[Tensor],
         count: int,
         refreshed: bool,
     ) -> Candidates:
-        """Return the best units of each example, to first order."""
-        eot, found = self.settings.eot, []
-        copies = copies.unflatten(0, (-1, eot))[index]
+        """Return the best units of each example, to first order.
+
+        Args:
+            copies: Noisy ones of the inputs, ``[examples, eot, *]``.
+            inputs: Of the examples.
+            y: Their labels.
+            switched: Their units.
+            count: Of units.
+            refreshed: Whether the effect on the population is measured anew.
+        """
+        eot, task, found = self.settings.eot, self.settings.task, []
         step = 1 if refreshed else max(1, self.network.gradients_at_once // eot)
-        for begin in range(0, len(index), step):
+        for begin in range(0, len(y), step):
             part = slice(begin, begin + step)
-            rows = torch.arange(len(index), device=index.device)[part].repeat_interleave(eot)
             labels, effect = y[part], None if self.population is None else self.population.effect
             if self.population is not None and refreshed:
-                leave_out = self.settings.objective == "authors"  # the example itself is no part of its population
-                without = (inputs[0][begin], y[begin]) if leave_out else None
-                effect = self.population.refreshed(switched.of(index.new_tensor([begin])), without)
+                without: list[Tensor] = []
+                if self.settings.objective == "authors":  # the example itself is no part of its population
+                    without = [t[begin] for t in (*inputs[: len(inputs) - self.network.signature.named], y)]
+                effect = self.population.refreshed(switched.of(torch.tensor([begin], device=y.device)), without)
 
-            def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
-                mean = wide(logits).unflatten(0, (-1, eot)).mean(1)
-                return F.cross_entropy(mean, labels, reduction="sum")
+            def loss(output: Any, labels: Tensor = labels) -> Tensor:
+                if isinstance(task, Classification):
+                    mean = wide(logits_of(output)).unflatten(0, (-1, eot)).mean(1)
+                    return F.cross_entropy(mean, labels, reduction="sum")
+                return task.loss(output, labels.repeat_interleave(eot, 0)).sum() / eot
 
-            given = [copies[part].flatten(0, 1), *(t[rows] for t in inputs[1:])]
+            rows = torch.arange(len(y), device=y.device)[part].repeat_interleave(eot)
+            given = [t[part].flatten(0, 1) for t in copies]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
+
+
+def _listed(judged: Judged) -> tuple[Sequence[float], Sequence[bool], Sequence[int | None]]:
+    loss, right, predicted = judged
+    return loss.tolist(), right.tolist(), [None] * len(loss) if predicted is None else predicted.tolist()
 
 
 def _nothing(_: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from memloc_ext.ablation.losses import check_examples
 from memloc_ext.ablation.network import HOWS
+from memloc_ext.ablation.signature import check_examples, tensors_of
 from memloc_ext.probes.localization.ranking import METHODS
+from memloc_ext.tasks import Classification, Task
 
 UNITS, ACTIONS = ("channel", "weight"), ("zero", "step")
 OBJECTIVES = ("exact", "first_order", "authors")
@@ -40,6 +42,7 @@ class Settings:
     eot: int = 5
     noise: float = 0.01
     seed: int = 0
+    task: Task = field(default_factory=Classification)
 
     @property
     def changes_weights(self) -> bool:
@@ -65,7 +68,7 @@ class Settings:
         """Return whether the population's first-order effect is measured anew after so many units."""
         return self.objective == "authors" or (self.refresh > 0 and done > 0 and done % self.refresh == 0)
 
-    def check(self, x: Tensor, y: Tensor, reference: tuple[Tensor, ...] | None) -> None:
+    def check(self, x: Any, y: Tensor, reference: tuple[Any, ...] | None) -> None:
         """Raise unless the arguments are right; settle what some of them say of others."""
         for name in ("max_units", "eot", "refresh", "seed"):
             if not isinstance(getattr(self, name), int):
@@ -85,10 +88,12 @@ class Settings:
                 raise ValueError(
                     f"localize: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
                 )
-        check_examples("localize", x, y)
-        if self.noise == float("inf") or (self.noise > 0 and not x.is_floating_point()):
+        check_examples("localize", self.task, x, y)
+        dtypes = [t.dtype for t in tensors_of(x)]
+        if self.noise == float("inf") or (self.noise > 0 and not any(dtype.is_floating_point for dtype in dtypes)):
             raise ValueError(
-                f"localize: noise must be finite, and 0 unless x is floating, got {self.noise} for {x.dtype}"
+                f"localize: noise must be finite, and 0 unless x is floating, got {self.noise} for "
+                f"{', '.join(map(str, dtypes))}"
             )
         if self.changes_weights:
             for name, only in (("method", "search"), ("how", "zero")):
@@ -111,4 +116,4 @@ class Settings:
         if reference is not None:
             if len(reference) not in (2, 3):
                 raise ValueError(f"localize: reference must be examples and labels, got {len(reference)} tensors")
-            check_examples("localize: reference", *reference[:2])
+            check_examples("localize: reference", self.task, *reference[:2])

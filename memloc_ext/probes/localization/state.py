@@ -13,7 +13,6 @@ class Search:
     """A `Found` that is still being found.
 
     Attributes:
-        label: The prediction that is to be lost.
         losses: See `Found`.
         predicted: See `Found`.
         population: See ``population_losses`` of `Found`.
@@ -21,21 +20,21 @@ class Search:
         status: See `Found`; empty as long as the search goes on.
     """
 
-    label: int
     losses: list[float]
     predicted: list[int]
     population: list[float]
     units: list[tuple[str, int]] = field(default_factory=list)
     status: str = ""
 
-    def take(self, unit: tuple[str, int], loss: float, predicted: int, change: float) -> None:
-        """Add a unit, and what the example's loss and prediction are and the population's loss changes by with it."""
+    def take(self, unit: tuple[str, int], change: float, loss: float, right: bool, predicted: int | None) -> None:
+        """Add a unit, and what the population's loss changes by and the example is worth with it."""
         self.units.append(unit)
         self.losses.append(loss)
-        self.predicted.append(predicted)
+        if predicted is not None:
+            self.predicted.append(predicted)
         if self.population:
             self.population.append(self.population[-1] + change)
-        if predicted != self.label:
+        if not right:
             self.status = FLIPPED
 
     def done(self, changes: list[WeightChange]) -> Found:

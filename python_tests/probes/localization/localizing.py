@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memloc_ext.ablation.interpreter import Graph
+from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.recorder import record
+from memloc_ext.ablation.signature import given
 from memloc_ext.probes.localization import Found, Localization
+from memloc_ext.tasks import Classification
 
 SITES = {"2": 6, "5": 6, "9": 8}
 
@@ -19,6 +24,13 @@ def network(classes: int = 3) -> nn.Sequential:
     second = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
     last = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, classes)
     return nn.Sequential(*first, *second, *last)
+
+
+def network_of(model: nn.Module, x: Tensor, *asked: Any) -> Network:
+    """Return the recorded network that a `Question` is asked of."""
+    tensors, signature = given(x)
+    task = Classification()
+    return Network(model, Graph(record(model, tensors, signature, task)), tensors, signature, Question(task, *asked))
 
 
 @functools.cache

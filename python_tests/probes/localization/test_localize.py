@@ -3,12 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from localizing import SITES, confirm, every_unit, network, same, trained, without
+from localizing import SITES, confirm, every_unit, network, network_of, same, trained, without
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memloc_ext
-from memloc_ext.ablation.network import Network
 from memloc_ext.probes.localization import localize
 from memloc_ext.probes.localization.ranking import METHODS
 
@@ -182,7 +181,7 @@ def test_edited_values_count_as_memory() -> None:
         nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         torch.randn(1, 2, 6, 6),
     )
-    suffix = Network(model, x, ["0", "1"], "zero", 1 << 30, edited=True).suffixes[0]
+    suffix = network_of(model, x, ["0", "1"], "zero", 1 << 30, True).suffixes[0]
     assert suffix.bytes_per_row >= 64 * 4 * 4 * 4  # all channels of the ReLU's output, not the one that changes
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from localizing import network_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.ablation.candidates import Candidates
 from memloc_ext.ablation.filters import find_filters
-from memloc_ext.ablation.network import Network
 from memloc_ext.ablation.weights import ChangedWeights
 from memloc_ext.probes.localization import localize
 
@@ -171,7 +171,7 @@ def test_search_finds_what_changing_a_copy_finds(
 def test_scores_are_those_of_autograd(kind: Any, unit: str, action: str) -> None:
     model, names, step = _model(kind), LAYERS[kind], 0.3 if action == "step" else None
     x, y = _examples(model, 2)
-    network = Network(model, x, names, "filter", 1 << 26, True, True)
+    network = network_of(model, x, names, "filter", 1 << 26, True, True)
     sites = [site.name for site in network.sites]
     filters = find_filters(model, network.graph, network.sites, unit == "weight")
     sets = ChangedWeights.none(network, filters, step, 2)

@@ -4,51 +4,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from memloc_ext.ablation.network import HOWS, Network, given
-from memloc_ext.ablation.one_by_one import one_by_one
+from memloc_ext.ablation.kept import ask
+from memloc_ext.ablation.model_runs import one_by_one
+from memloc_ext.ablation.network import HOWS, Network, Question
 from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.signature import Judged, check_examples, check_output, given
 from memloc_ext.ops import linear_ablation_loss
+from memloc_ext.tasks import Task, TaskName, task_of
 
 
-@dataclass(frozen=True)
-class SiteLosses:
-    """What switching off the units of one site does.
+class AblationLosses(Mapping[str, Judged]):
+    """Site name to what its units do, in the order in which the network computes the sites.
 
-    Attributes:
-        loss: ``[units, batch]``, cross-entropy of each example with that one unit switched off.
-        predicted: ``[units, batch]``, int64: the class with the largest logit then.
-    """
-
-    loss: Tensor
-    predicted: Tensor
-
-
-class AblationLosses(Mapping[str, SiteLosses]):
-    """Site name to its `SiteLosses`, in the order in which the network computes the sites.
+    ``losses[site].loss``, ``.right`` and ``.predicted`` are ``[units, batch]``, see `Judged`: of each example with that
+    one unit switched off.
 
     Attributes:
-        base_loss: ``[batch]``, cross-entropy of each example in the unchanged network.
-        base_predicted: ``[batch]``, int64.
+        base_loss: ``[batch]``, of each example in the unchanged network.
+        base_right: ``[batch]``, bool.
+        base_predicted: ``[batch]``, int64; None for other tasks than classification.
         channel_dims: Site name to the dimension of its units, for `apply_ablation`.
     """
 
-    def __init__(
-        self,
-        base_loss: Tensor,
-        base_predicted: Tensor,
-        sites: Mapping[str, SiteLosses],
-        channel_dims: Mapping[str, int],
-    ) -> None:
-        self.base_loss, self.base_predicted = base_loss, base_predicted
+    def __init__(self, base: Judged, sites: Mapping[str, Judged], channel_dims: Mapping[str, int]) -> None:
+        self.base_loss, self.base_right, self.base_predicted = base
         self._sites, self.channel_dims = dict(sites), dict(channel_dims)
 
-    def __getitem__(self, site: str) -> SiteLosses:
+    def __getitem__(self, site: str) -> Judged:
         """Return the losses of a site."""
         return self._sites[site]
 
@@ -63,12 +51,13 @@ class AblationLosses(Mapping[str, SiteLosses]):
 
 def ablation_losses(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor,
     sites: Sequence[str] | None = None,
     how: str = "zero",
     *,
-    reference: Tensor | None = None,
+    task: TaskName | Task = "classification",
+    reference: Any = None,
     memory_budget: int = 1 << 30,
     progress: Callable[[int], object] | None = None,
 ) -> AblationLosses:
@@ -80,10 +69,11 @@ def ablation_losses(
     meet in evaluation mode, or recurrent layers) takes one forward pass of the whole batch per unit, with a warning.
 
     Args:
-        model: Returns logits ``[batch, classes]``: a tensor, an object or mapping with ``logits``, or a tuple that
-            begins with them.
-        x: ``[batch, *]``, on the model's device.
-        y: Classes, ``[batch]``, int64.
+        model: Returns what the task reads: for named ones logits, as a tensor, an object or mapping with ``logits``,
+            or a tuple that begins with them.
+        x: What the model is called with, on its device: a tensor, a tuple (``model(*x)``) or a mapping (``model(**x)``)
+            of tensors ``[batch, *]``. Values of it that are no tensors are passed on.
+        y: Labels, ``[batch]``, or as the task has them ``[batch, *]``; int64 for named tasks.
         sites: Names of modules; ``<module>.heads`` for the attention heads of one that calls
             `torch.nn.functional.scaled_dot_product_attention`. Units are the channels of what a module returns: those
             of an image, else the last dimension. By default the output of every convolution with its normalisation and
@@ -91,39 +81,39 @@ def ablation_losses(
         how: What a unit is replaced by: ``zero``; ``mean``, its mean over the reference examples and all positions; or
             ``filter``: the weights of its convolution or linear layer, which serve no other call, are zero, before any
             normalisation.
-        reference: Examples for ``mean``, ``[*, *]``; by default ``x``.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``, see `memloc_ext.tasks`.
+        reference: Examples for ``mean``, of the form of ``x``; by default ``x``.
         memory_budget: Bytes of activations that may be held at a time, the results not counted.
         progress: Called with the number of units that are done, each time some are, for long scans.
 
     Returns:
-        Site name to losses ``[units, batch]`` and predicted classes, with those of the unchanged network beside them.
+        Site name to losses ``[units, batch]``, whether each example is right, and predicted classes, with those of the
+        unchanged network beside them.
 
     Raises:
         TypeError: If ``y`` is not int64.
         ValueError: If an argument breaks the above, the budget is too small for one example, or the unchanged
-            network's logits are not finite.
+            network's logits or losses are not finite.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
     """
-    check_examples("ablation_losses", x, y)
+    task, progress = task_of(task), progress or _nothing
+    check_examples("ablation_losses", task, x, y)
     if how not in HOWS:
         raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
-    progress = progress or _nothing
+    tensors, signature = given(x)
+    others = tensors if reference is None else given(reference)[0]
+    question = Question(task, sites, how, memory_budget)
     try:
-        network = Network(model, x, sites, how, memory_budget)
         with torch.no_grad():
-            return _by_graph(model, network, x, y, reference, progress)
+            use = partial(_by_graph, model=model, inputs=tensors, y=y, reference=others, progress=progress)
+            return ask(model, tensors, signature, question, use)
     except UnsupportedError as error:
         message = f"ablation_losses: {error}; running the model once per unit instead"
         warnings.warn(message, UserWarning, stacklevel=2)
         reason = error
-    logits, variants = one_by_one(model, x, sites, how, x if reference is None else reference, reason, progress)
-    base = judge(check_logits(logits, y), y)
-    found = {
-        site.name: SiteLosses(*(torch.stack(t) for t in zip(*(judge(rows, y) for rows in units), strict=True)))
-        for site, units in variants.items()
-    }
-    return AblationLosses(*base, found, {site.name: site.dim for site in variants})
+    others = x if reference is None else reference
+    return AblationLosses(*one_by_one(model, x, y, question, others, reason, progress))
 
 
 def _nothing(_: int) -> None:
@@ -144,51 +134,43 @@ class _Progress:
 
 
 def _by_graph(
-    model: nn.Module,
     network: Network,
-    x: Tensor,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
     y: Tensor,
-    reference: Tensor | None,
+    reference: Sequence[Tensor],
     progress: Callable[[int], object],
 ) -> AblationLosses:
-    inputs = given(x)
-    baselines = network.baselines(inputs if reference is None else given(reference))
-    step, parts, base, done = network.examples_at_once, [], [], _Progress(progress, len(x))
-    for begin in range(0, len(x), step):
-        some, classes = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
-        unchanged = network.unchanged(some, recorded=begin == 0)
-        logits = check_logits(unchanged[network.output][:, 0], classes)
-        network.check_agreement(model, some, logits)
-        base.append(judge(logits, classes))
+    baselines = network.baselines(reference)
+    step, parts, base, done = network.examples_at_once, [], [], _Progress(progress, len(y))
+    for begin in range(0, len(y), step):
+        some, labels = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
+        unchanged = network.graph.examples(some, network.needed)
+        outputs = [unchanged[value] for value in network.graph.recording.outputs]
+        base.append(check_output(network.task, network.output(outputs), labels))
+        network.check_agreement(model, some, outputs)
         scans = [_scan_features if features else _scan for features in network.ends_in_feature]
-        parts.append([scans[i](network, i, unchanged, classes, b, done) for i, b in enumerate(baselines)])
-    sites = {}
-    for i, site in enumerate(network.sites):
-        losses, predicted = zip(*(part[i] for part in parts), strict=True)
-        sites[site.name] = SiteLosses(torch.cat(losses, 1), torch.cat(predicted, 1))
-    losses, predicted = zip(*base, strict=True)
-    dims = {site.name: site.dim for site in network.sites}
-    return AblationLosses(torch.cat(losses), torch.cat(predicted), sites, dims)
+        parts.append([scans[i](network, i, unchanged, labels, b, done) for i, b in enumerate(baselines)])
+    sites = {site.name: Judged.joined([part[i] for part in parts], 1) for i, site in enumerate(network.sites)}
+    return AblationLosses(Judged.joined(base), sites, {site.name: site.dim for site in network.sites})
 
 
 def _scan(
     network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
-) -> tuple[Tensor, Tensor]:
-    """Return losses and predictions of all units of a site, ``[units, examples]``."""
+) -> Judged:
+    """Return what the examples are worth without each unit of a site, ``[units, examples]``."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
-    losses, predictions = [], []
+    parts = []
     for rows, chosen in _grid(units, n, network.rows_at_once[index], y.device):
         slab = network.slab(index, chosen, baseline)
-        loss, predicted = judge(suffix.run(unchanged, rows, slab)[:, 0], y[rows])
-        losses.append(loss)
-        predictions.append(predicted)
+        parts.append(network.judge(suffix.run(unchanged, rows, slab), y[rows]))
         done.add(len(rows))
-    return torch.cat(losses).reshape(units, n), torch.cat(predictions).reshape(units, n)
+    return Judged.joined(parts).map(lambda t: t.reshape(units, n))
 
 
 def _scan_features(
     network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
-) -> tuple[Tensor, Tensor]:
+) -> Judged:
     """Return the same where each unit changes one feature of the last linear layer."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
     head = suffix.head
@@ -203,7 +185,7 @@ def _scan_features(
         done.add(len(rows))
     bias = None if head.bias is None else head.bias * suffix.factor
     loss, predicted = linear_ablation_loss(features, head.weight * suffix.factor, bias, y, changed)
-    return loss[feature], predicted[feature]
+    return Judged(loss, predicted == y, predicted).map(lambda t: t[feature])
 
 
 def _grid(units: int, examples: int, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,40 +193,3 @@ def _grid(units: int, examples: int, step: int, device: torch.device) -> Iterato
     for begin in range(0, units * examples, step):
         flat = torch.arange(begin, min(units * examples, begin + step), device=device)
         yield flat % examples, flat // examples
-
-
-def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's cross-entropy and predicted class."""
-    return F.cross_entropy(wide(logits), y, reduction="none"), logits.argmax(1)
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return a tensor in the type that losses are computed in: float64 as it is, else float32."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def check_examples(name: str, x: Tensor, y: Tensor) -> None:
-    """Raise unless there is a label for each of at least one example."""
-    if y.dtype != torch.int64:
-        raise TypeError(f"{name}: y must have dtype int64, got {y.dtype}")
-    if y.dim() != 1 or len(y) != len(x) or len(x) == 0:
-        raise ValueError(
-            f"{name}: x and y must have the same number of examples, at least one; "
-            f"got shapes {list(x.shape)} and {list(y.shape)}"
-        )
-
-
-def check_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Return logits if they are ``[batch, classes]``, finite and of the classes of ``y``."""
-    if logits.dim() != 2:
-        raise ValueError(f"the model must return logits [batch, classes], got {list(logits.shape)}")
-    if not bool(logits.isfinite().all()):
-        raise ValueError("the model's logits must be finite, got NaN or infinity in the unchanged network")
-    check_classes("y", y, logits)
-    return logits
-
-
-def check_classes(name: str, y: Tensor, logits: Tensor) -> None:
-    """Raise unless labels are of the classes of ``[batch, classes]``."""
-    if bool(((y < 0) | (y >= logits.shape[1])).any()):
-        raise ValueError(f"{name} must be in [0, {logits.shape[1]}), got values from {int(y.min())} to {int(y.max())}")

@@ -19,9 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from memloc_ext.ablation.channels import FollowingChannels
-from memloc_ext.ablation.running import without_fast_path
 from memloc_ext.ablation.sites import HEADS
-from memloc_ext.borrowing import in_parts, uncompiled
+from memloc_ext.borrowing import in_parts, uncompiled, without_fast_path
 
 Unit = tuple[str, int]
 

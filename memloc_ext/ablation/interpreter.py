@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memloc_ext.ablation.deltas import Slab, run_slab
 from memloc_ext.ablation.layers import Layer, find_layer, run_layer, run_layer_on_channel
 from memloc_ext.ablation.recording import Call, Recording
 from memloc_ext.ablation.rows import run_rows
-from memloc_ext.ablation.slab import Slab, run_slab
 
 State = Slab | Tensor
 # of values [rows, *shape], the example of each row, and a function that gives what the value was computed from
@@ -31,10 +31,13 @@ class Graph:
 
     Args:
         recording: Of the model.
+
+    Attributes:
+        kept: Whether the recording is of an earlier call.
     """
 
     def __init__(self, recording: Recording) -> None:
-        self.recording = recording
+        self.recording, self.kept = recording, False
         self.readers = recording.readers()
 
     def examples(
@@ -44,13 +47,13 @@ class Graph:
 
         Args:
             inputs: As of `Recording.inputs`, for every example: ``[examples, *]``.
-            keep: Values to return, besides the output.
+            keep: Values to return, besides the outputs.
             edits: Value to what is done to it, once it is computed.
 
         Returns:
             Value to ``[examples, *shape]``; for one of ``keep`` that is edited also ``~value`` to what it was before.
         """
-        keep, edits = {*keep, self.recording.output}, edits or {}
+        keep, edits = {*keep, *self.recording.outputs}, edits or {}
         values: dict[int, Tensor] = {}
         rows = torch.arange(len(inputs[0]), device=inputs[0].device)
         for index, t in zip(self.recording.inputs, inputs, strict=True):
@@ -110,23 +113,23 @@ class Suffix:
             done.update(layer.calls if layer else ())
             steps.append((i if layer is None else layer.calls[-1], layer or call))
         steps.sort(key=lambda step: step[0])  # a layer runs where its last call does: its residual is there
-        runs = _leading_to(recording.output, [run for _, run in steps])
+        runs = _leading_to(recording.outputs, [run for _, run in steps])
         written = {value for run in runs for value in _writes(run)}
         self._entries = [value for value in site if value not in written]
         reads = [(_reads(run), run) for run in runs]
         last = {value: i for i, (refs, _) in enumerate(reads) for value in refs}
         self.steps = [
-            Step(run, tuple(v for v in refs if last[v] == i and v != recording.output))
+            Step(run, tuple(v for v in refs if last[v] == i and v not in recording.outputs))
             for i, (refs, run) in enumerate(reads)
         ]
-        self._head_at, self.factor = _find_head(self.steps)
+        self._head_at, self.factor = _find_head(self.steps) if len(recording.outputs) == 1 else (None, 1.0)
         head = None if self._head_at is None else self.steps[self._head_at].run
         self.head = head if isinstance(head, Layer) else None
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
-    ) -> Tensor:
-        """Return the logits of each row, ``[rows, *shape]``.
+    ) -> list[Tensor]:
+        """Return the outputs of each row, ``[rows, *shape]``.
 
         Args:
             unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``.
@@ -138,7 +141,8 @@ class Suffix:
             MissingValueError: If ``unchanged`` lacks a value, which is `needed` from then on.
         """
         states = self._run(self.steps, unchanged, rows, slab, edits or {})
-        return _Values(states, unchanged, rows, self.needed).dense(self.graph.recording.output)
+        values = _Values(states, unchanged, rows, self.needed)
+        return [values.dense(output) for output in self.graph.recording.outputs]
 
     def feature(self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab) -> Slab | None:
         """Return what the `head` is given in each row, if it differs in one feature only; see `run`."""
@@ -232,9 +236,9 @@ class _Values:
         return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
 
 
-def _leading_to(output: int, runs: Sequence[Call | Layer]) -> list[Call | Layer]:
-    """Return those that a value is computed from, in their order."""
-    live, found = {output}, list[Call | Layer]()
+def _leading_to(outputs: Sequence[int], runs: Sequence[Call | Layer]) -> list[Call | Layer]:
+    """Return those that some values are computed from, in their order."""
+    live, found = {*outputs}, list[Call | Layer]()
     for run in reversed(runs):
         if live.intersection(_writes(run)):
             live.update(_reads(run))

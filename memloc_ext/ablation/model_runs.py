@@ -1,0 +1,211 @@
+"""Models that cannot be recorded: the model itself, once per unit, or once per variant of each example."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext.ablation.deltas import Slab
+from memloc_ext.ablation.edits import SiteHook, apply_ablation, hooked
+from memloc_ext.ablation.interpreter import Edit, Graph, Suffix
+from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.recorder import record
+from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.signature import Judged, Signature, check_output, given, judge, opened
+from memloc_ext.ablation.sites import Site, attention, find_sites
+from memloc_ext.borrowing import evaluating, uncompiled, without_fast_path
+from memloc_ext.tasks import Task
+
+
+def one_by_one(
+    model: nn.Module,
+    x: Any,
+    y: Tensor,
+    question: Question,
+    reference: Any,
+    reason: UnsupportedError,
+    progress: Callable[[int], object],
+) -> tuple[Judged, dict[str, Judged], dict[str, int]]:
+    """Return what the unchanged model's outputs are worth, ``[batch]``, and those with each unit switched off.
+
+    Args:
+        model: To run.
+        x: See `ablation_losses`.
+        y: Labels.
+        question: What `ablation_losses` was asked.
+        reference: Examples for ``mean``.
+        reason: Why the model cannot be recorded.
+        progress: Called with 1 for each unit.
+
+    Returns:
+        Of the batch; site to ``[units, batch]``; and site to the dimension of its units.
+
+    Raises:
+        ValueError: If a site is none, or ``how`` is ``filter``, which needs a recording.
+    """
+    check_how(question.how, reason)
+    task, (tensors, signature) = question.task, given(x)
+    with torch.no_grad():
+        found = find_sites(model, record(model, tensors, signature, task, strict=False), question.sites)
+        with evaluating(model):
+            base = check_output(task, signature.call(model, tensors), y)
+            baselines = _means(model, found, given(reference)) if question.how == "mean" else {}
+            dims, variants = {site.name: site.dim for site in found}, {}
+            for site in found:
+                rows = []
+                for unit in range(site.units):
+                    with apply_ablation(model, [(site.name, unit)], baselines=baselines, channel_dims=dims):
+                        rows.append(judge(task, signature.call(model, tensors), y))
+                    progress(1)
+                variants[site.name] = Judged.joined(rows, join=torch.stack)
+    return base, variants, dims
+
+
+def check_how(how: str, reason: UnsupportedError) -> None:
+    """Raise unless units can be switched off without a recording."""
+    if how == "filter":
+        raise ValueError(
+            f"how='filter' and changes of weights need a model that can be recorded, but {reason}; "
+            "use how='zero' or how='mean'"
+        ) from reason
+
+
+def _means(model: nn.Module, sites: Sequence[Site], reference: tuple[list[Tensor], Signature]) -> dict[str, Tensor]:
+    """Return the mean of each unit over examples, positions and calls."""
+    hooks = [_Mean(site) for site in sites]
+    handles = hooked(model, hooks)
+    try:
+        reference[1].call(model, reference[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {hook.site: torch.stack(hook.means).mean(0) for hook in hooks}
+
+
+class _Mean(SiteHook):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site.name)
+        self.dim, self.means = site.dim, list[Tensor]()
+
+    def change(self, t: Tensor) -> Tensor:
+        self.means.append(t.movedim(self.dim, 0).flatten(1).mean(1))
+        return t
+
+
+class ModelNetwork(Network):
+    """A `Network` of the model itself, for a ``how`` other than ``filter``.
+
+    The model is given one example at a time, so that it does not matter where its layers have the batch.
+    """
+
+    def __init__(self, model: nn.Module, given: Sequence[Tensor], signature: Signature, question: Question) -> None:
+        super().__init__(model, _ModelGraph(model, given, signature, question.task), given, signature, question)
+
+    def _probe(self, given: Sequence[Tensor], question: Question) -> None:
+        recording = self.graph.recording
+        sizes = zip(recording.shapes, recording.dtypes, strict=True)
+        size = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
+        self.needed = {*recording.inputs, *recording.outputs}
+        self.share = question.memory_budget
+        self.examples_at_once = max(1, self.share // max(1, size))
+        self.gradients_at_once = self.examples_at_once
+        self.rows_at_once = [self.examples_at_once] * len(self.suffixes)
+
+
+class _ModelGraph(Graph):
+    def __init__(self, model: nn.Module, given: Sequence[Tensor], signature: Signature, task: Task) -> None:
+        super().__init__(record(model, given, signature, task, strict=False))
+        self.model, self.signature, self.task = model, signature, task
+        self._returned = self.recording.returned | attention(self.recording)
+        self._sites = {v: name for name, values in self._returned.items() for v in values if v is not None}
+
+    def suffix(self, site: Sequence[int], whole: Sequence[int]) -> Suffix:
+        return _ModelSuffix(self, site)
+
+    def examples(
+        self, inputs: Sequence[Tensor], keep: Iterable[int], edits: dict[int, Edit] | None = None
+    ) -> dict[int, Tensor]:
+        return self.rows(inputs, torch.arange(len(inputs[0]), device=inputs[0].device), keep, lambda _: edits or {})
+
+    def rows(
+        self, inputs: Sequence[Tensor], rows: Tensor, keep: Iterable[int], edits: Callable[[int], dict[int, Edit]]
+    ) -> dict[int, Tensor]:
+        """Run the model; see `Graph.examples`.
+
+        Args:
+            inputs: Of each row.
+            rows: The example that each is of, for the edits.
+            keep: Values to return, besides the output and the inputs.
+            edits: Row to its edits.
+        """
+        without_cudnn = torch.backends.cudnn.flags(enabled=False)  # it gives no gradients of recurrent layers here
+        with evaluating(self.model), uncompiled(), without_fast_path(), without_cudnn:
+            keep = {*keep}
+            found = [
+                self._run([t[i : i + 1] for t in inputs], rows[i : i + 1], keep, edits(i)) for i in range(len(rows))
+            ]
+        return {value: torch.cat([one[value] for one in found]) for value in found[0]}
+
+    def _run(self, inputs: list[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
+        values = {v: t[None] for v, t in zip(self.recording.inputs, inputs, strict=True)}
+        wanted = {self._sites[value] for value in {*keep, *edits} if value in self._sites}
+        hooks = [_Seen(name, self._returned[name], row, values, keep, edits) for name in wanted]
+        with contextlib.ExitStack() as stack:
+            for handle in hooked(self.model, hooks):
+                stack.callback(handle.remove)
+            outputs, _ = opened(self.task, self.signature.call(self.model, inputs))
+        return values | {value: t[None] for value, t in zip(self.recording.outputs, outputs, strict=True)}
+
+
+class _ModelSuffix(Suffix):
+    """The whole model, with a site changed."""
+
+    def __init__(self, graph: _ModelGraph, site: Sequence[int]) -> None:
+        self.model_graph, self.site = graph, tuple(site)
+
+    def run(
+        self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
+    ) -> list[Tensor]:
+        def changed(i: int) -> dict[int, Edit]:
+            one, own = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim), edits or {}
+            return own | {value: _then(own.get(value), one) for value in self.site}
+
+        recording = self.model_graph.recording
+        inputs = [unchanged[value][rows, 0] for value in recording.inputs]
+        found = self.model_graph.rows(inputs, rows, (), changed)
+        return [found[output] for output in recording.outputs]
+
+
+def _then(edit: Edit | None, slab: Slab) -> Edit:
+    def both(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+        return slab.written_into((t if edit is None else edit(t, rows, read)).clone())
+
+    return both
+
+
+class _Seen(SiteHook):
+    """Sees and edits the values of one site, in the order of its calls."""
+
+    def __init__(
+        self,
+        site: str,
+        own: Sequence[int | None],
+        row: Tensor,
+        values: dict[int, Tensor],
+        keep: set[int],
+        edits: dict[int, Edit],
+    ) -> None:
+        super().__init__(site)
+        self.own, self.row, self.values, self.keep, self.edits = own, row, values, keep, edits
+
+    def change(self, t: Tensor) -> Tensor:
+        value = self.own[min(self.runs, len(self.own)) - 1]
+        if value in self.edits:
+            t = self.edits[value](t[None], self.row, self.values.__getitem__)[0]
+        if value in self.keep:
+            self.values[value] = t[None]
+        return t
