@@ -6,7 +6,6 @@ from memloc_ext._version import __version__
 from memloc_ext.ablation import ablation_losses, apply_ablation
 from memloc_ext.accounting import GradientAccountant
 from memloc_ext.nn import example_ids
-from memloc_ext.ops import plan
 from memloc_ext.probes import localize, retrain, rewind
 from memloc_ext.study import load_run
 
@@ -23,7 +22,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
-    "plan",
     "probes",
     "retrain",
     "rewind",

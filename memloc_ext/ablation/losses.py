@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memloc_ext.ablation.network import HOWS, Network, given
 from memloc_ext.ablation.one_by_one import one_by_one
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ops import linear_ablation_loss
+from memloc_ext.ops.ablation import linear_ablation_loss
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from memloc_ext.ops import _errors
-from memloc_ext.ops._values import readable
+from memloc_ext.ops import _checks
 
 _op = torch.ops.memloc_ext.example_tied_dropout.default
 
@@ -62,12 +61,12 @@ def example_tied_dropout(
 
 def call(*arguments: Any) -> Tensor:
     """Run the operator on ids that `check_example_ids` has seen: the rest is checked without a wait."""
-    return _errors.call(_op, "example_tied_dropout", *arguments)
+    return _checks.call(_op, "example_tied_dropout", *arguments)
 
 
 def check_example_ids(example_ids: Tensor) -> None:
     """Raise ValueError if an id on a CUDA device is negative; the operator itself checks ids on the CPU."""
-    if not readable(example_ids) or example_ids.numel() == 0:
+    if not _checks.readable(example_ids) or example_ids.numel() == 0:
         return
     smallest = int(example_ids.min())
     if smallest < 0:
