@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measure import interleaved, ratios
-from memloc_ext.ops import conv2d_ablation
+from memloc_ext.ops.ablation import conv2d_ablation
 
 
 @dataclass(frozen=True)

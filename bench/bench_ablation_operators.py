@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measure import interleaved, ratios
-from memloc_ext.ops import channel_saliency, linear_ablation_loss
+from memloc_ext.ops import channel_saliency
+from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.reference import channel_saliency as channel_saliency_reference
 from memloc_ext.reference import linear_ablation_loss as linear_ablation_loss_reference
 

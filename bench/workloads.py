@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext import GradientAccountant, models, plan
+from memloc_ext import GradientAccountant, models
 from memloc_ext.models.vit import Block
+from memloc_ext.ops.grad_sqnorm import plan
 
 Step = Callable[[], dict[str, Any]]
 """A forward and backward pass; returns squared norms ``[batch]`` by the name of a parameter."""

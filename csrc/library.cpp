@@ -15,29 +15,31 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def("linear_grad_sqnorm(Tensor input, Tensor grad_output, *, str method=\"auto\") -> Tensor");
   m.def(
       "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "
-      "padding, "
-      "SymInt[2] dilation, SymInt groups, *, str method=\"auto\") -> Tensor");
+      "padding, SymInt[2] dilation, SymInt groups, *, str method=\"auto\") -> Tensor");
   m.def(
       "linear_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups) -> (Tensor, "
       "Tensor)");
   m.def(
       "conv2d_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups, SymInt[2] "
       "kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
+  m.def("plan(int groups, int inputs, int outputs, int[] y, int[] x) -> (int, float, float, float, bool)");
   m.def("channel_saliency(Tensor activation, Tensor grad, int channel_dim=1) -> Tensor");
   m.def(
       "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "
       "Tensor)");
   m.def("normalization_grads(Tensor input, Tensor grad_output, Tensor mean, Tensor rstd) -> (Tensor, Tensor)");
   m.def(
-      "conv2d_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, SymInt[2] stride, SymInt[2] "
-      "padding, SymInt[2] dilation, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, Tensor? examples=None) "
-      "-> "
+      "conv2d_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, SymInt[2] stride=1, SymInt[2] "
+      "padding=0, SymInt[2] dilation=1, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None, bool "
+      "relu=False, "
+      "Tensor? examples=None) -> Tensor");
+  m.def(
+      "linear_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? residual=None, bool relu=False, Tensor? examples=None) -> Tensor");
+  m.def(
+      "ablate_channels(Tensor input, Tensor offsets, Tensor channels, Tensor? baseline=None, int channel_dim=1) -> "
       "Tensor");
   m.def(
-      "linear_ablation(Tensor output, Tensor change, Tensor weight, Tensor channels, Tensor? scale, Tensor? shift, "
-      "Tensor? residual, bool relu, Tensor? examples=None) -> Tensor");
-  m.def(
-      "ablate_channels(Tensor input, Tensor offsets, Tensor channels, Tensor? baseline, int channel_dim=1) -> Tensor");
-  m.def(
-      "ablate_channels_(Tensor(a!) input, Tensor offsets, Tensor channels, Tensor? baseline, int channel_dim=1) -> ()");
+      "ablate_channels_(Tensor(a!) input, Tensor offsets, Tensor channels, Tensor? baseline=None, int channel_dim=1) "
+      "-> ()");
 }

@@ -6,7 +6,6 @@ from memloc_ext._version import __version__
 from memloc_ext.ablation import ablation_losses, apply_ablation
 from memloc_ext.accounting import GradientAccountant
 from memloc_ext.nn import example_ids
-from memloc_ext.ops import plan
 from memloc_ext.probes import account_epoch, accuracy, localize, localize_dataset, retrain, rewind
 from memloc_ext.study import load_run
 
@@ -26,7 +25,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
-    "plan",
     "probes",
     "retrain",
     "rewind",

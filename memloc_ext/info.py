@@ -44,7 +44,7 @@ def info() -> str:
         "CUDA kernels": ("loaded" if has_cuda_kernels else "no") + (f", built for {archs}" if archs else ""),
         "GPU": ", ".join(gpus) or "none",
         "compiler": build.get("compiler", "unknown"),
-        **{f"operator {name}": ", ".join(devices) for name, devices in operators().items()},
+        **{f"operator {name}": ", ".join(devices) or "any device" for name, devices in operators().items()},
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{name:{width}}{value}" for name, value in lines.items())

@@ -2,12 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <map>
-#include <string>
-#include <tuple>
-
-#include "grad_sqnorm.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -30,32 +25,14 @@ py::dict build_info() {
   return info;
 }
 
-using Numbers = std::array<int64_t, 5>;
-
-std::tuple<std::string, std::map<std::string, double>, bool> grad_sqnorm_plan(int64_t groups, int64_t inputs,
-                                                                              int64_t outputs, const Numbers& y,
-                                                                              const Numbers& x) {
-  const memloc::GradSqnormShape shape{
-      groups, inputs, outputs, {y[0], y[1], y[2], y[3], y[4]}, {x[0], x[1], x[2], x[3], x[4]}};
-  if (groups < 1 || inputs < 0 || outputs < 0 || !shape.y.valid() || !shape.x.valid()) {
-    throw py::value_error(
-        "plan: kernel_size, stride and dilation must be at least 1, padding at least 0, groups must divide the "
-        "channels, "
-        "and the kernel must fit into the padded image");
-  }
-  std::map<std::string, double> counts{{"direct", shape.direct()}, {"gram", shape.gram()}};
-  if (shape.outer_applies()) counts["outer"] = shape.outer();
-  const char* const names[] = {"outer", "direct", "gram"};
-  return {names[static_cast<int>(shape.choose())], counts, shape.fused()};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build information and cost models.";
   m.def("build_info", &build_info, "Compiler, CUDA architectures built for (empty: none), CPU instruction set in use.");
-  m.def("grad_sqnorm_plan", &grad_sqnorm_plan, py::arg("groups"), py::arg("inputs"), py::arg("outputs"), py::arg("y"),
-        py::arg("x"),
-        "The way that is taken, the multiply-adds per example of each, and whether sums over groups come from the same "
-        "pass; axes are (size, kernel, stride, padding, dilation).");
+  m.def("grad_sqnorm_plan", &memloc::grad_sqnorm_plan, py::arg("groups"), py::arg("inputs"), py::arg("outputs"),
+        py::arg("y"), py::arg("x"),
+        "The way that is taken (0 outer, 1 direct, 2 gram); the multiply-adds per example of each, infinite where it "
+        "does not apply; whether sums over groups come from the same pass. Axes: size, kernel, stride, padding, "
+        "dilation.");
 }

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from memloc_ext.ablation.recording import Call, Recording, Ref
 from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch, trimmed
-from memloc_ext.ops.conv2d_ablation import call as conv2d_ablation
-from memloc_ext.ops.linear_ablation import call as linear_ablation
+from memloc_ext.ops.ablation import conv2d_ablation, linear_ablation
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from memloc_ext.ablation.model_runs import one_by_one
 from memloc_ext.ablation.network import HOWS, Network, Question
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.signature import Judged, check_examples, check_output, given
-from memloc_ext.ops import linear_ablation_loss
+from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.tasks import Task, TaskName, task_of
 
 

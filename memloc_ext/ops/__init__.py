@@ -1,14 +1,12 @@
 """Operators: each is also ``torch.ops.memloc_ext.<name>``, on the CPU and on CUDA."""
 
 from memloc_ext import _libraries as _libraries
+from memloc_ext.ops import ablation as _ablation  # noqa: F401, registers its operators
 from memloc_ext.ops.ablate_channels import ablate_channels, ablate_channels_
 from memloc_ext.ops.channel_saliency import channel_saliency
-from memloc_ext.ops.conv2d_ablation import conv2d_ablation
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
-from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan, plan_conv2d, plan_linear
+from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
 from memloc_ext.ops.grad_sqnorm_groups import Groups, conv2d_grad_sqnorm_groups, linear_grad_sqnorm_groups
-from memloc_ext.ops.linear_ablation import linear_ablation
-from memloc_ext.ops.linear_ablation_loss import linear_ablation_loss
 from memloc_ext.ops.normalization_grads import normalization_grads
 
 __all__ = [
@@ -17,16 +15,12 @@ __all__ = [
     "ablate_channels",
     "ablate_channels_",
     "channel_saliency",
-    "conv2d_ablation",
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",
     "example_tied_dropout",
-    "linear_ablation",
-    "linear_ablation_loss",
     "linear_grad_sqnorm",
     "linear_grad_sqnorm_groups",
     "normalization_grads",
-    "plan",
     "plan_conv2d",
     "plan_linear",
 ]

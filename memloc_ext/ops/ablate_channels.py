@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ops import _errors
-from memloc_ext.ops._values import check_channels, readable
+from memloc_ext.ops._checks import call, check_devices, readable
 
 _op = torch.ops.memloc_ext.ablate_channels.default
 _op_ = torch.ops.memloc_ext.ablate_channels_.default
@@ -77,20 +76,23 @@ def ablate_channels_(
 
 
 def _call(operator: Any, name: str, input: Tensor, offsets: Tensor, channels: Tensor, *rest: Any) -> Any:
-    if readable(offsets) and isinstance(channels, Tensor) and offsets.dim() == 1 and offsets.numel() > 0:
+    if readable(offsets) and readable(channels) and offsets.dim() == 1 and offsets.numel() > 0:
         steps = offsets.diff()
         first, last = int(offsets[0]), int(offsets[-1])
         if first != 0 or last != channels.numel() or (steps.numel() > 0 and int(steps.min()) < 0):
             raise ValueError(f"{name}: offsets must go from 0 to {channels.numel()} and not decrease")
         channel_dim = rest[-1]
-        if isinstance(input, Tensor) and -input.dim() <= channel_dim < input.dim():
-            check_channels(name, channels, input.shape[channel_dim])
-    return _errors.call(operator, name, input, offsets, channels, *rest)
+        if isinstance(input, Tensor) and -input.dim() <= channel_dim < input.dim() and channels.numel() > 0:
+            count = input.shape[channel_dim]
+            low, high = (int(bound) for bound in torch.stack(torch.aminmax(channels)).tolist())
+            if low < 0 or high >= count:
+                raise ValueError(f"{name}: channels must be in [0, {count}), got {low if low < 0 else high}")
+    return call(operator, name, input, offsets, channels, *rest)
 
 
 @torch.library.register_fake("memloc_ext::ablate_channels")
-def _(input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None, channel_dim: int = 1) -> Tensor:
-    _check_devices("ablate_channels", input, offsets, channels)
+def _(input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None = None, channel_dim: int = 1) -> Tensor:
+    check_devices("ablate_channels", input=input, offsets=offsets, channels=channels)
     if input.shape[0] == 0:
         return torch.empty_like(input)
     row = torch.empty_like(input[0])
@@ -98,14 +100,8 @@ def _(input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None,
 
 
 @torch.library.register_fake("memloc_ext::ablate_channels_")
-def _(input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None, channel_dim: int = 1) -> None:
-    _check_devices("ablate_channels_", input, offsets, channels)
-
-
-def _check_devices(name: str, input: Tensor, *tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: offsets and channels must be on {input.device} like input, got {tensor.device}")
+def _(input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None = None, channel_dim: int = 1) -> None:
+    check_devices("ablate_channels_", input=input, offsets=offsets, channels=channels)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ops import _errors
+from memloc_ext.ops._checks import call, check_devices, result_dtype
 
 _op = torch.ops.memloc_ext.channel_saliency.default
 
@@ -36,18 +36,14 @@ def channel_saliency(activation: Tensor, grad: Tensor, channel_dim: int = 1) -> 
     Source: Molchanov et al., "Pruning convolutional neural networks for resource efficient inference", ICLR 2017 (the
     first-order criterion).
     """
-    return _errors.call(_op, "channel_saliency", activation, grad, channel_dim)
+    return call(_op, "channel_saliency", activation, grad, channel_dim)
 
 
 @torch.library.register_fake("memloc_ext::channel_saliency")
 def _(activation: Tensor, grad: Tensor, channel_dim: int = 1) -> Tensor:
-    if activation.device != grad.device:  # a meta tensor brings even real ones here
-        raise ValueError(
-            "channel_saliency: grad must be on the device of activation; "
-            f"got grad on {grad.device} and activation on {activation.device}"
-        )
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    return activation.new_empty(activation.shape[0], activation.shape[channel_dim], dtype=dtype)
+    check_devices("channel_saliency", activation=activation, grad=grad)
+    sizes = activation.shape[0], activation.shape[channel_dim]
+    return activation.new_empty(sizes, dtype=result_dtype(activation))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import forward_ad
 
-from memloc_ext.ops import _errors
-from memloc_ext.ops._values import readable
+from memloc_ext.ops import _checks
 
 _op = torch.ops.memloc_ext.example_tied_dropout.default
 
@@ -29,7 +28,8 @@ def example_tied_dropout(
 
     The draw depends on ``seed``, ``site``, the example id and the channel only: it is the same in every epoch, batch,
     dtype, memory format and device, and the global generators are not touched. Kept activations are not rescaled.
-    No mask is stored. Differentiable in ``x``, to any order.
+    No mask is stored. Differentiable in ``x``, to any order, in both modes and under ``torch.func``;
+    ``torch.ops.memloc_ext`` itself is so in backward mode and under ``torch.vmap`` only.
 
     On CUDA the ids are read back once to check them, which waits for the device; ``torch.ops.memloc_ext`` does not,
     and takes a negative id for the unsigned number with the same bits.
@@ -62,12 +62,12 @@ def example_tied_dropout(
 
 def call(*arguments: Any) -> Tensor:
     """Run the operator on ids that `check_example_ids` has seen: the rest is checked without a wait."""
-    return _errors.call(_op, "example_tied_dropout", *arguments)
+    return _checks.call(_run, "example_tied_dropout", *arguments)
 
 
 def check_example_ids(example_ids: Tensor) -> None:
     """Raise ValueError if an id on a CUDA device is negative; the operator itself checks ids on the CPU."""
-    if not readable(example_ids) or example_ids.numel() == 0:
+    if not _checks.readable(example_ids) or example_ids.numel() == 0:
         return
     smallest = int(example_ids.min())
     if smallest < 0:
@@ -84,66 +84,84 @@ def _(x: Tensor, example_ids: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-class _Autograd(_SingleLevelFunction):
-    """The operator multiplies by a mask: its own derivative, in both directions.
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, example_ids, *ctx.settings = inputs
+    ctx.save_for_backward(example_ids)
+    ctx.save_for_forward(example_ids)
 
-    It runs below a torch.func transform, which has already singled out the level that records: a Function would ask the
-    transform again.
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    return _run(grad, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings)
+
+
+def _vmap(
+    run: Callable[..., Tensor],
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    example_ids: Tensor,
+    num_generalization: int,
+    p_mem: float,
+    seed: int,
+    site: int = 0,
+    channel_dim: int = 1,
+) -> tuple[Tensor, int]:
+    x_dim, ids_dim = in_dims[:2]
+    settings = (num_generalization, p_mem, seed, site)
+    if ids_dim is None:
+        # one set of ids: a dimension more that the mask does not depend on, right behind those of the ids
+        new = example_ids.dim()
+        x = x.movedim(cast(int, x_dim), new)
+        rank = x.dim() - 1
+        valid = -rank <= channel_dim < rank and channel_dim % rank > 0
+        return run(x, example_ids, *settings, channel_dim % rank + 1 if valid else 0), new
+    # ids of their own: a part of the batch
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    example_ids = example_ids.movedim(ids_dim, 0)
+    y = run(x.flatten(0, 1), example_ids.flatten(0, 1), *settings, channel_dim)
+    return y.unflatten(0, x.shape[:2]), 0
+
+
+torch.library.register_autograd("memloc_ext::example_tied_dropout", _backward, setup_context=_setup_context)
+torch.library.register_vmap("memloc_ext::example_tied_dropout", functools.partial(_vmap, _op))
+
+
+class _Function(torch.autograd.Function):
+    """The same for torch.func and forward mode, which know nothing of what is registered.
+
+    The operator multiplies by a mask: it is its own derivative, in both directions.
     """
 
     @staticmethod
-    def forward(x: Tensor, example_ids: Tensor, *settings: Any) -> Tensor:
-        # A Function turns recording off; the outer levels of nested torch.func transforms record this very call.
-        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), _set_fwd_grad_enabled(True):
-            return _op(x, example_ids, *settings)
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*arguments)
+
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, example_ids, *ctx.settings = inputs
-        ctx.save_for_backward(example_ids)
-        ctx.save_for_forward(example_ids)
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return _backward(ctx, *grads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _op(grad, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings)
+    def vmap(*arguments: Any) -> tuple[Tensor, int]:
+        return _vmap(_run, *arguments)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _op(tangent, *ctx.saved_tensors, *ctx.settings)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        example_ids: Tensor,
-        num_generalization: int,
-        p_mem: float,
-        seed: int,
-        site: int = 0,
-        channel_dim: int = 1,
-    ) -> tuple[Tensor, int]:
-        x_dim, ids_dim = in_dims[:2]
-        settings = (num_generalization, p_mem, seed, site)
-        if ids_dim is None:
-            # one set of ids: a dimension more that the mask does not depend on, right behind those of the ids
-            new = example_ids.dim()
-            x = x.movedim(cast(int, x_dim), new)
-            rank = x.dim() - 1
-            valid = -rank <= channel_dim < rank and channel_dim % rank > 0
-            return _op(x, example_ids, *settings, channel_dim % rank + 1 if valid else 0), new
-        # ids of their own: a part of the batch
-        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-        example_ids = example_ids.movedim(ids_dim, 0)
-        y = _op(x.flatten(0, 1), example_ids.flatten(0, 1), *settings, channel_dim)
-        return y.unflatten(0, x.shape[:2]), 0
+        return _run(tangent, *ctx.saved_tensors, *ctx.settings)
 
 
-def _autograd(*arguments: Any) -> Tensor:
-    with enable_single_level_autograd_function():
-        return cast(Any, _Autograd).apply(*arguments)
+_record = cast(Any, super(torch.autograd.Function, _Function)).apply  # where no transform has to be asked
 
 
-# not torch.library.register_autograd: what it makes knows no torch.func transform and no forward mode
-torch.library.impl("memloc_ext::example_tied_dropout", "Autograd", _autograd)
-torch.library.register_vmap("memloc_ext::example_tied_dropout", _Autograd.vmap)
+def _run(*arguments: Any) -> Tensor:
+    """Run the operator in the way that costs least and knows every derivative that may be asked for."""
+    if torch.compiler.is_compiling():
+        return _op(*arguments)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return cast(Tensor, _Function.apply(*arguments))
+    if torch.is_grad_enabled() and isinstance(arguments[0], Tensor) and arguments[0].requires_grad:
+        return _record(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*arguments)

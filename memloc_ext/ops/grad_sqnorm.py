@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.ops import _errors, _grad_sqnorm_plan
+from memloc_ext.ops._checks import call, call_without_graph, check_devices, result_dtype
 
 _linear = torch.ops.memloc_ext.linear_grad_sqnorm.default
 _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm.default
@@ -41,7 +41,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, *, method: str = "aut
 
     Source: Goodfellow, "Efficient per-example gradient computations", 2015 (``outer``).
     """
-    return _errors.call(_linear, "linear_grad_sqnorm", detached(input), detached(grad_output), method=method)
+    return call_without_graph(_linear, "linear_grad_sqnorm", input, grad_output, method=method)
 
 
 def conv2d_grad_sqnorm(
@@ -80,8 +80,7 @@ def conv2d_grad_sqnorm(
     2019.
     """
     settings = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    tensors = (detached(input), detached(grad_output))
-    return _errors.call(_conv2d, "conv2d_grad_sqnorm", *tensors, *settings, method=method)
+    return call_without_graph(_conv2d, "conv2d_grad_sqnorm", input, grad_output, *settings, method=method)
 
 
 @dataclass(frozen=True)
@@ -176,41 +175,31 @@ def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
 
 
 def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
-    method, counts, fused = _cost_model()(groups, inputs, outputs, tuple(y), tuple(x))
-    counts = {gram if name == "gram" else name: count for name, count in counts.items()}
-    return Plan(gram if method == "gram" else method, counts, fused)
+    method, counts, fused = _planned(gram, groups, inputs, outputs, tuple(y), tuple(x))
+    return Plan(method, counts.copy(), fused)
 
 
-@functools.cache
-def _cost_model() -> Callable[..., tuple[str, dict[str, float], bool]]:
+@functools.lru_cache(maxsize=1024)  # a training asks the same of every batch
+def _planned(gram: str, *shape: object) -> tuple[str, dict[str, float], bool]:
+    way, *counts, fused = _cost_model(*shape)
+    ways = ("outer", "direct", gram)
+    return ways[way], {name: n for name, n in zip(ways, counts, strict=True) if n < inf}, fused
+
+
+def _cost_model(*shape: object) -> tuple[int, float, float, float, bool]:
     try:
-        model = importlib.import_module("memloc_ext._host").grad_sqnorm_plan
+        return importlib.import_module("memloc_ext._host").grad_sqnorm_plan(*shape)
     except ModuleNotFoundError:  # a build without it
-        model = _grad_sqnorm_plan.grad_sqnorm_plan
-    return functools.lru_cache(maxsize=1024)(model)  # a training asks the same of every batch
-
-
-def result_dtype(input: Tensor) -> torch.dtype:
-    """Return the type of norms and sums."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def detached(tensor: Tensor) -> Tensor:
-    """Return a tensor without its graph."""
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # what is no tensor, the operator refuses
+        return call(torch.ops.memloc_ext.plan.default, "plan", *shape)
 
 
 @torch.library.register_fake("memloc_ext::linear_grad_sqnorm")
-def _(input: Tensor, grad_output: Tensor, *, method: str = "auto") -> Tensor:
-    return _norms(input, grad_output)
+def _(input: Tensor, grad_output: Tensor, *_: object, method: str = "auto") -> Tensor:
+    check_devices("linear_grad_sqnorm", input=input, grad_output=grad_output)
+    return input.new_empty(input.shape[0], dtype=result_dtype(input))
 
 
 @torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm")
 def _(input: Tensor, grad_output: Tensor, *_: object, method: str = "auto") -> Tensor:
-    return _norms(input, grad_output)
-
-
-def _norms(input: Tensor, grad_output: Tensor) -> Tensor:
-    if input.device != grad_output.device:
-        raise ValueError(f"grad_sqnorm: grad_output must be on {input.device} like input, got {grad_output.device}")
+    check_devices("conv2d_grad_sqnorm", input=input, grad_output=grad_output)
     return input.new_empty(input.shape[0], dtype=result_dtype(input))

@@ -9,15 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from memloc_ext.ops import _errors
-from memloc_ext.ops.grad_sqnorm import (
-    conv2d_grad_sqnorm,
-    detached,
-    linear_grad_sqnorm,
-    plan_conv2d,
-    plan_linear,
-    result_dtype,
-)
+from memloc_ext.ops._checks import call_without_graph, check_devices, result_dtype
+from memloc_ext.ops.grad_sqnorm import conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
 
 _linear = torch.ops.memloc_ext.linear_grad_sqnorm_groups.default
 _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm_groups.default
@@ -93,12 +86,11 @@ def linear_grad_sqnorm_groups(
         ValueError: If a shape, number or device breaks the above.
         TypeError: If a dtype or a type does.
     """
-    name, x, g = "linear_grad_sqnorm_groups", detached(input), detached(grad_output)
+    name, x, g = "linear_grad_sqnorm_groups", input, grad_output
     if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
-        groups = _groups(name, x, group_ids, num_groups)
-        return norms, linear_group_grad(x, g, groups)
-    return _errors.call(_linear, name, x, g, *_ids(group_ids, num_groups))
+        return norms, linear_group_grad(x.detach(), g.detach(), _groups(name, x, group_ids, num_groups))
+    return call_without_graph(_linear, name, x, g, *_ids(group_ids, num_groups))
 
 
 def linear_group_grad(input: Tensor, grad_output: Tensor, groups: Groups) -> Tensor:
@@ -145,19 +137,19 @@ def conv2d_grad_sqnorm_groups(
         ValueError: If a shape, number or device breaks the above.
         TypeError: If a dtype or a type does.
     """
-    name, x, g = "conv2d_grad_sqnorm_groups", detached(input), detached(grad_output)
+    name, x, g = "conv2d_grad_sqnorm_groups", input, grad_output
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
     if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         by = _groups(name, x, group_ids, num_groups)
         sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
         settings = (*geometry[1:], False, [0, 0], groups, [False, True, False])
-        for total, (rows_x, rows_g) in zip(sums, by.split(x, g), strict=True):
+        for total, (rows_x, rows_g) in zip(sums, by.split(x.detach(), g.detach()), strict=True):
             if len(rows_x):  # of the weight, total is only the shape
                 operands = (rows_g.to(sums.dtype), rows_x.to(sums.dtype), total, None)
                 total.copy_(torch.ops.aten.convolution_backward(*operands, *settings)[1])
         return norms, sums
-    return _errors.call(_conv2d, name, x, g, *_ids(group_ids, num_groups), *geometry, groups)
+    return call_without_graph(_conv2d, name, x, g, *_ids(group_ids, num_groups), *geometry, groups)
 
 
 def _conv2d_is_fused(x: Tensor, g: Tensor, *geometry: object) -> bool:
@@ -199,7 +191,8 @@ def _groups(name: str, x: Tensor, group_ids: Tensor | Groups, num_groups: int | 
 
 @torch.library.register_fake("memloc_ext::linear_grad_sqnorm_groups")
 def _(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    return _results(input, grad_output, group_ids, num_groups, grad_output.shape[-1], input.shape[-1])
+    sizes = num_groups, grad_output.shape[-1], input.shape[-1]
+    return _results("linear_grad_sqnorm_groups", input, grad_output, group_ids, sizes)
 
 
 @torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm_groups")
@@ -221,12 +214,12 @@ def _(
             f"{channels[0]} input and {channels[1]} output channels, got {groups}"
         )
     sizes = (num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
-    return _results(input, grad_output, group_ids, *sizes)
+    return _results("conv2d_grad_sqnorm_groups", input, grad_output, group_ids, sizes)
 
 
-def _results(input: Tensor, grad_output: Tensor, group_ids: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("grad_output", grad_output), ("group_ids", group_ids)):
-        if input.device != tensor.device:
-            raise ValueError(f"grad_sqnorm_groups: {name} must be on {input.device} like input, got {tensor.device}")
+def _results(
+    name: str, input: Tensor, grad_output: Tensor, group_ids: Tensor, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    check_devices(name, input=input, grad_output=grad_output, group_ids=group_ids)
     dtype = result_dtype(input)
     return input.new_empty(input.shape[0], dtype=dtype), input.new_empty(sizes, dtype=dtype)

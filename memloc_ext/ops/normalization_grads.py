@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memloc_ext.ops import _errors
-from memloc_ext.ops.grad_sqnorm import detached, result_dtype
+from memloc_ext.ops._checks import call_without_graph, check_devices, result_dtype
 
 _op = torch.ops.memloc_ext.normalization_grads.default
 
@@ -35,13 +34,11 @@ def normalization_grads(input: Tensor, grad_output: Tensor, mean: Tensor, rstd: 
         ValueError: If a shape or device breaks the above.
         TypeError: If a dtype or a type does.
     """
-    return _errors.call(_op, "normalization_grads", *map(detached, (input, grad_output, mean, rstd)))
+    return call_without_graph(_op, "normalization_grads", input, grad_output, mean, rstd)
 
 
 @torch.library.register_fake("memloc_ext::normalization_grads")
 def _(input: Tensor, grad_output: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("grad_output", grad_output), ("mean", mean), ("rstd", rstd)):
-        if input.device != tensor.device:
-            raise ValueError(f"normalization_grads: {name} must be on {input.device} like input, got {tensor.device}")
+    check_devices("normalization_grads", input=input, grad_output=grad_output, mean=mean, rstd=rstd)
     scale = input.new_empty(input.shape[:2], dtype=result_dtype(input))
     return scale, torch.empty_like(scale)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from memloc_ext.ops import conv2d_ablation
+from memloc_ext.ops.ablation import conv2d_ablation
 from memloc_ext.reference import ablation as reference
 
 op = torch.ops.memloc_ext.conv2d_ablation.default
@@ -285,9 +285,7 @@ def test_cuda_equals_cpu_on_a_side_stream_and_in_a_graph() -> None:
 def test_cuda_takes_a_channel_that_does_not_exist_for_one_without_weights() -> None:
     arguments = case(3, 2, 4, 6, (5, 5), (3, 3), device="cuda")
     arguments[3] = torch.tensor([1, 4, -1], device="cuda")
-    with pytest.raises(ValueError, match=r"channels must be in \[0, 4\), got -1"):
-        conv2d_ablation(*arguments)
-    actual = op(*arguments)
+    actual = conv2d_ablation(*arguments)
     arguments[1][1:] = 0
     arguments[3] = torch.tensor([1, 0, 0], device="cuda")
     assert torch.equal(actual, op(*arguments))

@@ -186,6 +186,22 @@ def test_gradients_to_second_order(device: torch.device) -> None:
     assert_same(grad.float(), reference.example_tied_dropout(y, ids, 2, 0.5, 1))
 
 
+def test_forward_mode_and_torch_func(device: torch.device) -> None:
+    x, tangent = torch.randn(2, 4, 6, dtype=torch.float64, device=device)
+    ids = ids_for(x)
+    keep = reference.keep_mask(ids, 6, 2, 0.5, 1).to(device)
+    f = lambda t: example_tied_dropout(t, ids, 2, 0.5, 1)  # noqa: E731
+    assert torch.autograd.gradcheck(f, x.clone().requires_grad_(), check_forward_ad=True, check_batched_grad=True)
+    assert_same(torch.func.jvp(f, (x,), (tangent,))[1], tangent * keep)
+    cubes = torch.func.grad(lambda t: torch.func.grad(lambda u: (f(u) ** 3).sum())(t).sum())(x)
+    assert_same(cubes, 6 * x * keep)
+    around = torch.func.grad(lambda t: (torch.vmap(f)(torch.stack([t, 2 * t])) ** 2).sum())(x)
+    assert_same(around, 10 * x * keep)
+    back = torch.func.vjp(f, x)[1]  # called when the transform is over
+    g = tangent.clone().requires_grad_()
+    assert_same(torch.autograd.grad((back(g)[0] ** 2).sum(), g)[0], 2 * tangent * keep)
+
+
 @pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
 @pytest.mark.parametrize("channel_dim", [1, -1])
 def test_vmap_over_x(in_dim: int, channel_dim: int, device: torch.device) -> None:

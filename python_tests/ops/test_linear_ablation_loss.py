@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memloc_ext.ops import linear_ablation_loss
+from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.reference import linear_ablation_loss as reference
 
 op = torch.ops.memloc_ext.linear_ablation_loss

@@ -9,6 +9,7 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 from memloc_ext import ops
+from memloc_ext.ops import ablation as ablation_ops
 
 Make = Callable[..., Tensor]
 Result = tuple[Tensor, Tensor, Tensor]  # of an operator, in float64, and that of the absolute values
@@ -35,7 +36,7 @@ def ablation(n: int, make: Make, device: torch.device) -> Result:
     side = math.isqrt(n)
     change, weight = make(1, 2, side, side).to(device), make(3, 1, side, side).to(device)
     output = torch.zeros(2, 3, 1, 1, device=device)
-    actual = ops.conv2d_ablation(output, change, weight, torch.zeros(1, dtype=torch.long, device=device))
+    actual = ablation_ops.conv2d_ablation(output, change, weight, torch.zeros(1, dtype=torch.long, device=device))
     exact, magnitude = outer(weight.reshape(1, 3, n).transpose(1, 2), change.reshape(1, 2, n).transpose(1, 2))
     return actual[0, :, :, 0, 0], exact[0].t(), magnitude[0].t()
 
@@ -106,7 +107,7 @@ def normalization(n: int, make: Make, device: torch.device, inside: bool = False
 def classes(n: int, make: Make, device: torch.device) -> Result:
     features, weight, zero = make(2, 2).to(device), 0.1 * make(n, 2).to(device), torch.zeros(2, device=device)
     targets = torch.tensor([0, n - 1], device=device)
-    actual, _ = ops.linear_ablation_loss(features, weight, None, targets, zero)
+    actual, _ = ablation_ops.linear_ablation_loss(features, weight, None, targets, zero)
     logits = (
         features.double().flip(1).t()[..., None] * weight.double().flip(1).t()[:, None]
     )  # [features, batch, classes]

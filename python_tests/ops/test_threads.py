@@ -18,7 +18,7 @@ def larger(values: list[Any]) -> list[Any]:
     return [value.repeat(64, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value for value in values]
 
 
-@pytest.mark.parametrize("name", sorted(set(VALID) - {"ablate_channels_"}))
+@pytest.mark.parametrize("name", sorted(set(VALID) - {"ablate_channels_", "plan"}))
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     torch.manual_seed(0)
     values = VALID[name]()
