@@ -8,7 +8,6 @@ from memloc_ext.accounting import GradientAccountant
 from memloc_ext.nn import example_ids
 from memloc_ext.ops import plan
 from memloc_ext.probes import localize, retrain, rewind
-from memloc_ext.study import load_run
 
 __all__ = [
     "GradientAccountant",
@@ -18,7 +17,6 @@ __all__ = [
     "data",
     "example_ids",
     "has_cuda_kernels",
-    "load_run",
     "localize",
     "models",
     "nn",
