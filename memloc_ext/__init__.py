@@ -7,7 +7,6 @@ from memloc_ext.ablation import ablation_losses, apply_ablation
 from memloc_ext.accounting import GradientAccountant
 from memloc_ext.nn import example_ids
 from memloc_ext.probes import account_epoch, accuracy, localize, localize_dataset, retrain, rewind
-from memloc_ext.study import load_run
 
 __all__ = [
     "GradientAccountant",
@@ -19,7 +18,6 @@ __all__ = [
     "data",
     "example_ids",
     "has_cuda_kernels",
-    "load_run",
     "localize",
     "localize_dataset",
     "models",

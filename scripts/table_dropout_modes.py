@@ -17,9 +17,9 @@ import tyro
 
 from memloc_ext.files import write_json
 from memloc_ext.info import info
-from memloc_ext.report import text_table
-from memloc_ext.report.figures import COLUMNS
 from memloc_ext.study import StageName, StudyConfig, run_study
+from memloc_ext.study.report import text_table
+from memloc_ext.study.report.figures import COLUMNS
 
 STAGES: tuple[StageName, ...] = ("train", "dropout", "controls")
 

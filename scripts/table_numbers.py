@@ -16,8 +16,8 @@ import tyro
 
 from memloc_ext.files import read_json, write_json
 from memloc_ext.info import info
-from memloc_ext.report.page import NUMBERS, command
 from memloc_ext.study import Run, load_run
+from memloc_ext.study.report.page import NUMBERS, command
 from memloc_ext.study.run_directory import CONFIG
 
 

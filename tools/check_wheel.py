@@ -26,7 +26,7 @@ MODULE = re.compile(r"memloc_ext/(?P<name>_C|_C_cuda|_host)\.(?P<abi>abi3|cpytho
 
 def expected_files() -> set[str]:
     """Return the files of the package that are no extension modules."""
-    patterns = ("**/*.py", "py.typed", "report/*.html.j2")
+    patterns = ("**/*.py", "py.typed", "study/report/*.html.j2")
     return {str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "memloc_ext").glob(pattern)}
 
 

@@ -27,15 +27,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads would not survive a fork
 
-from memloc_ext.cli import main as memloc  # noqa: E402
 from memloc_ext.parts import fingerprint  # noqa: E402
+from memloc_ext.study.command_line import main as memloc  # noqa: E402
 from memloc_ext.training import load_checkpoint  # noqa: E402
 
 STUDY = """
 run --model lenet --epochs 4 --batch-size 32 --examples 300 --learning-rate 0.1 --device cpu
 --localized 6 --max-units 5 --edited 2 --retrain-epochs 2
 """
-IMPORTED = ("memloc_ext.report", "jinja2", "matplotlib.backends.backend_agg", "sklearn.model_selection", "tqdm", "tyro")
+IMPORTED = (
+    "memloc_ext.study.report",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "sklearn.model_selection",
+    "tqdm",
+    "tyro",
+)
+    "memloc_ext.study.report",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "sklearn.model_selection",
+    "tqdm",
+    "tyro",
+)
 DISK = 0.03
 """Seconds that bytes take to the disk, at least: on a slow one, more of the kills meet a write."""
 PER_RUN = 5

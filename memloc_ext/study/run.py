@@ -58,7 +58,7 @@ def run_study(
     Args:
         config: The settings.
         output: The run directory; created if missing.
-        stages: Names of the stages to do; ``report`` is left to `memloc_ext.report.write_report`.
+        stages: Names of the stages to do; ``report`` is left to `memloc_ext.study.report.write_report`.
         resume: Allow other settings than those of the run that is there: stages that depend on them are done again,
             and replace the former result when they are finished.
         progress: Show a bar of the epochs on a terminal.

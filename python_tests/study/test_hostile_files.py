@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-import memloc_ext
 from memloc_ext.data import memorized_mask
 from memloc_ext.files import read_json, write_json
 from memloc_ext.parts import PartFiles
 from memloc_ext.probes import LocalizationConfig
-from memloc_ext.study import DataConfig, ModelConfig, Run, StudyConfig, run_study
+from memloc_ext.study import DataConfig, ModelConfig, Run, StudyConfig, load_run, run_study
 from memloc_ext.study.accounting_files import load_account
 from memloc_ext.study.probe_configs import RetrainConfig
 from memloc_ext.training import TrainConfig, load_checkpoint
@@ -88,10 +87,10 @@ def test_a_damaged_file_of_a_run_is_named(whole: Run, run: Path, name: str) -> N
     path, expected = run / name, replace(whole, path=run)
     expected = replace(expected, accounting=replace(whole.accounting, folder=run / "plain" / "accounting"))  # type: ignore[type-var]
     content = path.read_bytes()
-    found = [noticed(path, damage, lambda: memloc_ext.load_run(run), expected.__eq__) for damage in damages(content)]
+    found = [noticed(path, damage, lambda: load_run(run), expected.__eq__) for damage in damages(content)]
     assert sum(found) >= len(found) - 1  # all but the one that cuts the checksum off and leaves the text
     path.write_bytes(content)
-    assert memloc_ext.load_run(run) == expected
+    assert load_run(run) == expected
 
 
 def test_a_damaged_checkpoint_account_or_part_is_named(run: Path, tmp_path: Path) -> None:
@@ -118,15 +117,15 @@ def text(value: Any) -> str:
 def test_a_file_of_another_kind_is_named(run: Path, name: str) -> None:
     path = run / name
     for content in NOT_THESE:
-        assert noticed(path, content, lambda: memloc_ext.load_run(run), lambda _: False)
+        assert noticed(path, content, lambda: load_run(run), lambda _: False)
     path.unlink()
     path.mkdir()
     with pytest.raises(ValueError, match=rf"{path.name}: must be a file"):
-        memloc_ext.load_run(run)
+        load_run(run)
     path.rmdir()
     os.mkfifo(path)  # nobody writes to it
     with pytest.raises(ValueError, match=rf"{path.name}: must be a file"):
-        memloc_ext.load_run(run)
+        load_run(run)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -138,7 +137,7 @@ def test_any_value_in_any_place_is_read_or_named(run: Path, name: str) -> None:
         for leaf in LEAVES:
             write_json(path, changed(value, place, leaf))
             try:
-                memloc_ext.load_run(run)
+                load_run(run)
             except FileNotFoundError as error:
                 assert name in ("config.json", "stages/train.json"), error  # noqa: PT017 - no stage has these settings
             except ValueError as error:
@@ -179,7 +178,7 @@ def test_a_link_out_of_a_run_is_refused(run: Path, tmp_path: Path, link: str) ->
     if path.exists():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.symlink_to(os.path.relpath(outside, path.parent))
-    for function in (lambda: memloc_ext.load_run(run), lambda: run_study(CONFIG, run, resume=True)):
+    for function in (lambda: load_run(run), lambda: run_study(CONFIG, run, resume=True)):
         with pytest.raises(ValueError, match=rf"{link}: must not lead out of the run, to .*outside"):
             function()
     assert outside.read_text() == "mine"
@@ -190,7 +189,7 @@ def test_a_run_may_be_a_link_and_hold_some(whole: Run, run: Path, tmp_path: Path
     (run / "plain" / "checkpoints").symlink_to("../kept")
     (run / "loop").symlink_to("loop")
     (tmp_path / "link").symlink_to(run)
-    assert memloc_ext.load_run(tmp_path / "link").metrics == whole.metrics
+    assert load_run(tmp_path / "link").metrics == whole.metrics
 
 
 class Harmful:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import memloc_ext
-from memloc_ext.cli import main
-from memloc_ext.study import DataConfig, StudyConfig, load_data
+from memloc_ext.study import DataConfig, StudyConfig, load_data, load_run
+from memloc_ext.study.command_line import main
 
 PART = StudyConfig(data=DataConfig(examples=300), device="cpu")
 
@@ -57,7 +56,7 @@ def test_one_class_of_images_of_any_size_is_trained_on(
     lines = capsys.readouterr().err.splitlines()
     joined = "memloc: train: batch_size 8 leaves a single one of 9 examples for the last batch, which batch norm cannot"
     assert [line.startswith(joined) for line in lines if "batch" in line] == [True]
-    run = memloc_ext.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     assert run.metrics[0]["clean"] == 1
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import memloc_ext
-from memloc_ext.cli import main
 from memloc_ext.probes import LocalizationConfig
-from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, run_study
+from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, load_run, run_study
+from memloc_ext.study.command_line import main
 from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint
@@ -65,7 +64,7 @@ def test_resume_does_again_what_a_setting_concerns(finished: Run, copy: Path) ->
     other = replace(CONFIG, localization=replace(CONFIG.localization, max_units=1))
     with pytest.raises(ValueError, match=r"localization\.max_units = 2, not 1; give another --output, or --resume"):
         run_study(other, copy, stages=STAGED)
-    assert memloc_ext.load_run(copy).localizations == finished.localizations
+    assert load_run(copy).localizations == finished.localizations
     run = run_study(other, copy, stages=STAGED, resume=True, say=said.append)
     assert said == [
         "[1/3] train: finished before, reused",
@@ -109,7 +108,7 @@ def test_resume_does_again_what_was_made_from_it(finished: Run, copy: Path) -> N
         "[1/2] train: done again, train.learning_rate = 0.01, not 0.05",
         "[2/2] localize: done again, train.learning_rate = 0.01, not 0.05",
     ]
-    assert list(memloc_ext.load_run(copy).histories) == ["plain"]  # the other model has another learning rate
+    assert list(load_run(copy).histories) == ["plain"]  # the other model has another learning rate
 
 
 def test_accounting_a_finished_training_trains_it_again(copy: Path) -> None:
@@ -183,7 +182,7 @@ def test_a_damaged_checkpoint_is_named(copy: Path) -> None:
     (copy / "stages" / "localize.json").unlink()
     with pytest.raises(ValueError, match=r"epoch_001\.pt: cannot be loaded as a checkpoint"):
         run_study(CONFIG, copy, stages=("localize",))
-    assert list(memloc_ext.load_run(copy).histories) == ["plain", "example_tied"]
+    assert list(load_run(copy).histories) == ["plain", "example_tied"]
 
 
 def test_a_checkpoint_of_another_dtype_is_named(copy: Path) -> None:

@@ -12,14 +12,7 @@ import pytest
 import torch
 
 import memloc_ext
-from memloc_ext.cli import main
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
-from memloc_ext.report import text_table, write_report, write_seeds_report
-from memloc_ext.report.accounting_answers import answers, cost
-from memloc_ext.report.accuracy_answers import dropout_answers, plain_answers
-from memloc_ext.report.localization_answers import notes
-from memloc_ext.report.sections import sections
-from memloc_ext.report.text import numbers
 from memloc_ext.study import (
     DataConfig,
     DropoutConfig,
@@ -29,8 +22,16 @@ from memloc_ext.study import (
     StudyConfig,
     build_model,
     load_data,
+    load_run,
     run_study,
 )
+from memloc_ext.study.command_line import main
+from memloc_ext.study.report import text_table, write_report, write_seeds_report
+from memloc_ext.study.report.accounting_answers import answers, cost
+from memloc_ext.study.report.accuracy_answers import dropout_answers, plain_answers
+from memloc_ext.study.report.localization_answers import notes
+from memloc_ext.study.report.sections import sections
+from memloc_ext.study.report.text import numbers
 from memloc_ext.study.run_directory import open_run
 from memloc_ext.study.stages import STAGES
 from memloc_ext.training import TrainConfig
@@ -52,26 +53,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def accounted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "account"
     main(["account", *QUICK, "--epochs", "2", "--output", str(folder)])
-    return memloc_ext.load_run(folder)
+    return load_run(folder)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "whole"
     main(["run", *QUICK, *FEW, *SHORT, "--output", str(folder)])
-    return memloc_ext.load_run(folder)
+    return load_run(folder)
 
 
 @pytest.fixture(scope="module")
 def localized(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("study") / "localize"
     main(["localize", *QUICK, *FEW, "--output", str(folder)])
-    return memloc_ext.load_run(folder)
+    return load_run(folder)
 
 
 def test_a_run_directory_holds_everything_and_reads_back(finished) -> None:
     path = finished.path
-    assert memloc_ext.load_run(path) == finished
+    assert load_run(path) == finished
     modes = [(row["model"], row["mode"]) for row in finished.metrics]
     tied = [("example_tied", mode) for mode in ("train", "test", "drop", "drop_gen")]
     assert modes == [("plain", "as trained"), *tied, ("standard", "as trained"), ("fixed", "as trained")]
@@ -155,7 +156,7 @@ def test_an_accounted_run_that_goes_on_ends_like_an_unbroken_one(accounted, tmp_
 
 def test_a_finished_account_is_neither_kept_nor_timed_again(accounted) -> None:
     main(["account", *QUICK, "--epochs", "2", "--output", str(accounted.path)])
-    assert memloc_ext.load_run(accounted.path) == accounted
+    assert load_run(accounted.path) == accounted
 
 
 def test_damaged_accounts_are_named(accounted, tmp_path: Path) -> None:
@@ -163,17 +164,17 @@ def test_damaged_accounts_are_named(accounted, tmp_path: Path) -> None:
     stored = path / "plain" / "accounting" / "epoch_001.npz"
     stored.write_bytes(stored.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"epoch_001\.npz: cannot be loaded as the account of an epoch"):
-        memloc_ext.load_run(path).accounting.epoch(1)
+        load_run(path).accounting.epoch(1)
     (path / "plain" / "accounting.json").write_text("[]")
     with pytest.raises(ValueError, match=r"accounting\.json: must be a table"):
-        memloc_ext.load_run(path)
+        load_run(path)
     (path / "plain" / "accounting.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"accounting\.json"):
-        memloc_ext.load_run(path)
+        load_run(path)
 
 
 def test_a_localized_run_holds_every_example_of_both_models(localized) -> None:
-    assert memloc_ext.load_run(localized.path) == localized
+    assert load_run(localized.path) == localized
     assert list(localized.localizations) == ["plain", "example_tied"]
     for model, localization in localized.localizations.items():
         assert Counter(row.kind for row in localization.examples) == {"memorized": 5, "clean": 5}
@@ -214,7 +215,7 @@ def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized,
         "[4/4] localize-dropout: finished before, reused",
     ]
     assert "Localization, example-tied dropout: " in output.out
-    again = memloc_ext.load_run(path)
+    again = load_run(path)
     assert again.localizations["example_tied"] == localized.localizations["example_tied"]
     plain = replace(again.localizations["plain"], seconds=localized.localizations["plain"].seconds)
     assert plain == localized.localizations["plain"]
@@ -248,7 +249,7 @@ def test_commands_do_what_they_say(
         asked.append(stages)
         raise ValueError("enough")
 
-    monkeypatch.setattr("memloc_ext.cli.run_study", study)
+    monkeypatch.setattr("memloc_ext.study.command_line.run_study", study)
     with pytest.raises(SystemExit, match="enough"):
         main([*arguments, "--output", str(tmp_path)])
     assert asked == [stages]
@@ -292,15 +293,15 @@ def test_a_run_goes_on_from_another_place_or_device(tmp_path: Path) -> None:
 
 def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run, config\.json is missing"):
-        memloc_ext.load_run(tmp_path)
+        load_run(tmp_path)
     shutil.copy(finished.path / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
-        memloc_ext.load_run(tmp_path)
+        load_run(tmp_path)
     path = shutil.copytree(finished.path, tmp_path / "run")
     for text in ('[{"mod', '{"a": 1}', "[]", '[{"mode": 1}]', '[{"model": "../../x", "mode": "train"}]'):
         (path / "plain" / "metrics.json").write_text(text)
         with pytest.raises(ValueError, match=r"plain/metrics\.json: must be "):
-            memloc_ext.load_run(path)
+            load_run(path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{"])
@@ -309,7 +310,7 @@ def test_damaged_settings_and_records_are_named(finished, tmp_path: Path, text: 
     for name in ("stages/train.json", "config.json"):
         (path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}: must be"):
-            memloc_ext.load_run(path)
+            load_run(path)
 
 
 def test_variants_start_from_the_same_weights_and_differ_in_dropout_only() -> None:
@@ -341,7 +342,7 @@ def test_a_file_of_memorized_examples_takes_the_place_of_noise(tmp_path: Path) -
 
 def test_seeds_have_a_folder_each_and_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["dropout", *QUICK, "--seed", "3", "--seeds", "2", "--output", str(tmp_path)])
-    runs = [memloc_ext.load_run(tmp_path / f"seed{seed}") for seed in (3, 4)]
+    runs = [load_run(tmp_path / f"seed{seed}") for seed in (3, 4)]
     assert [run.config["train"]["seed"] for run in runs] == [3, 4]
     assert f"report of all seeds: {tmp_path / 'report.html'}" in capsys.readouterr().out
     drops = [next(row["clean"] for row in run.metrics if row["mode"] == "drop") for run in runs]
@@ -375,7 +376,7 @@ def test_a_study_without_memorized_examples_ends_in_a_report(tmp_path: Path) -> 
     page = (tmp_path / "report.html").read_text()
     assert len(re.findall("<h3>", page)) == 2 * 6
     assert "nan" not in page.split("base64")[0]
-    run = memloc_ext.load_run(tmp_path / "seed1")
+    run = load_run(tmp_path / "seed1")
     assert list(run.localizations["plain"].kinds) == ["clean"]
 
 
@@ -400,7 +401,7 @@ def test_a_part_of_the_examples_keeps_its_numbers() -> None:
 
 
 def test_the_whole_study_holds_every_probe(whole) -> None:
-    assert memloc_ext.load_run(whole.path) == whole
+    assert load_run(whole.path) == whole
     groups = ["conv1", "conv2", "fc1", "fc2", "head"]
     assert whole.rewinding is not None
     assert whole.retraining is not None
@@ -433,7 +434,7 @@ def test_atypical_examples_go_through_every_probe(tmp_path: Path) -> None:
     (tmp_path / "scores.txt").write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
     arguments = ["--memorized", str(tmp_path / "scores.txt"), "--below", "0.5", "--examples", "300"]
     main(["run", *QUICK, *FEW, *SHORT, *arguments, "--output", str(tmp_path / "run")])
-    run = memloc_ext.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     dataset = load_data(replace(SMALL, data=DataConfig(memorized=tmp_path / "scores.txt", below=0.5, examples=300)))
     count = int(dataset.train.memorized.sum())
     assert 0 < count < 40
@@ -458,7 +459,7 @@ def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"report: {tmp_path / 'tied' / 'report.html'}" in output.out
     assert "accounting" not in output.out
     main(["train", *QUICK, "--output", str(tmp_path / "plain")])
-    assert list(memloc_ext.load_run(tmp_path / "plain").histories) == ["plain"]
+    assert list(load_run(tmp_path / "plain").histories) == ["plain"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import memloc_ext
+from memloc_ext.study import load_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -48,7 +48,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_make_the_run_of_one(one: Path, tmp_path: Path) -> None:
     done = finished(memloc(TORCHRUN, "run", *ARGUMENTS, "--output", tmp_path / "two"))
     assert done.stderr.count("[1/7] train: begins") == 1
-    single, several = runs = [memloc_ext.load_run(path) for path in (one, tmp_path / "two")]
+    single, several = runs = [load_run(path) for path in (one, tmp_path / "two")]
     files = [sorted(str(file.relative_to(run.path)) for file in run.path.rglob("*")) for run in runs]
     assert files[0] == files[1]
     for model, history in single.histories.items():

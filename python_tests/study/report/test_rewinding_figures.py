@@ -1,8 +1,8 @@
 import numpy as np
 from made_probes import GROUPS, WHOLE, made_accuracy, made_rewinding
 
-from memloc_ext.report import figures
-from memloc_ext.report.rewinding_figures import accuracy_per_group, all_figures, memorized_accuracy
+from memloc_ext.study.report import figures
+from memloc_ext.study.report.rewinding_figures import accuracy_per_group, all_figures, memorized_accuracy
 
 
 def test_every_rewinding_can_be_drawn() -> None:

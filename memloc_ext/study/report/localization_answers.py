@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from memloc_ext.probes.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
 from memloc_ext.probes.localization.edits import EditedAccuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
-from memloc_ext.report.figures import NAMES, percent
-from memloc_ext.report.section import Number
+from memloc_ext.study.report.figures import NAMES, percent
+from memloc_ext.study.report.section import Number
 
 KIND_NAMES = {"memorized": "memorized", "clean": "clean"}
 _PAPER = {"memorized": "around 5", "clean": "more"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from memloc_ext.report.figures import percent
-from memloc_ext.report.section import Number
 from memloc_ext.study.accounting_files import Accounting
+from memloc_ext.study.report.figures import percent
+from memloc_ext.study.report.section import Number
 
 
 def answers(accounting: Accounting) -> list[str]:

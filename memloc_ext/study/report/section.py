@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memloc_ext.report.figures import percent
+from memloc_ext.study.report.figures import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

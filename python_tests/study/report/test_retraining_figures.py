@@ -1,8 +1,8 @@
 import numpy as np
 from made_probes import GROUPS, made_accuracy, made_retraining
 
-from memloc_ext.report import figures
-from memloc_ext.report.retraining_figures import accuracy_per_group, all_figures, regained
+from memloc_ext.study.report import figures
+from memloc_ext.study.report.retraining_figures import accuracy_per_group, all_figures, regained
 
 
 def test_every_retraining_can_be_drawn() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memloc_ext.report import (
+from memloc_ext.study.report import (
     accounting_answers,
     accuracy_answers,
     figures,
@@ -13,8 +13,8 @@ from memloc_ext.report import (
     retraining_answers,
     rewinding_answers,
 )
-from memloc_ext.report.figures import percent
-from memloc_ext.report.section import Number
+from memloc_ext.study.report.figures import percent
+from memloc_ext.study.report.section import Number
 from memloc_ext.study.run_directory import Run
 
 _COLUMNS = {"clean": "clean", "memorized": "memorized", "memorized_true": "memorized -> true", "test": "test"}

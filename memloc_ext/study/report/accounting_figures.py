@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memloc_ext.report.figures import COLORS, epoch_axis, new_figure
 from memloc_ext.study.accounting_files import Accounting
+from memloc_ext.study.report.figures import COLORS, epoch_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

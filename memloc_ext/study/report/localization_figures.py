@@ -9,7 +9,7 @@ import numpy as np
 
 from memloc_ext.probes.localization.dataset import DatasetLocalization
 from memloc_ext.probes.localization.result import FLIPPED
-from memloc_ext.report.figures import COLORS, NAMES, new_figure, percent
+from memloc_ext.study.report.figures import COLORS, NAMES, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memloc_ext
-from memloc_ext.cli import main
+from memloc_ext.study.command_line import main
 
 
 def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

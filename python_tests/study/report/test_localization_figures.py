@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from made_localization import NOTHING, make_kind, make_localization
 
-from memloc_ext.report import figures
-from memloc_ext.report.localization_figures import (
+from memloc_ext.study.report import figures
+from memloc_ext.study.report.localization_figures import (
     accuracy_after_units,
     all_figures,
     memorization_share,

@@ -43,12 +43,12 @@ class _Command:
             seeds = range(self.study.train.seed, self.study.train.seed + self.seeds)
             runs = [self._run_seed(seed) for seed in seeds]
             if rank() == 0 and self.seeds > 1 and "report" in self.chosen():
-                from memloc_ext.report import write_seeds_report
+                from memloc_ext.study.report import write_seeds_report
 
                 print(f"report of all seeds: {write_seeds_report(self._output(), runs)}")
 
     def _run_seed(self, seed: int) -> FinishedRun:
-        from memloc_ext.report import summary, text_table, write_report
+        from memloc_ext.study.report import summary, text_table, write_report
 
         train = dataclasses.replace(self.study.train, seed=seed)
         output = self._output() / f"seed{seed}" if self.seeds > 1 else self._output()

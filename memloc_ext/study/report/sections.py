@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memloc_ext.report import (
+from memloc_ext.study.report import (
     accounting_answers,
     accounting_figures,
     accuracy_answers,
@@ -14,8 +14,8 @@ from memloc_ext.report import (
     rewinding_answers,
     rewinding_figures,
 )
-from memloc_ext.report.section import Picture, Section
-from memloc_ext.report.text import is_mislabelled
+from memloc_ext.study.report.section import Picture, Section
+from memloc_ext.study.report.text import is_mislabelled
 from memloc_ext.study.run_directory import Run
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from memloc_ext.probes import Rewinding
-from memloc_ext.report.figures import percent
-from memloc_ext.report.section import Number
+from memloc_ext.study.report.figures import percent
+from memloc_ext.study.report.section import Number
 
 PAPER = "The paper: most layer groups can be rewound a long way without losing the memorized examples."
 HALF, MOST = 0.5, 0.9

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
-from memloc_ext.report import figures
-from memloc_ext.report.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
 from memloc_ext.study.accounting_files import MODEL, Accounting, account_path, save_account
+from memloc_ext.study.report import figures
+from memloc_ext.study.report.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
 
 
 def make_accounting(folder: Path, epochs: int = 3, *, memorized: bool = True, norms: float = 1.0) -> Accounting:

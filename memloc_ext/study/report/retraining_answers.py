@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from memloc_ext.probes import Retraining
 from memloc_ext.probes.retraining import FITTED
-from memloc_ext.report.figures import percent
-from memloc_ext.report.section import Number
+from memloc_ext.study.report.figures import percent
+from memloc_ext.study.report.section import Number
 
 PAPER = (
     "The paper: for most layer groups, accuracy on memorized examples comes back, so that these groups are redundant "

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from memloc_ext.files import write_atomically
-from memloc_ext.report.figures import encoded
-from memloc_ext.report.sections import sections
+from memloc_ext.study.report.figures import encoded
+from memloc_ext.study.report.sections import sections
 from memloc_ext.study.run_directory import FIGURES, load_run
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memloc_ext.report.figures import percent
-from memloc_ext.report.section import Number
+from memloc_ext.study.report.figures import percent
+from memloc_ext.study.report.section import Number
 from memloc_ext.study.run_directory import AS_TRAINED
 
 Row = Mapping[str, Any]

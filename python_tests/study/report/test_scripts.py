@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from memloc_ext.report.sections import sections
 from memloc_ext.study import ModelConfig, StudyConfig, run_study
+from memloc_ext.study.report.sections import sections
 from memloc_ext.training import TrainConfig
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 def test_every_section_has_a_script_and_draws_its_figures(tmp_path: Path) -> None:

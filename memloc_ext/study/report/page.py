@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from memloc_ext._version import __version__
 from memloc_ext.files import write_atomically, write_table
-from memloc_ext.report import figures
-from memloc_ext.report.figures import COLUMNS, percent
-from memloc_ext.report.section import Number
-from memloc_ext.report.sections import sections
-from memloc_ext.report.text import numbers
 from memloc_ext.study.config import StudyConfig
+from memloc_ext.study.report import figures
+from memloc_ext.study.report.figures import COLUMNS, percent
+from memloc_ext.study.report.section import Number
+from memloc_ext.study.report.sections import sections
+from memloc_ext.study.report.text import numbers
 from memloc_ext.study.run_directory import FIGURES, METRICS, REPORT, Run
 from memloc_ext.study.stages import PLACE, STAGES, flat
 
@@ -152,7 +152,7 @@ def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
         import jinja2
     except ImportError as error:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
-    template = resources.files("memloc_ext.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = resources.files("memloc_ext.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     config: Mapping[str, Any] = runs[0].config
     page = environment.from_string(template).render(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memloc_ext.probes import Retraining
-from memloc_ext.report.figures import COLORS, accuracy_panels, new_figure, percent, share_percent
+from memloc_ext.study.report.figures import COLORS, accuracy_panels, new_figure, percent, share_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
