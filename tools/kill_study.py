@@ -43,13 +43,6 @@ IMPORTED = (
     "tqdm",
     "tyro",
 )
-    "memloc_ext.study.report",
-    "jinja2",
-    "matplotlib.backends.backend_agg",
-    "sklearn.model_selection",
-    "tqdm",
-    "tyro",
-)
 DISK = 0.03
 """Seconds that bytes take to the disk, at least: on a slow one, more of the kills meet a write."""
 PER_RUN = 5
