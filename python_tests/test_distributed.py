@@ -93,7 +93,7 @@ def test_a_training_goes_on_in_another_number_of_processes(outcome, two: Path, t
         dataset.train,
         job.CONFIG,
         checkpoints=tmp_path / "run",
-        evaluate=lambda model: {"clean": job.accuracy(model, dataset).clean},
+        evaluate=lambda model: {"clean": job.accuracy(model, dataset.train).clean},
         progress=False,
     )
     assert_same_training({"history": history, "state": model.state_dict()}, one["plain"])

@@ -14,7 +14,7 @@ QUICK = {
     "epochs=20": "epochs=2",
     "width=0.5": "width=0.1",
     "localized=20": "localized=3",
-    "retrain_epochs=5": "retrain_epochs=1",
+    "epochs=5,": "epochs=1,",
     "epochs=[0, 2, 4, 8]": "epochs=[0, 1]",
 }
 

@@ -110,7 +110,7 @@ def work(folder: Path) -> None:
 
     short = replace(CONFIG, epochs=1)
     other = distributed.rank() + 5  # the first process gives its weights to all
-    evaluate = lambda model: {"clean": accuracy(model, dataset, batch_size=7).clean}  # noqa: E731
+    evaluate = lambda model: {"clean": accuracy(model, dataset.train, test=dataset.test, batch_size=7).clean}  # noqa: E731
     trained("plain", make(lenet, seed=other), evaluate=evaluate)
     trained("compiled", torch.compile(make(lenet), backend="eager"), short)
     trained("tied", make(tied), short)

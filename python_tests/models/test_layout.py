@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from memloc_ext.models import Layout, build, channel_dim, dropout_sites, layer_groups
+from memloc_ext.nn import insert_example_tied_dropout
 
 
 class Foreign(nn.Module):
@@ -29,6 +30,70 @@ def test_a_model_without_layout_has_a_group_per_child():
         "encoder": ["encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias"],
         "decoder": ["decoder.bias"],
     }
+
+
+class Block(nn.Module):
+    """A layer with a module and perhaps a list of further ones inside."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.layer, self.inner = nn.Linear(1, 1), nn.ModuleList(inner)
+
+
+def test_blocks_are_groups_at_any_depth():
+    model = nn.Module()
+    model.stem = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.LayerNorm(1))  # of leaf layers
+    model.body = nn.Module()
+    model.body.embedding = nn.Linear(1, 1)
+    model.body.blocks = nn.ModuleList([nn.ModuleList([Block(), Block()]), Block(nn.Linear(1, 1), nn.ReLU())])
+    model.stages = nn.Sequential(nn.Linear(1, 1), Block(), nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
+    model.scale = nn.Parameter(torch.ones(()))
+    groups = layer_groups(model)
+    assert {group: len(names) for group, names in groups.items()} == {
+        "(root)": 1,
+        "stem": 4,
+        "body": 2,
+        "body.blocks.0.0": 2,
+        "body.blocks.0.1": 2,
+        "body.blocks.1": 2,
+        "body.blocks.1.inner.0": 2,
+        "stages.0": 2,
+        "stages.1": 2,
+        "stages.2": 2,
+    }
+    assert groups["body.blocks.1"] == ["body.blocks.1.layer.weight", "body.blocks.1.layer.bias"]
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+
+
+def test_what_is_added_to_a_leaf_layer_makes_it_no_block():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    insert_example_tied_dropout(model, ["0.0"])
+    nn.utils.parametrizations.weight_norm(model[0][1])
+    assert {group: len(names) for group, names in layer_groups(model).items()} == {"0": 5, "1": 2}
+
+
+def test_groups_are_given_by_names_or_prefixes():
+    model = Foreign()
+    assert layer_groups(model, {"first": ["encoder.0", "scale"], "bias": ["encoder.1.bias"]}) == {
+        "first": ["scale", "encoder.0.weight", "encoder.0.bias"],
+        "bias": ["encoder.1.bias"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": ["encoder"], "b": ["encoder.1"]}, r"at most one group, got encoder\.1\.weight in a, b"),
+        ({"a": ["enc"]}, "names of parameters of the model, .* got 'enc' in 'a'"),
+        ({"a": ["act"]}, "got 'act' in 'a'"),
+        ({"a": []}, "groups must hold parameters, got 'a' without"),
+    ],
+)
+def test_refuses_groups_that_are_not_the_models(groups, message):
+    with pytest.raises(ValueError, match=f"layer_groups: .*{message}"):
+        layer_groups(Foreign(), groups)
 
 
 def test_an_attribute_of_another_type_is_no_layout():

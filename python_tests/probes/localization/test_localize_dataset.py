@@ -121,9 +121,9 @@ def test_the_curve_is_the_accuracy_after_each_unit(plain: nn.Module, dataset: Da
         for units in edits:
             for when, part in (("first", units[:1]), ("last", units)):
                 with apply_ablation(plain, part):
-                    after[when].append(accuracy(plain, dataset))
+                    after[when].append(accuracy(plain, dataset.train, test=dataset.test))
         for name in ("clean", "memorized", "test"):
-            assert getattr(summary.curve[0], name) == getattr(accuracy(plain, dataset), name)
+            assert getattr(summary.curve[0], name) == getattr(accuracy(plain, dataset.train, test=dataset.test), name)
             for point, when in ((summary.curve[1], "first"), (summary.edited, "last")):
                 mean = statistics.mean(getattr(value, name) for value in after[when])
                 assert getattr(point, name) == pytest.approx(mean)
