@@ -16,6 +16,7 @@ _ATTENTION = "_scaled_dot_product"
 _LOCAL = frozenset(("clone", "_to_copy", "alias", "detach"))
 _VIEWS = frozenset(("view", "_unsafe_view"))
 _LINEAR = frozenset(("addmm", "mm"))
+_LAYERS = _LINEAR | {"convolution", "bmm", "baddbmm"}
 _TRANSPARENT = (nn.modules.dropout._DropoutNd, nn.Identity)  # return what they are given
 
 
@@ -56,23 +57,30 @@ def find_sites(model: nn.Module, recording: Recording, names: Sequence[str] | No
 
 
 def default_sites(model: nn.Module, recording: Recording) -> list[str]:
-    """Name every convolution block's output, the hidden units of every multilayer perceptron, and all attention heads.
+    """Name every convolution block's output, every hidden linear layer, and all attention heads.
 
-    A block is a convolution and the normalisation and activations that only it goes through. Hidden units are what
-    linear layers are given by others through operators on single elements, also where these multiply it by a gate.
-    The site is the outermost module that returns that value and is called once, dropouts apart; where no module does,
-    the last one that returned what it is computed from, or one of the factors.
+    A block is a convolution and the normalisation and activations that only it goes through. A linear layer is hidden
+    if another layer reads, directly or not, what it computes. Where linear layers compute what another is given,
+    through operators on single elements, also gates, the site is that; else it is the layer with what only it goes
+    through. It is named by the outermost module that returns it and is called once, dropouts apart; where no module
+    does, by the last one that returned what it is computed from, or one of the factors.
     """
     modules, names = dict(model.named_modules()), dict[int, str]()
     for name, values in sorted(recording.returned.items(), key=lambda item: -len(item[0])):
         if len(values) == 1 and values[0] is not None and name and not isinstance(modules[name], _TRANSPARENT):
             names[values[0]] = name
     flow, found = _Flow(recording, names), list[str | None](attention(recording))
+    covered = set[int]()
     for call in recording.calls:
         if call.name == "convolution":
             found.append(flow.last_name(call.outputs[0]))
-        elif call.name in _LINEAR and len(call.refs) == 1 and isinstance(call.args[-2], Ref):
-            found.append(flow.hidden_units(call.refs[0]))
+        elif _is_linear(call):
+            name, region = flow.hidden_units(call.refs[0])
+            found.append(name)
+            covered |= region if name is not None else set()
+    for call in filter(_is_linear, recording.calls):
+        if call.outputs[0] not in covered and flow.is_hidden(call.outputs[0]):
+            found.append(flow.layer_name(call))
     return [name for name in dict.fromkeys(found) if name is not None]
 
 
@@ -87,6 +95,10 @@ class _Flow:
     def __init__(self, recording: Recording, names: dict[int, str]) -> None:
         self.recording, self.names = recording, names
         self.readers, self.writer = recording.readers(), recording.writer()
+        self._read_on = set[int]()  # values that layers depend on
+        for call in reversed(recording.calls):
+            if call.name in _LAYERS or call.name.startswith(_ATTENTION) or not self._read_on.isdisjoint(call.outputs):
+                self._read_on.update(call.refs)
 
     def last_name(self, value: int) -> str | None:
         """Return the last name of what only one value goes through; None if that is the model's output."""
@@ -99,8 +111,28 @@ class _Flow:
             best = self.names.get(value, best)
         return None if value in self.recording.outputs else best
 
-    def hidden_units(self, value: int) -> str | None:
-        """Return the site of what a linear layer is given, if linear layers compute it and nothing else reads it."""
+    def is_hidden(self, value: int) -> bool:
+        """Return whether a layer reads a value, or what is computed from it."""
+        return value in self._read_on
+
+    def layer_name(self, call: Call) -> str | None:
+        """Return the last name of what only a linear layer's output goes through, or the name of a repeated layer."""
+        value, best = call.outputs[0], None
+        units = self.recording.shapes[value][-1]
+        while self.recording.shapes[value][-1:] == (units,):
+            repeated = value in self.recording.returned.get(call.module, ())
+            best = self.names.get(value, best or (call.module if repeated else None))
+            reader = self.recording.calls[self.readers[value][0]] if len(self.readers[value]) == 1 else None
+            if reader is None or not (_is_local(reader) or reader.name in _VIEWS):
+                break
+            value = reader.outputs[0]
+        return best
+
+    def hidden_units(self, value: int) -> tuple[str | None, set[int]]:
+        """Return the site of what a linear layer is given, and what it is computed from, back to linear layers.
+
+        There is none if something else computes it, or reads it.
+        """
         region, todo = set[int](), [value]
         while todo:
             v = todo.pop()
@@ -108,18 +140,23 @@ class _Flow:
                 continue
             region.add(v)
             if v not in self.writer:
-                return None
+                return None, region
             call = self.recording.calls[self.writer[v]]
             if call.name not in _LINEAR:
                 if not (_is_elementwise(call) or call.name in _VIEWS):
-                    return None
+                    return None, region
                 todo += call.refs
         for v in region:
             calls = [self.recording.calls[i] for i in self.readers[v]]
-            inside = {call.name for call in calls} <= _LINEAR if v == value else _outputs(calls) <= region
+            inside = {call.name for call in calls} <= _LINEAR if v == value else self._results(calls) <= region
             if not inside or v in self.recording.outputs:
-                return None
-        return self._name(value)
+                return None, region
+        return self._name(value), region
+
+    def _results(self, calls: Sequence[Call]) -> set[int]:
+        """Return what calls return that is read."""
+        read = {*self.recording.outputs, *(v for v, readers in enumerate(self.readers) if readers)}
+        return {v for call in calls for v in call.outputs if v in read}
 
     def _name(self, value: int) -> str | None:
         """Return the name of a value, else of the one it is computed from, else of a factor of it."""
@@ -129,10 +166,6 @@ class _Flow:
         refs = list(dict.fromkeys(call.refs))
         names = [self._name(ref) for ref in refs] if len(refs) == 1 or call.name == "mul" else []
         return next((name for name in names if name is not None), None)
-
-
-def _outputs(calls: Sequence[Call]) -> set[int]:
-    return {value for call in calls for value in call.outputs}
 
 
 def attention(recording: Recording) -> dict[str, list[int]]:
@@ -173,6 +206,11 @@ def is_alone(recording: Recording, call: Call) -> bool:
 
 def _same(t: object, weight: object) -> bool:
     return isinstance(t, Tensor) and isinstance(weight, Tensor) and t.data_ptr() == weight.data_ptr()
+
+
+def _is_linear(call: Call) -> bool:
+    """Return whether a call multiplies activations by constant weights."""
+    return call.name in _LINEAR and len(call.refs) == 1 and isinstance(call.args[-2], Ref)
 
 
 def _is_elementwise(call: Call) -> bool:

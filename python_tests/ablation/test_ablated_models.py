@@ -57,7 +57,11 @@ def test_heads() -> None:
     found = ablation_losses(model, x, y)
     assert list(found) == [
         "embedding.patches",
-        *(f"blocks.{i}.{end}" for i in range(2) for end in ("attention.heads", "mlp.act")),
+        *(
+            f"blocks.{i}.{end}"
+            for i in range(2)
+            for end in ("attention.qkv", "attention.heads", "attention", "mlp.act", "mlp")
+        ),
     ]
     for i in range(2):
         expected = plain_heads_losses(model, x, y, model.blocks[i].attention.proj, 2)
@@ -121,7 +125,7 @@ def test_encoder_layer(batch_first: bool, norm_first: bool) -> None:
     found = check(model, x, ["layer.linear1", "layer.norm1", "layer.self_attn.heads"])
     heads = plain_heads_losses(model, x, y, layer.self_attn.out_proj, 2)
     torch.testing.assert_close(found["layer.self_attn.heads"].loss, heads)
-    assert set(check(model, x)) == {"layer.linear1", "layer.self_attn.heads"}
+    assert set(check(model, x)) == {"layer.linear1", "layer.linear2", "layer.self_attn.heads"}
 
 
 def test_learned_queries() -> None:

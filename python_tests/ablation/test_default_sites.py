@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ablating import Model, check, labels
+from ablating import Model, check, labels, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,12 +55,12 @@ def hidden(name: str) -> Callable[[Model, Tensor], Tensor]:
         ("gpt", "up"),
         ("gated", "gate"),
         ("gated by a module", "act"),
-        ("gated by itself", None),
-        ("sum", None),
+        ("gated by itself", "up"),
+        ("sum", "up"),
     ],
 )
 @pytest.mark.parametrize("positions", [False, True])
-def test_hidden_units(form: str, expected: str | None, positions: bool) -> None:
+def test_hidden_units(form: str, expected: str, positions: bool) -> None:
     """Whatever names them, the loss is that without the units in what the next layer is given."""
     model = Model(
         lambda m, x: m.head(torch.tanh(m.down(hidden(form)(m, x))).flatten(1)),
@@ -68,14 +68,35 @@ def test_hidden_units(form: str, expected: str | None, positions: bool) -> None:
     )
     x, y = torch.randn(B, *([4] if positions else []), 5), labels(B)
     found = check(model, x)
-    assert list(found) == [site for site in (expected, "down") if site is not None]
-    if expected is not None:
+    assert list(found) == [*(["gate"] if form == "sum" else []), expected, "down"]
+    if form != "sum":
         column = model.down.weight.detach()[:, 3].clone()
         with torch.no_grad():
             model.down.weight[:, 3] = 0
             loss = F.cross_entropy(model.eval()(x), y, reduction="none")
             model.down.weight[:, 3] = column
         torch.testing.assert_close(found[expected].loss[3], loss)
+
+
+class Residual(nn.Module):
+    """Has linear layers before normalisations, before a sum, called twice, and two that give the logits together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.up, self.down = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 7), nn.Linear(7, 6)
+        self.wide, self.batch_norm, self.twice = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.head, self.shortcut = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).tanh()
+        x = x + self.down(self.up(x).relu())
+        x = self.twice(self.twice(self.batch_norm(self.wide(x)).sigmoid()).sin()) + x
+        return 2 * (self.head(x) + self.shortcut(x))
+
+
+def test_every_hidden_linear_layer() -> None:
+    found = check(settled(Residual()), torch.randn(B, 5))
+    assert list(found) == ["first", "up", "down", "batch_norm", "twice"]
 
 
 def test_networks_of_transformers() -> None:
@@ -95,7 +116,10 @@ def test_networks_of_transformers() -> None:
     ):
         found = _quietly(ablation_losses, model, x, y)
         names = {name: len(site.loss) for name, site in found.items() if not name.endswith(".heads")}
-        assert names == {f"{layers}.{i}.mlp.{act}": 12 for i in range(2)}
+        parts = {"attn.c_attn": 24, "attn.c_proj": 8, "mlp": 8, f"mlp.{act}": 12}
+        if act == "act_fn":
+            parts = {**{f"self_attn.{part}_proj": 8 for part in "qkvo"}, "mlp": 8, f"mlp.{act}": 12}
+        assert names == {f"{layers}.{i}.{part}": units for i in range(2) for part, units in parts.items()}
         assert sum(name.endswith(".heads") for name in found) == 2
         projection = model.get_submodule(f"{layers}.1.mlp.{down}")
         handle = projection.register_forward_pre_hook(

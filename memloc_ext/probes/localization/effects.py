@@ -91,7 +91,7 @@ class Population:
             for begin in range(0, len(self.y), step):
                 part = slice(begin, begin + step)
                 x, y = [t[part] for t in self.inputs], self.y[part]
-                own = sets.of(torch.full_like(y, i))
+                own = sets.of(torch.full((len(y),), i, device=y.device))
                 total += verify(self.network, candidates.repeated(i, len(y)), own, x, y).loss.sum(0)
             means.append(total / len(self.y))
         return torch.stack(means)
@@ -114,7 +114,12 @@ class Population:
                 value += float(result.detach())
                 return result
 
-            totals = [sum(totals) + own.of(torch.zeros_like(labels)).total([t[part] for t in self.inputs], loss)]
+            totals = [
+                sum(totals)
+                + own.of(torch.zeros(len(labels), dtype=torch.int64, device=labels.device)).total(
+                    [t[part] for t in self.inputs], loss
+                )
+            ]
         return totals[0], value
 
 
