@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,16 +67,24 @@ class _DataReaders(Readers):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def record_batch(model: nn.Module, given: Sequence[Tensor], tensors: Sequence[Tensor]) -> Recording:
+def record_batch(
+    model: nn.Module,
+    forward: Callable[[Sequence[Tensor]], Any],
+    given: Sequence[Tensor],
+    ids: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> Recording:
     """Record the pass of a batch in evaluation mode; the model stays as it was.
 
     Args:
         model: Not compiled.
-        given: The batch, ``[batch, *]``, and the ids of its examples if they are named.
+        forward: Calls the model on tensors like ``given``, and returns one tensor of what it returns.
+        given: The batch, each ``[batch, *]``.
+        ids: Those of its examples if they are named.
         tensors: Parameters and buffers of the model.
 
     Returns:
-        Calls on the whole batch; the inputs are ``given``, then ``tensors``.
+        Calls on the whole batch; the inputs are ``given``, then ``ids`` if there are any, then ``tensors``.
 
     Raises:
         UnsupportedError: If the model reads a value of an activation or parameter into Python, draws random numbers, or
@@ -84,15 +92,16 @@ def record_batch(model: nn.Module, given: Sequence[Tensor], tensors: Sequence[Te
     """
     device = given[0].device
     given = [t.detach().clone() for t in given]
+    named = [] if ids is None else [ids.detach().clone()]
     with evaluating(model), uncompiled(), contextlib.ExitStack() as stack:
         recorder = _BatchRecorder()
-        if len(given) > 1:
-            stack.enter_context(example_ids(given[1]))
+        for t in named:
+            stack.enter_context(example_ids(t))
         stack.enter_context(without_fast_path())
-        recorder.recording.inputs = [recorder.put(t) for t in (*given, *tensors)]
+        recorder.recording.inputs = [recorder.put(t) for t in (*given, *named, *tensors)]
         drawn = generator_states(device)
         with _DataReaders(recorder), recorder:
-            output = model(given[0])
+            output = forward(given)
             if recorder.value(output) is not None:
                 output = aten.alias.default(output)  # which notices if it was written through a view
         value = recorder.value(output)

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memloc_ext import batches
 from memloc_ext.ablation.batch_recorder import record_batch
 from memloc_ext.ablation.recorder import as_list
 from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError
 from memloc_ext.borrowing import evaluating, without_fast_path
 from memloc_ext.nn.example_ids import current_example_ids
+
+_NOTHING = torch.empty(0)
 
 
 class ParameterVariants:
@@ -35,18 +38,19 @@ class ParameterVariants:
 
     Args:
         model: Any model; if compiled, what was compiled runs as it was written.
+        read: Takes what is wanted of what the model returns; a tensor, or the model takes a whole pass per variant.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model: nn.Module = getattr(model, "_orig_mod", model)
+    def __init__(self, model: nn.Module, read: Callable[[Any], Any] = lambda output: output) -> None:
+        self._model, self._read = getattr(model, "_orig_mod", model), read
         self._programs: dict[Any, _Program] = {}
         self._recordable = True
 
-    def outputs(self, x: Tensor, variants: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def outputs(self, x: Any, variants: Sequence[Mapping[str, Tensor]]) -> list[Any]:
         """Return what the model returns for a batch in each variant.
 
         Args:
-            x: ``[batch, *]``, on the model's device.
+            x: What the model is called with, see `memloc_ext.batches.call`, on its device.
             variants: Each maps names of parameters and buffers to what takes their place, of the same shape; it is
                 brought to their type and device.
 
@@ -65,17 +69,23 @@ class ParameterVariants:
                     warnings.warn(message, UserWarning, stacklevel=2)
             return [self._whole(x, variant) for variant in variants]
 
-    def _replay(self, x: Tensor, tensors: dict[str, Tensor], variants: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        ids = current_example_ids()
-        given = [x] if ids is None else [x, ids]
-        key = tuple((t.shape, t.dtype, t.stride()) for t in given)
+    def _replay(self, x: Any, tensors: dict[str, Tensor], variants: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        given, ids = list[Tensor](), current_example_ids()
+        rest = batches.with_each_tensor(x, lambda t: given.append(t) or _NOTHING)
+        key = (repr(rest), *((t.shape, t.dtype, t.stride()) for t in (*given, *([] if ids is None else [ids]))))
         if key not in self._programs:
-            self._programs[key] = _Program(record_batch(self._model, given, list(tensors.values())), list(tensors))
-        return self._programs[key].run(given, tensors, variants)
 
-    def _whole(self, x: Tensor, variant: Mapping[str, Tensor]) -> Tensor:
+            def forward(parts: Sequence[Tensor]) -> Any:
+                new = iter(parts)
+                return self._read(batches.call(self._model, batches.with_each_tensor(x, lambda _: next(new))))
+
+            recording = record_batch(self._model, forward, given, ids, list(tensors.values()))
+            self._programs[key] = _Program(recording, list(tensors))
+        return self._programs[key].run([*given, *([] if ids is None else [ids])], tensors, variants)
+
+    def _whole(self, x: Any, variant: Mapping[str, Tensor]) -> Any:
         with evaluating(self._model), without_fast_path(), replaced_tensors(self._model, variant):
-            return self._model(x)
+            return self._read(batches.call(self._model, x))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from memloc_ext.probes.evaluation import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
 from memloc_ext.probes.states import State, found_states, read_state
-from memloc_ext.tasks import Task, TaskName
+from memloc_ext.tasks import Classification, Task, TaskName, Tokens, logits_of
 
 PAPER_EPOCHS = tuple(range(0, 15, 2))
 """The epochs that the authors rewind to."""
@@ -174,7 +174,7 @@ def rewind(
     unchanged = evaluation.accuracy(model)
     if unchanged.counts["clean"] + unchanged.counts["memorized"] == 0:
         raise ValueError("rewind: data must hold at least one training example, got none")
-    variants = ParameterVariants(model)
+    variants = ParameterVariants(model, _reading(evaluation.task))
 
     def one(group: LayerGroup) -> dict[str, Any]:
         return asdict(_rewind_group(variants, evaluation, group, past, device_of(model)))
@@ -206,6 +206,11 @@ def _rewind_group(
     step = len(ways)
     pairs = zip(states, found[::step], found[step - 1 :: step], strict=True)
     return GroupRewinding(bool(group.buffers), [RewoundAccuracy(epoch, full, bare) for epoch, bare, full in pairs])
+
+
+def _reading(task: Task) -> Callable[[Any], Any]:
+    """Return what a task reads of what a model returns: all of it, unless it is known to be the logits."""
+    return logits_of if isinstance(task, Classification | Tokens) else lambda output: output
 
 
 def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[str, Tensor]:

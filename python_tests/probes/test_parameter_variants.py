@@ -279,6 +279,35 @@ def test_tensors_come_back_after_an_error() -> None:
     assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items())
 
 
+def test_inputs_of_any_form_and_outputs_that_are_read() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Embedding(5, 4)
+
+        def forward(self, a: Tensor, b: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+            return {"logits": self.first(a) + self.second(b) * (scale or 1)}
+
+    model = Several()
+    values, ids = other(model), torch.arange(6)
+    runner = ParameterVariants(model, lambda output: output["logits"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            a, b = torch.randn(6, 3), torch.randint(5, (6,))
+            for x in ((a, b), {"a": a, "b": b}, {"a": a, "b": b, "scale": 2.0}, {"b": b, "a": a, "scale": 3.0}):
+                for name, value in values.items():
+                    changed = copy.deepcopy(model)
+                    changed.load_state_dict({name: value}, strict=False)
+                    expected = (changed(**x) if isinstance(x, dict) else changed(*x))["logits"]
+                    with example_ids(ids):
+                        assert torch.equal(runner.outputs(x, [{name: value}])[0], expected)
+    whole = ParameterVariants(model)
+    with pytest.warns(UserWarning, match="the model must return one tensor"):
+        found = whole.outputs((a, b), [values])
+    assert torch.equal(found[0]["logits"], runner.outputs((a, b), [values])[0])
+
+
 def test_wrong_names_and_shapes_are_refused() -> None:
     runner = ParameterVariants(line())
     with pytest.raises(ValueError, match="variants must name tensors of the model, got scale"):
