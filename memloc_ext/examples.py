@@ -89,7 +89,8 @@ def examples(
     """
     if isinstance(data, Examples):
         return data if data.device == device else data.to(device)
-    if _is_map_style(data) and not isinstance(data, DataLoader):
+    map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if map_style and not isinstance(data, list | tuple | dict | IterableDataset):  # a list holds batches
         return _Items(function, data, torch.arange(len(data)), device, num_workers)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, _PASS, num_workers=num_workers, generator=torch.Generator())
@@ -243,7 +244,12 @@ class _Passes:
     @cached_property
     def _by_row(self) -> Examples:
         loader = self.data
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_map_style(loader.dataset):
+        # without a batch sampler, the items of a loader are batches
+        if (
+            isinstance(loader, DataLoader)
+            and loader.batch_sampler is not None
+            and not isinstance(loader.dataset, IterableDataset)
+        ):
             rows = torch.tensor(sorted(row for batch in loader.batch_sampler for row in batch), dtype=torch.int64)
             settings = (self.device, loader.num_workers, loader.collate_fn, self._unnumbered)
             return _Items(self.function, loader.dataset, rows, *settings)
@@ -303,8 +309,3 @@ def _numbered(function: str, batch: Any, positions: Tensor, unnumbered: str | No
 def _size(function: str, batch: Any) -> int:
     target = first_tensor(read_batch(function, batch)[1])
     return 0 if target is None else len(target)
-
-
-def _is_map_style(data: Any) -> bool:
-    there = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return there and not isinstance(data, list | tuple | dict | IterableDataset)

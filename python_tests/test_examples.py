@@ -82,3 +82,20 @@ def test_the_features_take_fewer_than_fifteen_lines() -> None:
     assert removed == REPLACED
     for feature in ("insert_example_tied_dropout", "GradientAccountant", "localize"):
         assert sum(feature in line for line in added) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"), [("tabular", ["sklearn"]), ("bert", ["transformers"]), ("tokens", ["transformers"])]
+)
+def test_probes_of_other_models(name: str, packages: list[str]) -> None:
+    account, rewound, retrained, units, tied = numbers(name, *packages)
+    assert account
+    assert len(rewound) == len(retrained) > 0
+    assert units
+    assert tied
+
+
+@pytest.mark.parametrize("name", ["tabular", "bert", "tokens"])
+def test_a_probe_takes_fewer_than_ten_lines(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert "class " not in source.replace("class of", "").replace("class,", "")
