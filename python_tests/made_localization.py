@@ -9,7 +9,7 @@ from memloc_ext.probes.localization.dataset import (
     LocalizedExample,
     LocalizedSite,
 )
-from memloc_ext.probes.localization.edits import EditedAccuracy
+from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy
 
 
 def make_kind(kind: str = "memorized", **change: Any) -> KindLocalization:

@@ -13,7 +13,6 @@ from memloc_ext.probes.localization import (
     DatasetLocalization,
     Found,
     Localization,
-    LocalizationConfig,
     localize,
     localize_dataset,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "GroupRetraining",
     "GroupRewinding",
     "Localization",
-    "LocalizationConfig",
     "ParameterAccount",
     "RetrainedEpoch",
     "Retraining",

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memloc_ext import data
-from memloc_ext.probes import LocalizationConfig
-from memloc_ext.study.probe_configs import RetrainConfig, RewindConfig
+from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig, RewindConfig
 from memloc_ext.training import TrainConfig
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -168,9 +169,10 @@ def _retrain(study: Study, accounted: bool) -> None:
 
 
 def _localize(study: Study, accounted: bool, variant: Variant = "plain") -> None:
-    model, config, seed = study.trained(variant), study.config.localization, study.config.train.seed
+    model, data = study.trained(variant), study.dataset
+    settings = {**asdict(study.config.localization), "seed": study.config.train.seed}
     with study.parts(variant, LOCALIZATION) as parts:
-        found = localize_dataset(model, study.dataset, config, seed=seed, parts=parts)
+        found = localize_dataset(model, data.train, test=data.test, **settings, parts=parts)
         once(lambda: save_localization(study.path / variant, found))
 
 

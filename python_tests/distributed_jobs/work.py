@@ -21,14 +21,14 @@ from memloc_ext.models.vit import ViT
 from memloc_ext.nn import example_ids, insert_example_tied_dropout
 from memloc_ext.nn.example_ids import current_example_ids
 from memloc_ext.parts import PartFiles
-from memloc_ext.probes import LocalizationConfig, accuracy, localize_dataset
+from memloc_ext.probes import accuracy, localize_dataset
 from memloc_ext.probes.localization import chunks
 from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost
 from memloc_ext.training import TrainConfig, train
 from memloc_ext.training.epoch import epoch_rng
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, learning_rate=0.05)
-LOCALIZATION = LocalizationConfig(localized=8, max_units=5, edited=3)
+LOCALIZATION = {"localized": 8, "max_units": 5, "edited": 3}
 BAD = 1203
 """Number of an example on which `Spoilt` fails."""
 
@@ -129,10 +129,12 @@ def work(folder: Path) -> None:
 
     chunks.CHUNK = 3
     parts = PartFiles(folder / "parts")
-    found = localize_dataset(fit(dataset), dataset, LOCALIZATION, parts=parts)
+    found = localize_dataset(fit(dataset), dataset.train, test=dataset.test, **LOCALIZATION, parts=parts)
     out["localization"] = asdict(replace(found, seconds=0.0))
     distributed.once(lambda: shutil.copytree(folder / "parts", folder / "copied"))
-    again = localize_dataset(fit(dataset), dataset, LOCALIZATION, parts=PartFiles(folder / "copied"))
+    again = localize_dataset(
+        fit(dataset), dataset.train, test=dataset.test, **LOCALIZATION, parts=PartFiles(folder / "copied")
+    )
     out["again"] = again == found  # the time too: nothing was searched
     torch.save(out, folder / f"rank{distributed.rank()}.pt")
 

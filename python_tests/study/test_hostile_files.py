@@ -19,10 +19,9 @@ import torch
 from memloc_ext.data import memorized_mask
 from memloc_ext.files import read_json, write_json
 from memloc_ext.parts import PartFiles
-from memloc_ext.probes import LocalizationConfig
 from memloc_ext.study import DataConfig, ModelConfig, Run, StudyConfig, load_run, run_study
 from memloc_ext.study.accounting_files import load_account
-from memloc_ext.study.probe_configs import RetrainConfig
+from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig
 from memloc_ext.training import TrainConfig, load_checkpoint
 
 CONFIG = StudyConfig(

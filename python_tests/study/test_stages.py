@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from memloc_ext.probes import LocalizationConfig
 from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, load_run, run_study
 from memloc_ext.study.command_line import main
+from memloc_ext.study.probe_configs import LocalizationConfig
 from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint

@@ -6,19 +6,21 @@ import contextlib
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from memloc_ext._version import __version__
-from memloc_ext.data import Split
+from memloc_ext.ablation.signature import tensors_of
+from memloc_ext.examples import Examples
 from memloc_ext.files import parsed
 from memloc_ext.nn import example_ids
 from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.localization.result import STATUSES
 from memloc_ext.probes.localization.search import Searches
 from memloc_ext.probes.localization.settings import Settings
+from memloc_ext.tasks import Task
 
 CHUNK = 50
 """Examples of a chunk: fixed, since the rounding of a search may depend on which others are in the batch."""
@@ -31,7 +33,7 @@ class FoundUnits:
     Attributes:
         status: See `Found`.
         units: ``(site, unit)`` in the order in which they were switched off.
-        loss: Cross-entropy of the example with all of them off.
+        loss: Of the example with all of them off.
     """
 
     status: str
@@ -58,11 +60,13 @@ class ChunkedSearch:
 
 def search_in_chunks(
     model: nn.Module,
-    split: Split,
+    data: Examples,
     lists: Sequence[Tensor],
     reference: Tensor,
     *,
-    tied: Sequence[str],
+    named: bool,
+    sites: Sequence[str] | None,
+    task: Task,
     max_units: int,
     seed: int,
     parts: Parts | None,
@@ -71,27 +75,31 @@ def search_in_chunks(
 
     Args:
         model: As for `localize`.
-        split: Holds all examples, on the device of ``model``.
-        lists: Examples to search the units of, as positions in the split, ``[*]`` each; at least one example.
+        data: Holds all examples, on the device of ``model``.
+        lists: Examples to search the units of, as rows of the data, ``[*]`` each; at least one example.
         reference: Those that stand for the population, ``[*]``; none for no population.
-        tied: The sites with example-tied dropout, which are then the ones that are searched; empty for all sites.
+        named: Whether the model is told the examples' numbers, for example-tied dropout.
+        sites: See `localize`.
+        task: See `localize`.
         max_units: See `localize`.
         seed: See `localize`.
         parts: Where the results of the chunks are kept; None keeps none.
     """
     chunks = [(number, rows) for number, all_rows in enumerate(lists) for rows in all_rows.split(CHUNK) if len(rows)]
-    population = split.batch(reference) if len(reference) else None
-    if population is not None and not tied:
-        population = population[:2]
-
-    settings = Settings(max_units=max_units, population=None if population is None else "first_order", seed=seed)
-    settings.check(*split.batch(chunks[0][1])[:2], population)
-    searches = Searches(model, settings, population, list(tied) or None)
+    population = tuple(data.batch(reference))[: 3 if named else 2] if len(reference) else None
+    first = data.batch(chunks[0][1])  # the same in every process
+    settings = Settings(
+        max_units=max_units, population=None if population is None else "first_order", seed=seed, task=task
+    )
+    if not any(t.is_floating_point() for t in tensors_of(first.x)):
+        settings.noise, settings.eot = 0, 1
+    settings.check(first.x, first.y, population)
+    searches = Searches(model, settings, population, sites)
 
     def search(rows: Tensor) -> dict[str, object]:
-        x, y, ids = split.batch(rows)
+        x, y, ids = data.batch(rows)
         start = time.perf_counter()
-        with example_ids(ids) if tied else contextlib.nullcontext():
+        with example_ids(ids) if named else contextlib.nullcontext():
             result = searches.run(x, y)
         return {
             "found": [[found.status, found.units, found.losses[-1]] for found in result],
@@ -99,8 +107,9 @@ def search_in_chunks(
             "seconds": time.perf_counter() - start,
         }
 
-    common = fingerprint(__version__, model.state_dict(), population, tied, max_units, seed)
-    names = [f"search_{place:04d}_{fingerprint(common, split.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
+    how = (named, sites, max_units, seed, repr(task) if is_dataclass(task) else type(task).__qualname__)
+    common = fingerprint(__version__, model.state_dict(), population, how)
+    names = [f"search_{place:04d}_{fingerprint(common, data.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
     results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts, _chunk)
     found: list[list[FoundUnits]] = [[] for _ in lists]
     for name, (number, rows), result in zip(names, chunks, results, strict=True):

@@ -7,20 +7,22 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from memloc_ext.data import Dataset
+from memloc_ext.examples import Data
+from memloc_ext.marks import Marks
 from memloc_ext.nn import dropout_mode
 from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
 from memloc_ext.probes.evaluation import Evaluation
 from memloc_ext.probes.localization.chunks import search_in_chunks
-from memloc_ext.probes.localization.config import LocalizationConfig
-from memloc_ext.probes.localization.edits import EditedAccuracy, edited_accuracy, sampled
+from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
+from memloc_ext.tasks import Task, TaskName, task_of
 
 KINDS = ("memorized", "clean")
 REFERENCE = 512
@@ -38,7 +40,7 @@ class LocalizedExample:
         kind: ``memorized`` for a memorized example, or ``clean``.
         status: See `Found`.
         units: ``(site, unit)`` in the order in which they were switched off.
-        loss: Its cross-entropy with all of them off.
+        loss: Its loss with all of them off.
     """
 
     example: int
@@ -72,7 +74,7 @@ class KindLocalization:
 
     Attributes:
         total: Training examples of the kind.
-        fitted: Those of them that the model predicts as their label.
+        fitted: Those of them about which the model is right.
         statuses: Status to number of localized examples.
         mean: Mean number of units that flip an example, over those that were not wrong already; None without such, and
             where a search ended without a flip: it gives a lower bound alone.
@@ -132,6 +134,23 @@ class DatasetLocalization:
     kinds: dict[str, KindLocalization]
     seconds: float
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per localized example.
+
+        ``index``: its number; ``memorized``: whether it is memorized; ``status``: see `Found`; ``units``: how many were
+        switched off; ``sites``: their sites, in the order in which they were, joined by spaces.
+        """
+        return [
+            {
+                "index": row.example,
+                "memorized": row.kind == "memorized",
+                "status": row.status,
+                "units": len(row.units),
+                "sites": " ".join(site for site, _ in row.units),
+            }
+            for row in self.examples
+        ]
+
     @property
     def memorization_share(self) -> float:
         """Share of memorization channels among all units, in ``[0, 1]``."""
@@ -147,12 +166,26 @@ class DatasetLocalization:
 
 
 def localize_dataset(
-    model: nn.Module, dataset: Dataset, config: LocalizationConfig, *, seed: int = 0, parts: Parts | None = None
+    model: nn.Module,
+    data: Data,
+    *,
+    memorized: Marks | None = None,
+    test: Data | None = None,
+    task: TaskName | Task = "classification",
+    sites: Sequence[str] | None = None,
+    localized: int = 100,
+    max_units: int = 50,
+    edited: int = 20,
+    seed: int = 0,
+    batch_size: int = 512,
+    num_workers: int = 0,
+    parts: Parts | None = None,
 ) -> DatasetLocalization:
     """Search the units that flip memorized and clean training examples, and what switching them off does to others.
 
-    Examples are drawn at random among those that the model predicts as their label; only if there are too few, others
-    follow, which end as ``already_wrong``. The population is a random set of other clean examples.
+    Examples are drawn at random among those about which the model is right; only if there are too few, others follow,
+    which end as ``already_wrong``. The population is a random set of other clean examples. Inputs without floating
+    tensors, such as tokens, get no noise in the search.
 
     A model with example-tied dropout is searched as it was trained: each example with its own mask, at the sites that
     have a dropout, after it; the examples of the population likewise. Test examples, which have no mask, are not
@@ -161,37 +194,63 @@ def localize_dataset(
     Several processes share the work, and all of them return the result of one: call it in each.
 
     Args:
-        model: As for `localize`, on the device of ``dataset``; left as it was.
-        dataset: Examples, of which the training examples are localized.
-        config: How many, and how far.
+        model: As for `localize`; left as it was.
+        data: Training examples, see `memloc_ext.accuracy`; all inputs of one shape but for the batch.
+        memorized: Which of them are memorized, see `memloc_ext.accuracy`.
+        test: Test examples that edits are evaluated on.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        sites: See `localize`.
+        localized: Examples whose units are searched for, at least 1: so many memorized and so many clean ones.
+        max_units: Largest number of units that are switched off for an example, at least 1.
+        edited: Of these examples, how many of each kind have accuracy measured after each of their units, at least 0.
         seed: Names the draws and the noise of the search.
+        batch_size: Examples at a time in an evaluation; does not change the result.
+        num_workers: Processes that read a data set; a ``DataLoader`` has its own.
         parts: Keeps what is finished, every 50 searched examples and every evaluated edit, such as
             `memloc_ext.parts.PartFiles`; a call with the same arguments goes on from there.
+
+    Raises:
+        TypeError: If a number is not an int, or data can be iterated only once.
+        ValueError: If an argument breaks the above, or the numbers of the examples cannot be known.
     """
-    train, generator = dataset.train, torch.Generator().manual_seed(seed)
-    tied = example_tied_sites(model)
+    for name, value, least in (("localized", localized, 1), ("max_units", max_units, 1), ("edited", edited, 0)):
+        if type(value) is not int:
+            raise TypeError(f"localize_dataset: {name} must be int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"localize_dataset: {name} must be at least {least}, got {value}")
+    generator, tied = torch.Generator().manual_seed(seed), example_tied_sites(model)
+    sites = sites or list(tied) or None
+    settings: Any = {"task": task_of(task), "batch_size": batch_size}
     with dropout_mode(model, "train"):
-        right = Evaluation("localize_dataset", model, train).right_by_row(model).cpu()
+        whole = Evaluation(
+            "localize_dataset", model, data, memorized=memorized, test=test, num_workers=num_workers, **settings
+        )
+        train, numbers = whole.train, whole.train.indices
+        marked = torch.zeros_like(numbers, dtype=torch.bool) if whole.memorized is None else whole.memorized(numbers)
+        right, marked, numbers = whole.right_by_row(model).cpu(), marked.cpu(), numbers.cpu()
         rows = {}
         for kind in KINDS:
-            members = (train.memorized if kind == "memorized" else ~train.memorized).nonzero()[:, 0].cpu()
+            members = (marked if kind == "memorized" else ~marked).nonzero()[:, 0]
             members = members[torch.randperm(len(members), generator=generator)]
             rows[kind] = torch.cat([members[right[members]], members[~right[members]]])
-        chosen = {kind: members[: config.localized] for kind, members in rows.items() if len(members)}
-        others = rows["clean"][config.localized :]
-        reference = others if len(others) else rows["clean"]
-        reference = reference[torch.randperm(len(reference), generator=generator)[:REFERENCE]]
+        chosen = {kind: members[:localized] for kind, members in rows.items() if len(members)}
+        if not chosen:
+            raise ValueError("localize_dataset: data must hold at least one example, got none")
+        others = rows["clean"][localized:]
+        reference = _drawn(others if len(others) else rows["clean"], REFERENCE, generator)
         search = search_in_chunks(
             model,
             train,
             list(chosen.values()),
             reference,
-            tied=list(tied),
-            max_units=config.max_units,
+            named=bool(tied),
+            sites=sites,
+            task=whole.task,
+            max_units=max_units,
             seed=seed,
             parts=parts,
         )
-        sites = [
+        found_sites = [
             LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
             if name in tied
             else LocalizedSite(name, units)
@@ -200,22 +259,37 @@ def localize_dataset(
         examples = {
             kind: [
                 LocalizedExample(number, kind, result.status, result.units, result.loss)
-                for number, result in zip(train.indices.cpu()[members].tolist(), found, strict=True)
+                for number, result in zip(numbers[members].tolist(), found, strict=True)
             ]
             for (kind, members), found in zip(chosen.items(), search.found, strict=True)
         }
-        evaluated = sampled(dataset, EVALUATED, generator)
+        evaluated = _sampled(model, whole, marked, EVALUATED, generator, settings)
         kinds = {}
         for kind, results in examples.items():
-            edits = [result.units for result in results if result.status != ALREADY_WRONG][: config.edited]
-            edited, curve = None, []
+            edits = [result.units for result in results if result.status != ALREADY_WRONG][:edited]
+            after, curve = None, []
             if edits:
-                dims = search.channel_dims
-                edited, curve = edited_accuracy(model, evaluated, edits, dims, test=not tied, parts=parts)
+                after, curve = edited_accuracy(model, evaluated, edits, search.channel_dims, parts)
             fitted = int(right[rows[kind]].sum())
-            kinds[kind] = _summary(results, sites, len(rows[kind]), fitted, edited, curve)
+            kinds[kind] = _summary(results, found_sites, len(rows[kind]), fitted, after, curve)
     every = [row for rows in examples.values() for row in rows]
-    return DatasetLocalization(every, sites, kinds, search.seconds / len(every))
+    return DatasetLocalization(every, found_sites, kinds, search.seconds / len(every))
+
+
+def _sampled(
+    model: nn.Module, whole: Evaluation, marked: Tensor, limit: int, generator: torch.Generator, settings: Any
+) -> Evaluation:
+    """Return an evaluation on at most so many clean, memorized and test examples, drawn at random."""
+    rows = torch.cat([_drawn(kind.nonzero()[:, 0], limit, generator) for kind in (~marked, marked)])
+    numbers, test = whole.train.indices[rows[marked[rows]].to(whole.train.indices.device)], None
+    if whole.test is not None:
+        test = whole.test.subset(_drawn(torch.arange(len(whole.test)), limit, generator))
+    train = whole.train.subset(rows)
+    return Evaluation("localize_dataset", model, train, memorized=numbers, test=test, **settings)
+
+
+def _drawn(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)[:limit]]
 
 
 def _summary(

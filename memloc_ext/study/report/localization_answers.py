@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memloc_ext.probes.localization.dataset import EVALUATED, DatasetLocalization, KindLocalization
-from memloc_ext.probes.localization.edits import EditedAccuracy
+from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED
 from memloc_ext.study.report.figures import NAMES, percent
 from memloc_ext.study.report.section import Number

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_localize_dataset import CONFIG, dataset, plain, tied  # noqa: F401
+from test_localize_dataset import dataset, found_in, plain, tied  # noqa: F401
 from torch import nn
 
 from memloc_ext.data import Dataset
-from memloc_ext.probes import localize, localize_dataset
+from memloc_ext.probes import localize
 from memloc_ext.probes.localization import chunks
 from memloc_ext.probes.localization.search import Searches
 from memloc_ext.probes.localization.settings import Settings
@@ -52,23 +52,23 @@ def test_an_interrupted_localization_goes_on(
     """Of 6 chunks and 6 edits, the last in work is lost."""
     model, parts = request.getfixturevalue(name), Memory(limit)
     with pytest.raises(KeyboardInterrupt):
-        localize_dataset(model, dataset, CONFIG, parts=parts)
+        found_in(model, dataset, parts=parts)
     assert len(parts) == limit
     parts.limit = 1000
-    result = localize_dataset(model, dataset, CONFIG, parts=parts)
+    result = found_in(model, dataset, parts=parts)
     assert parts.puts == len(parts) == 12
-    assert localize_dataset(model, dataset, CONFIG, parts=parts) == result
+    assert found_in(model, dataset, parts=parts) == result
     assert parts.puts == 12
-    assert replace(localize_dataset(model, dataset, CONFIG), seconds=0.0) == replace(result, seconds=0.0)
+    assert replace(found_in(model, dataset), seconds=0.0) == replace(result, seconds=0.0)
 
 
 def test_other_work_takes_none_of_the_parts(plain: nn.Module, dataset: Dataset) -> None:  # noqa: F811
     parts = Memory()
-    localize_dataset(plain, dataset, CONFIG, parts=parts)
+    found_in(plain, dataset, parts=parts)
 
     def new(model: nn.Module = plain, data: Dataset = dataset, seed: int = 0, **settings: int) -> list[str]:
         before = set(parts)
-        localize_dataset(model, data, replace(CONFIG, **settings), seed=seed, parts=parts)
+        found_in(model, data, **settings, seed=seed, parts=parts)
         return sorted(name.split("_")[0] for name in set(parts) - before)
 
     searches, edits = ["search"] * 6, ["edit"] * 6
@@ -118,9 +118,9 @@ def test_a_part_that_does_not_fit_is_named(
     damage: Callable[[dict[str, Any]], object],
 ) -> None:
     parts = Memory()
-    localize_dataset(plain, dataset, CONFIG, parts=parts)
+    found_in(plain, dataset, parts=parts)
     name = next(name for name in parts if name.startswith("search_0001"))
     parts[name] = copy.deepcopy(parts[name])
     damage(parts[name])
     with pytest.raises(ValueError, match=rf"{name}\.json: must be "):
-        localize_dataset(plain, dataset, CONFIG, parts=parts)
+        found_in(plain, dataset, parts=parts)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from memloc_ext import models
 from memloc_ext.ablation import apply_ablation
 from memloc_ext.data import Dataset, digits, with_label_noise
 from memloc_ext.nn import dropout_mode, example_ids, insert_example_tied_dropout
-from memloc_ext.probes import LocalizationConfig, accuracy, localize_dataset
-from memloc_ext.probes.localization.edits import edited_accuracy, sampled
+from memloc_ext.probes import DatasetLocalization, accuracy, localize_dataset
+from memloc_ext.probes.evaluation import Evaluation
+from memloc_ext.probes.localization import dataset as localizing
+from memloc_ext.probes.localization.edited_accuracy import edited_accuracy
 from memloc_ext.reference.example_tied_dropout import keep_mask
 
-CONFIG = LocalizationConfig(localized=8, max_units=20, edited=3)
+SETTINGS = {"localized": 8, "max_units": 20, "edited": 3}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,10 @@ def tied(dataset: Dataset) -> nn.Module:
     return fit(lenet(tied=True), dataset)
 
 
+def found_in(model: nn.Module, dataset: Dataset, **settings: Any) -> DatasetLocalization:
+    return localize_dataset(model, dataset.train, test=dataset.test, **{**SETTINGS, **settings})
+
+
 def prediction(model: nn.Module, dataset: Dataset, number: int) -> tuple[int, int, float]:
     """Return what the model makes of a training example of that number, the example's label and its loss."""
     x, y, ids = dataset.train.batch((dataset.train.indices == number).nonzero()[:, 0])
@@ -72,7 +79,7 @@ def prediction(model: nn.Module, dataset: Dataset, number: int) -> tuple[int, in
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_every_flip_is_one(name: str, dataset: Dataset, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
-    result = localize_dataset(model, dataset, CONFIG)
+    result = found_in(model, dataset)
     assert Counter(row.kind for row in result.examples) == {"memorized": 8, "clean": 8}
     memorized = dict(zip(dataset.train.indices.tolist(), dataset.train.memorized.tolist(), strict=True))
     for row in result.examples:
@@ -88,7 +95,7 @@ def test_every_flip_is_one(name: str, dataset: Dataset, request: pytest.FixtureR
 
 
 def test_the_summary_counts_the_examples(plain: nn.Module, dataset: Dataset) -> None:
-    result = localize_dataset(plain, dataset, replace(CONFIG, max_units=1))
+    result = found_in(plain, dataset, max_units=1)
     for kind, summary in result.kinds.items():
         rows = [row for row in result.examples if row.kind == kind]
         assert (summary.total, summary.fitted) == ({"memorized": 12, "clean": 48}[kind],) * 2
@@ -111,7 +118,7 @@ def test_the_summary_counts_the_examples(plain: nn.Module, dataset: Dataset) -> 
 
 
 def test_the_curve_is_the_accuracy_after_each_unit(plain: nn.Module, dataset: Dataset) -> None:
-    result = localize_dataset(plain, dataset, CONFIG)
+    result = found_in(plain, dataset)
     for kind, summary in result.kinds.items():
         edits = [row.units for row in result.examples if row.kind == kind][:3]
         assert [point.units for point in summary.curve] == list(range(max(map(len, edits)) + 1))
@@ -131,7 +138,9 @@ def test_the_curve_is_the_accuracy_after_each_unit(plain: nn.Module, dataset: Da
 
 def test_points_of_a_curve_are_means_over_those_who_have_so_many_units(plain: nn.Module, dataset: Dataset) -> None:
     units = [("fc1", 3), ("fc2", 5), ("fc2", 7)]
-    edited, curve = edited_accuracy(plain, dataset, [units, [], units[:1]], {"fc1": 1, "fc2": 1}, test=False)
+    edited, curve = edited_accuracy(
+        plain, Evaluation("t", plain, dataset.train), [units, [], units[:1]], {"fc1": 1, "fc2": 1}
+    )
     assert [point.examples for point in curve] == [3, 2, 1, 1]
     assert (edited.units, edited.examples) == (4 / 3, 3)
     assert {point.test for point in (*curve, edited)} == {None}
@@ -139,17 +148,19 @@ def test_points_of_a_curve_are_means_over_those_who_have_so_many_units(plain: nn
 
 @pytest.mark.parametrize(("limit", "sizes"), [(5, (10, 5, 5)), (20, (32, 12, 20)), (512, (60, 12, 40))])
 def test_the_sample_has_at_most_so_many_of_each_kind(dataset: Dataset, limit: int, sizes: tuple[int, ...]) -> None:
-    small = sampled(dataset, limit, torch.Generator().manual_seed(0))
-    assert (len(small.train), int(small.train.memorized.sum()), len(small.test)) == sizes
+    whole = Evaluation("t", lenet(), dataset.train, test=dataset.test)
+    memorized, generator = dataset.train.memorized, torch.Generator().manual_seed(0)
+    small = localizing._sampled(lenet(), whole, memorized, limit, generator, {"task": whole.task})
+    assert (len(small.train), int(small.memorized(small.train.indices).sum()), len(small.test)) == sizes
     assert set(small.train.indices.tolist()) <= set(dataset.train.indices.tolist())
 
 
 def test_the_draw_depends_on_the_seed_alone(plain: nn.Module, dataset: Dataset) -> None:
     state = torch.get_rng_state()
-    first, again = (replace(localize_dataset(plain, dataset, CONFIG, seed=1), seconds=0.0) for _ in range(2))
+    first, again = (replace(found_in(plain, dataset, seed=1), seconds=0.0) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert first == again
-    other = localize_dataset(plain, dataset, CONFIG, seed=2)
+    other = found_in(plain, dataset, seed=2)
     assert [row.example for row in first.examples] != [row.example for row in other.examples]
 
 
@@ -157,14 +168,14 @@ def test_the_draw_depends_on_the_seed_alone(plain: nn.Module, dataset: Dataset) 
 def test_the_model_is_left_as_it_was(name: str, dataset: Dataset, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    localize_dataset(model, dataset, CONFIG)
+    found_in(model, dataset)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_what_is_wrong_already_comes_last_and_is_said(dataset: Dataset) -> None:
-    result = localize_dataset(lenet().eval(), dataset, replace(CONFIG, localized=100))
+    result = found_in(lenet().eval(), dataset, localized=100)
     for kind, summary in result.kinds.items():
         assert summary.localized == summary.total
         assert 0 < summary.statuses["already_wrong"] == summary.total - summary.fitted
@@ -175,7 +186,7 @@ def test_what_is_wrong_already_comes_last_and_is_said(dataset: Dataset) -> None:
 
 def test_nothing_is_counted_where_all_are_wrong(plain: nn.Module, dataset: Dataset) -> None:
     wrong = replace(dataset.train, labels=(dataset.train.labels + 1) % 10)
-    result = localize_dataset(plain, replace(dataset, train=wrong), CONFIG)
+    result = found_in(plain, replace(dataset, train=wrong))
     for summary in result.kinds.values():
         assert (summary.fitted, summary.statuses["already_wrong"]) == (0, 8)
         assert (summary.mean, summary.median, summary.histogram) == (None, None, [])
@@ -185,18 +196,18 @@ def test_nothing_is_counted_where_all_are_wrong(plain: nn.Module, dataset: Datas
 @pytest.mark.parametrize("kind", ["memorized", "clean"])
 def test_one_kind_is_enough(plain: nn.Module, dataset: Dataset, kind: str) -> None:
     train = dataset.train.subset(dataset.train.memorized == (kind == "memorized"))
-    result = localize_dataset(plain, replace(dataset, train=train), CONFIG)
+    result = found_in(plain, replace(dataset, train=train))
     assert list(result.kinds) == [kind]
     assert len(result.examples) == 8
 
 
 def test_no_edit_is_evaluated_if_none_is_asked_for(plain: nn.Module, dataset: Dataset) -> None:
-    result = localize_dataset(plain, dataset, replace(CONFIG, edited=0))
+    result = found_in(plain, dataset, edited=0)
     assert {(summary.edited, len(summary.curve)) for summary in result.kinds.values()} == {(None, 0)}
 
 
 def test_a_tied_model_is_searched_after_its_dropouts(tied: nn.Module, dataset: Dataset) -> None:
-    result = localize_dataset(tied, dataset, CONFIG)
+    result = found_in(tied, dataset)
     sizes = {"fc1": (120, 36), "fc2": (84, 25)}
     assert {site.name: (site.units, site.units - site.memorization) for site in result.sites} == sizes
     assert result.memorization_share == (84 + 59) / 204
@@ -224,6 +235,74 @@ def test_a_tied_model_is_searched_after_its_dropouts(tied: nn.Module, dataset: D
         ({"edited": True}, TypeError, "edited must be int, got bool"),
     ],
 )
-def test_wrong_settings_are_named(settings: dict, error: type[Exception], message: str) -> None:
+def test_wrong_settings_are_named(
+    settings: dict, error: type[Exception], message: str, plain: nn.Module, dataset: Dataset
+) -> None:
     with pytest.raises(error, match=message):
-        LocalizationConfig(**settings)
+        found_in(plain, dataset, **settings)
+
+
+# data and tasks of users
+
+
+class Reader(nn.Module):
+    """Gives logits for every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(9, 8), nn.Linear(8, 12), nn.Linear(12, 9)
+
+    def forward(self, tokens: torch.Tensor, weight: float = 1.0) -> dict[str, torch.Tensor]:
+        return {"logits": weight * self.head(torch.relu(self.mix(self.embed(tokens).cumsum(1))))}
+
+
+def test_tokens_from_a_loader_of_dictionaries() -> None:
+    torch.manual_seed(0)
+    model, tokens = Reader(), torch.randint(9, (12, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens)["logits"][:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    items = [{"tokens": t, "labels": t, "index": 100 + i} for i, t in enumerate(tokens)]
+    loader = torch.utils.data.DataLoader(items, batch_size=5, shuffle=True)
+    result = localize_dataset(
+        model, loader, memorized=[103, 107], test=loader, task="tokens", localized=3, edited=2, seed=1
+    )
+    rows = result.rows()
+    assert [list(row) for row in rows] == [["index", "memorized", "status", "units", "sites"]] * 5
+    assert {row["index"] for row in rows if row["memorized"]} == {103, 107}
+    assert all(100 <= row["index"] < 112 for row in rows)
+    assert any(row["status"] == "flipped" for row in rows)
+
+    def right(units: list[tuple[str, int]], number: int) -> bool:
+        one = tokens[number - 100]
+        with torch.no_grad():
+            hidden = model.mix(model.embed(one).cumsum(0))
+            hidden[:, [unit for _, unit in units]] = 0
+            logits = model.head(hidden.relu())
+        return all(int(logits[i].argmax()) == int(one[i + 1]) for i in range(3))
+
+    for row, example in zip(rows, result.examples, strict=True):
+        assert (row["units"], row["sites"]) == (len(example.units), " ".join(["mix"] * len(example.units)))
+        for k in range(len(example.units) + 1):
+            wrong = row["status"] == "already_wrong" or (row["status"] == "flipped" and k == len(example.units))
+            assert right(example.units[:k], example.example) != wrong
+    memorized = [example for example in result.examples if example.kind == "memorized"]
+    edits = [example.units for example in memorized if example.status != "already_wrong"]
+    shares = [sum(right(units, number) for number in (103, 107)) / 2 for units in edits]
+    assert result.kinds["memorized"].edited.memorized == pytest.approx(statistics.mean(shares))
+    everybody = [sum(right(units, 100 + i) for i in range(12)) / 12 for units in edits]
+    assert result.kinds["memorized"].edited.test == pytest.approx(statistics.mean(everybody))
+
+
+def test_features_without_marks_are_all_clean() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(10, 4)
+    data = torch.utils.data.TensorDataset(x, model(x).argmax(1))
+    result = localize_dataset(model, data, localized=20, edited=0)
+    assert sorted(row["index"] for row in result.rows()) == list(range(10))
+    assert not any(row["memorized"] for row in result.rows())
+    with pytest.raises(ValueError, match="at least one example"):
+        localize_dataset(model, torch.utils.data.TensorDataset(x[:0], torch.zeros(0, dtype=torch.int64)))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memloc_ext._version import __version__
 from memloc_ext.ablation import apply_ablation
-from memloc_ext.data import Dataset
 from memloc_ext.files import parsed
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.accuracy import accuracy
-from memloc_ext.probes.evaluation import Accuracy
+from memloc_ext.probes.evaluation import Accuracy, Evaluation
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,9 @@ class EditedAccuracy:
 
 def edited_accuracy(
     model: nn.Module,
-    dataset: Dataset,
+    evaluation: Evaluation,
     edits: Sequence[Sequence[tuple[str, int]]],
     channel_dims: Mapping[str, int],
-    *,
-    test: bool = True,
     parts: Parts | None = None,
 ) -> tuple[EditedAccuracy, list[EditedAccuracy]]:
     """Switch the units of each example off one after another, and evaluate the model after each.
@@ -52,50 +47,32 @@ def edited_accuracy(
 
     Args:
         model: In the dropout mode it is in; left as it was.
-        dataset: What it is evaluated on.
+        evaluation: What it is evaluated on.
         edits: The units of each example in their order; at least one example.
         channel_dims: Site to the dimension of its units, see `Localization`.
-        test: Whether to look at the test examples.
         parts: Where the results of single examples are kept; None keeps none.
 
     Returns:
         The accuracy with all units of an example off, mean over the examples; and the curve: the accuracy after the
         first k units, for k = 0, 1, ..., each the mean over the examples that have at least k units.
     """
-    test_data = dataset.test if test else None
-    plain = accuracy(model, dataset.train, test=test_data)
+    plain = evaluation.accuracy(model)
 
     def follow(units: Sequence[tuple[str, int]]) -> list[dict[str, float | None]]:
         result = []
         for k in range(1, len(units) + 1):
             with apply_ablation(model, units[:k], channel_dims=channel_dims):
-                result.append(asdict(accuracy(model, dataset.train, test=test_data)))
+                result.append(asdict(evaluation.accuracy(model)))
         return result
 
-    common = fingerprint(__version__, model.state_dict(), _columns(dataset, test), channel_dims)
+    data = [list(map(tuple, part.batches(512))) for part in (evaluation.train, evaluation.test) if part is not None]
+    common = fingerprint(__version__, model.state_dict(), data, evaluation.digest(), channel_dims)
     work = {f"edit_{place:04d}_{fingerprint(common, units)}": units for place, units in enumerate(edits)}
     results = [[plain, *rows] for rows in spread_parts(follow, work, parts, partial(parsed, list[Accuracy]))]
     longest = max(len(result) for result in results)
     curve = [_mean(k, [result[k] for result in results if len(result) > k]) for k in range(longest)]
     units = sum(len(result) - 1 for result in results) / len(results)
     return _mean(units, [result[-1] for result in results]), curve
-
-
-def sampled(dataset: Dataset, limit: int, generator: torch.Generator) -> Dataset:
-    """Return a data set with at most so many clean training, memorized training and test examples, drawn at random."""
-    train, test = dataset.train, dataset.test
-    rows = [_drawn(kind.nonzero()[:, 0].cpu(), limit, generator) for kind in (~train.memorized, train.memorized)]
-    test_rows = _drawn(torch.arange(len(test)), limit, generator)
-    return replace(dataset, train=train.subset(torch.cat(rows)), test=test.subset(test_rows))
-
-
-def _drawn(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=generator)[:limit]]
-
-
-def _columns(dataset: Dataset, test: bool) -> list[Tensor]:
-    splits = [dataset.train, dataset.test] if test else [dataset.train]
-    return [column for split in splits for column in (*split.batch(torch.arange(len(split))), split.memorized)]
 
 
 def _mean(units: float, results: Sequence[Accuracy]) -> EditedAccuracy:
