@@ -153,12 +153,16 @@ class _ModelGraph(Graph):
     def _run(self, inputs: list[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
         values = {v: t[None] for v, t in zip(self.recording.inputs, inputs, strict=True)}
         wanted = {self._sites[value] for value in {*keep, *edits} if value in self._sites}
-        hooks = [_Seen(name, self._returned[name], row, values, keep, edits) for name in wanted]
+        hooks = [_Seen(name, self._own(name), row, values, keep, edits) for name in wanted]
         with contextlib.ExitStack() as stack:
             for handle in hooked(self.model, hooks):
                 stack.callback(handle.remove)
             outputs, _ = opened(self.task, self.signature.call(self.model, inputs))
         return values | {value: t[None] for value, t in zip(self.recording.outputs, outputs, strict=True)}
+
+    def _own(self, name: str) -> list[int | None]:
+        """Return the values of a module's calls that no other module is to see."""
+        return [v if v is not None and self._sites[v] == name else None for v in self._returned[name]]
 
 
 class _ModelSuffix(Suffix):

@@ -1,217 +1,200 @@
-"""Weights that are changed for each example on its own, while a recording runs."""
+"""The weights of a convolution or linear layer: their gradients by example, and changes of a few of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.ablation.candidates import Candidates, finite
-from memloc_ext.ablation.deltas import Slab
-from memloc_ext.ablation.filters import CHANNELS, Filters
-from memloc_ext.ablation.gradients import gradients
-from memloc_ext.ablation.interpreter import Edit
-from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.weight_changes import WeightChange
+from memloc_ext.ablation.interpreter import Graph
+from memloc_ext.ablation.layers import Layer, find_layer
+from memloc_ext.ablation.sites import Site, producer
+
+CHANNELS = 2  # the dimension of a layer's inputs and outputs that holds them, behind rows and a recorded batch
+_CACHED = 1 << 26  # bytes of patches at a time
 
 
 @dataclass(frozen=True)
-class _Entries:
-    """Changed units, in the order in which they were changed.
+class Filters:
+    """The weights of a layer.
 
     Attributes:
-        owners: The example that each is changed for.
-        units: Numbered through all sites.
-        changes: What is added to their weights, ``[entries, weights]``.
+        layer: The layer alone, without what follows it.
+        parameter: Name of its weight in the model.
+        single: Whether its units are single weights, numbered as in the flattened weight, or whole filters, numbered as
+            the output channels.
     """
 
-    owners: Tensor
-    units: Tensor
-    changes: Tensor
+    layer: Layer
+    parameter: str
+    single: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of units, and that of the weights of each."""
+        weight = self.layer.weight
+        return (weight.numel(), 1) if self.single else (len(weight), weight[0].numel())
+
+    def outputs(self, units: Tensor) -> Tensor:
+        """Return the output channel of each unit."""
+        return units // self.layer.weight[0].numel() if self.single else units
+
+    def weights(self) -> Tensor:
+        """Return the weights by unit."""
+        return self.layer.weight.reshape(self.shape)
+
+    def added(self, x: Tensor, rows: Tensor, units: Tensor, changes: Tensor) -> Tensor:
+        """Return what changed units add to their output channels, ``[units, *positions]``; differentiable in ``x``.
+
+        Args:
+            x: The layer's input, ``[rows, *shape]``.
+            rows: Of each unit, in rising order.
+            units: Numbers.
+            changes: What is added to their weights, ``[units, weights]``.
+        """
+        x = x.movedim(CHANNELS, 1)
+        positions = self._windows(x[:1]).shape[2:-2]
+        if self.single:
+            _, channels, *tap = torch.unravel_index(units, self.layer.weight.shape)
+            windows = self._windows(x[rows, channels])
+            if tap:
+                windows = windows.movedim((-2, -1), (1, 2))[(torch.arange(len(units), device=x.device), *tap)]
+            return windows.reshape(len(units), *positions) * changes.reshape(-1, *[1] * len(positions))
+        some, place, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        within = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[place]
+        most = int(counts.max()) if len(counts) else 0
+        parts = []
+        step = max(1, _CACHED // max(1, x.element_size() * changes.shape[1] * (positions.numel() + most)))
+        for begin in range(0, len(some), step):
+            here = (place >= begin) & (place < begin + step)
+            patches = self._patches(x[some[begin : begin + step]])
+            filters = changes.new_zeros(len(patches), most, changes.shape[1])
+            filters[place[here] - begin, within[here]] = changes[here]
+            parts.append((filters @ patches.mT)[place[here] - begin, within[here]])
+        return torch.cat(parts).unflatten(1, positions) if parts else x.new_zeros(0, *positions)
+
+    def gradients(self, x: Tensor, grad: Tensor, copies: int) -> Tensor:
+        """Return the gradient with respect to the weight, ``[examples, out, weights of a filter]``.
+
+        Args:
+            x: The layer's input, ``[examples * copies, *shape]``.
+            grad: With respect to its output, likewise.
+            copies: Rows of each example, over which the gradient is summed.
+        """
+        x, grad = (t.movedim(CHANNELS, 1).unflatten(0, (-1, copies)) for t in (x, grad))
+        grad = grad.flatten(3)
+        filters = self.layer.weight[0].numel()
+        total = grad.new_zeros(len(x), grad.shape[2], filters)
+        step = max(1, _CACHED // max(1, len(x) * filters * grad.shape[3] * x.element_size()))
+        for begin in range(0, copies, step):
+            some = x[:, begin : begin + step]
+            patches = self._patches(some.flatten(0, 1)).reshape(len(x), -1, filters)
+            total.baddbmm_(grad[:, begin : begin + step].transpose(1, 2).flatten(2), patches)
+        return total
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Return what each weight of a filter meets at each position, ``[*, *positions, *kernel]``, of ``[*, *]``."""
+        if not self.layer.is_convolution:
+            return x[..., None, None]
+        stride, padding, dilation = self.layer.geometry()
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        for dim, size in zip((-2, -1), self.layer.weight.shape[2:], strict=True):
+            x = x.unfold(dim - (dim == -1), dilation[dim] * (size - 1) + 1, stride[dim])
+        return x[..., :: dilation[0], :: dilation[1]]
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Return the same in the order of a filter's weights, ``[rows, positions, weights]``."""
+        return self._windows(x).movedim(1, -3).flatten(-3).flatten(1, -2)
 
 
-class ChangedWeights:
-    """Each example's set of changed weights, with the interface of `Switched`.
+def find_filters(model: nn.Module, graph: Graph, sites: Sequence[Site], single: bool) -> list[Filters]:
+    """Return the weights of the convolution or linear layer that computes each site.
+
+    Raises:
+        ValueError: If there is none, its weight is no parameter of the model, or the convolution is grouped,
+            transposed or not of images.
+    """
+    found, recording = [], graph.recording
+    for site in sites:
+        call = producer(recording, site)
+        layer = find_layer(recording, graph.readers, recording.writer()[call.outputs[0]], set(), call.outputs)
+        if layer is None:
+            raise ValueError(f"weights: the convolution of {site.name} must be a plain 2-D one without groups")
+        weight = layer.weight
+        names = [
+            name
+            for name, p in model.named_parameters()
+            if p.data_ptr() == weight.data_ptr() and (p.shape, p.stride()) == (weight.shape, weight.stride())
+        ]
+        if not names:
+            raise ValueError(f"weights: those that compute {site.name} are no parameter of the model")
+        found.append(Filters(layer, names[0], single))
+    return found
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What is added to some neighbouring weights.
+
+    Attributes:
+        parameter: Name in the model.
+        first: Index of the first of them in the flattened parameter.
+        values: Added to it and those that follow, one each.
+    """
+
+    parameter: str
+    first: int
+    values: Tensor
+
+
+class AppliedChanges:
+    """Weights that are changed by a ``with``, and put back at its end, bit for bit.
 
     Args:
-        network: With ``how="filter"`` and ``weights=True``.
-        filters: Of its sites.
-        step_size: A unit's weights take one gradient step of this size; None sets them to zero.
-        examples: Which examples' sets these are.
-        entries: The sets, of all examples.
+        model: To change; not before the ``with`` or the `AppliedChanges.copy`.
+        changes: To make, in this order.
+
+    Raises:
+        ValueError: If the model has no such parameter, or it has too few weights.
     """
 
-    def __init__(
-        self, network: Network, filters: Sequence[Filters], step_size: float | None, examples: Tensor, entries: _Entries
-    ) -> None:
-        self.network, self.filters, self.step_size = network, list(filters), step_size
-        self.examples, self.entries = examples, entries
-        self.starts = list(accumulate((f.shape[0] for f in filters), initial=0))
+    def __init__(self, model: nn.Module, changes: Sequence[WeightChange]) -> None:
+        self.model, self.changes = model, list(changes)
+        parameters = dict(model.named_parameters())
+        for change in self.changes:
+            size = parameters[change.parameter].numel() if change.parameter in parameters else 0
+            if change.first < 0 or change.first + len(change.values) > size:
+                raise ValueError(
+                    f"changes must be of the model's weights, got {len(change.values)} from {change.first} on in "
+                    f"{change.parameter} with {size}"
+                )
+        self._old: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
 
-    @classmethod
-    def none(
-        cls, network: Network, filters: Sequence[Filters], step_size: float | None, examples: int
-    ) -> ChangedWeights:
-        """Return the empty sets of so many examples.
+    def __enter__(self) -> nn.Module:
+        """Change the weights and return the model."""
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for change in self.changes:
+                weight = parameters[change.parameter]
+                flat = torch.arange(change.first, change.first + len(change.values), device=weight.device)
+                index = torch.unravel_index(flat, weight.shape)
+                old = weight[index]
+                self._old.append((weight, index, old))
+                weight.index_put_(index, old + change.values.to(weight))
+        return self.model
 
-        Raises:
-            ValueError: If the gradient of one layer's weights does not fit into the memory budget.
-        """
-        least = max(4 * f.layer.weight.numel() * f.layer.weight.element_size() for f in filters)
-        if least > network.share:
-            raise ValueError(f"memory_budget must hold {least} bytes for one example's gradient, got {network.share}")
-        weight = filters[0].layer.weight
-        nobody = torch.zeros(0, dtype=torch.int64, device=weight.device)
-        entries = _Entries(nobody, nobody, weight.new_zeros(0, max(f.shape[1] for f in filters)))
-        return cls(network, filters, step_size, torch.arange(examples, device=weight.device), entries)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Put the old weights back."""
+        with torch.no_grad():
+            while self._old:
+                weight, index, old = self._old.pop()
+                weight.index_put_(index, old)
 
-    def of(self, examples: Tensor) -> ChangedWeights:
-        """Return the sets of some examples, ``[*]`` of their indices; what is added later is not in them."""
-        return ChangedWeights(self.network, self.filters, self.step_size, self.examples[examples], self.entries)
-
-    def add(self, examples: Tensor, chosen: Candidates) -> None:
-        """Add one unit to the sets of some examples."""
-        assert chosen.changes is not None
-        parts = (self.examples[examples], chosen.units[:, 0], chosen.changes[:, 0])
-        old = (self.entries.owners, self.entries.units, self.entries.changes)
-        self.entries = _Entries(*(torch.cat(pair) for pair in zip(old, parts, strict=True)))
-
-    def bytes_per_example(self, units: int) -> int:
-        """Return how much memory the changes of so many units of an example take."""
-        return units * self.entries.changes.shape[1] * self.entries.changes.element_size()
-
-    def changed(self, example: int) -> list[WeightChange]:
-        """Return what is done to an example's weights, in the order in which it was."""
-        (mine,) = (self.entries.owners == self.examples[example]).nonzero(as_tuple=True)
-        found = []
-        for unit, change in zip(self.entries.units[mine].tolist(), self.entries.changes[mine], strict=True):
-            site = max(i for i, start in enumerate(self.starts[:-1]) if start <= unit)
-            size = self.filters[site].shape[1]
-            first = (unit - self.starts[site]) * size
-            found.append(WeightChange(self.filters[site].parameter, first, change[:size].clone()))
-        return found
-
-    def edits(self) -> dict[int, Edit]:
-        """Return what `Graph.examples` and `Suffix.run` are to be given."""
-        here = [site for site in range(len(self.filters)) if len(self._entries(site)[0])]
-        return {self.filters[site].layer.output: self._edit(site) for site in here}
-
-    def slab(
-        self, site: int, candidates: Candidates, rows: Tensor, columns: Tensor, unchanged: dict[int, Tensor]
-    ) -> Slab:
-        """Return some candidates of a site changed, one per row.
-
-        Args:
-            site: Index of the site.
-            candidates: Of the examples.
-            rows: Example of each row, in rising order.
-            columns: Candidate of each row.
-            unchanged: Values with what is changed already, ``[examples, *shape]``.
-        """
-        assert candidates.changes is not None
-        filters = self.filters[site]
-        units = candidates.units[rows, columns] - self.starts[site]
-        changes = candidates.changes[rows, columns, : filters.shape[1]]
-        added = filters.added(unchanged[filters.layer.input], rows, units, changes)
-        outputs = filters.outputs(units)
-        own = unchanged[filters.layer.output].movedim(CHANNELS, 1)[rows, outputs]
-        return Slab((own + added).unsqueeze(CHANNELS), outputs, CHANNELS - 1)
-
-    def screen(
-        self,
-        inputs: Sequence[Tensor],
-        loss: Callable[[Any], Tensor],
-        copies: int,
-        population: Tensor | None,
-        count: int,
-    ) -> Candidates:
-        """Return the units whose change raises an example's loss most over the population's, to first order.
-
-        Args:
-            inputs: As of `Graph.examples`; each example ``copies`` times.
-            loss: What the model returns to a number, the sum of the examples' losses.
-            copies: Rows of each example.
-            population: See `total`.
-            count: How many, at most those that are not changed yet.
-        """
-        values, grads = self._gradients(inputs, loss)
-        device, found, begin = self.examples.device, [], 0
-        sets = self.of(torch.arange(0, len(self.examples), copies, device=device))
-        for site, filters in enumerate(self.filters):
-            size = filters.layer.weight.numel()
-            others = None if population is None else population[begin : begin + size].reshape(filters.shape)
-            step, parts = max(1, self.network.share // (4 * size * grads[site].element_size())), []
-            for first in range(0, len(sets.examples), step):
-                rows = slice(first * copies, (first + step) * copies)
-                own = filters.gradients(values[filters.layer.input][rows], grads[site][rows], copies)
-                part = sets.of(torch.arange(first, first + len(own), device=device))
-                parts.append(part._best(site, own.reshape(len(own), *filters.shape), others, count))
-            found.append(Candidates.cat(parts))
-            begin += size
-        return Candidates.cat(found, 1).best(count)
-
-    def total(self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
-        """Return the gradient of a loss with respect to all sites' weights, ``[weights]``; see `screen`."""
-        values, grads = self._gradients(inputs, loss)
-        return torch.cat(
-            [
-                filters.gradients(values[filters.layer.input], grad, len(grad)).flatten()
-                for filters, grad in zip(self.filters, grads, strict=True)
-            ]
-        )
-
-    def _best(self, site: int, own: Tensor, others: Tensor | None, count: int) -> Candidates:
-        """Return the best units of a site.
-
-        Args:
-            site: Index of the site.
-            own: Gradient of the examples' losses, ``[examples, units, weights]``; overwritten.
-            others: That of the population's, ``[units, weights]``.
-            count: How many.
-        """
-        weights = self.filters[site].weights()
-        ascent = own if others is None else own.sub_(others)
-        changes = -weights if self.step_size is None else ascent * self.step_size
-        scores = finite((ascent * changes).sum(2))
-        rows, entries = self._entries(site)
-        scores[rows, self.entries.units[entries] - self.starts[site]] = -torch.inf
-        scores, units = scores.topk(min(count, scores.shape[1]), 1)
-        if self.step_size is None:
-            changes = changes[units]
-        else:
-            changes = changes.gather(1, units[:, :, None].expand(-1, -1, weights.shape[1]))
-        effects = torch.zeros_like(scores) if others is None else (changes * others[units]).sum(2)
-        changes = F.pad(changes, (0, self.entries.changes.shape[1] - weights.shape[1]))
-        return Candidates(units + self.starts[site], scores, effects, changes)
-
-    def _gradients(
-        self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]
-    ) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """Return the layers' inputs, and the gradient of a loss with respect to each layer's output."""
-        outputs, reads = [f.layer.output for f in self.filters], {f.layer.input for f in self.filters}
-        found, grads, kept = gradients(self.network, inputs, loss, outputs, self.edits(), reads)
-        values = {value: t.detach() for value, t in kept.items()}
-        return values, [torch.zeros_like(t) if grad is None else grad for t, grad in zip(found, grads, strict=True)]
-
-    def _entries(self, site: int) -> tuple[Tensor, Tensor]:
-        """Return rows and entries of what is changed at a site in each of the examples, rows in rising order."""
-        of_site = (self.entries.units >= self.starts[site]) & (self.entries.units < self.starts[site + 1])
-        rows, entries = ((self.examples[:, None] == self.entries.owners) & of_site).nonzero(as_tuple=True)
-        return rows, entries
-
-    def _edit(self, site: int) -> Edit:
-        filters, size = self.filters[site], self.filters[site].shape[1]
-
-        def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-            row, entry = self.of(rows)._entries(site)
-            units = self.entries.units[entry] - self.starts[site]
-            added = filters.added(read(filters.layer.input), row, units, self.entries.changes[entry, :size])
-            t = t.movedim(CHANNELS, 1)
-            return t.index_put((row, filters.outputs(units)), added, accumulate=True).movedim(1, CHANNELS)
-
-        return edit
+    def copy(self) -> nn.Module:
+        """Return a copy of the model with the weights changed for good."""
+        return AppliedChanges(copy.deepcopy(self.model), self.changes).__enter__()

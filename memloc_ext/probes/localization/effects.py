@@ -1,18 +1,18 @@
-"""What units do to examples, exactly, and to the population."""
+"""What units do to examples, exactly, and to the population; and noisy copies of examples."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.candidates import Candidates
 from memloc_ext.ablation.network import Network
+from memloc_ext.ablation.sets import Candidates, Switched
 from memloc_ext.ablation.signature import Judged, Signature, tensors_of
-from memloc_ext.ablation.switched import Switched
-from memloc_ext.ablation.weights import ChangedWeights
+from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.tasks import Classification, example_losses
 
 Sets = Switched | ChangedWeights
@@ -130,3 +130,33 @@ def reference_inputs(network: Network, x: Any, y: Tensor, ids: Tensor | None = N
         rule = "examples, labels and ids inside example_ids" if network.signature.named else "examples and labels"
         raise ValueError(f"localize: reference must be {rule} of the form of x, got {len(inputs) + 1} tensors")
     return inputs
+
+
+def noisy_copies(x: Tensor, copies: int, noise: float, seeds: Sequence[int]) -> Tensor:
+    """Return copies, with Gaussian noise on them if they are floating, ``[examples * copies, *]``.
+
+    Args:
+        x: Of examples, ``[examples, *]``.
+        copies: Of each.
+        noise: Norm of the noise over that of the example.
+        seeds: Of each example; the same draws wherever in a batch it is.
+    """
+    if noise == 0 or not x.is_floating_point():
+        return x.repeat_interleave(copies, 0)
+    found = []
+    for example, seed in zip(x, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(copies, *example.shape, generator=generator).to(x)
+        norms = draws.flatten(1).norm(dim=1).clamp_min(torch.finfo(draws.dtype).tiny)
+        found.append(example + draws * (noise * example.norm() / norms).reshape(-1, *[1] * example.dim()))
+    return torch.cat(found)
+
+
+def seeds_of(tensors: Sequence[Tensor], seed: int) -> list[int]:
+    """Return a seed for each example, that depends on nothing but its tensors, ``[examples, *]``, and ``seed``."""
+    checks = [0] * len(tensors[0])
+    for t in tensors:
+        for i, example in enumerate(t):
+            content = example.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+            checks[i] = zlib.crc32(content, checks[i])
+    return [(seed * 1_000_003 + check) % (1 << 63) for check in checks]

@@ -1,4 +1,4 @@
-"""What a search for the units that flip examples found."""
+"""What a search for the units that flip examples found, or is still finding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import overload
 from torch import Tensor, nn
 
 from memloc_ext.ablation.edits import AppliedAblation, apply_ablation
-from memloc_ext.ablation.weight_changes import AppliedChanges, WeightChange
+from memloc_ext.ablation.weights import AppliedChanges, WeightChange
 
 _RECALL_AT = (1, 8, 32, 128)
 FLIPPED, CAPPED, EXHAUSTED, ALREADY_WRONG = "flipped", "capped", "exhausted", "already_wrong"
@@ -23,7 +23,7 @@ class Found:
     Attributes:
         units: ``(site, unit)`` in the order in which they were switched off or changed; each stays so. A unit is a
             channel or head, or for ``unit="weight"`` an index into the flattened weight of the site's layer.
-        status: ``flipped``: with the last unit the example is no longer right, which is predicted as its label;
+        status: ``flipped``: with the last unit off the example is no longer right: its label is no longer predicted;
             ``capped``: ``max_units`` are off and it still is; ``exhausted``: no unit is left; ``already_wrong``: it is
             not right in the unchanged network, nothing was searched.
         losses: Loss of the example: of the unchanged network, then after each unit.
@@ -110,3 +110,37 @@ def recall(ranks: Sequence[int]) -> dict[int, float]:
         ranks: Of the chosen units in the screen, from 0; none where not all units were verified.
     """
     return {k: sum(r < k for r in ranks) / len(ranks) for k in _RECALL_AT} if ranks else {}
+
+
+@dataclass
+class Pending:
+    """A `Found` that is still being found.
+
+    Attributes:
+        losses: See `Found`.
+        predicted: See `Found`.
+        population: See ``population_losses`` of `Found`.
+        units: See `Found`.
+        status: See `Found`; empty as long as the search goes on.
+    """
+
+    losses: list[float]
+    predicted: list[int]
+    population: list[float]
+    units: list[tuple[str, int]] = field(default_factory=list)
+    status: str = ""
+
+    def take(self, unit: tuple[str, int], change: float, loss: float, right: bool, predicted: int | None) -> None:
+        """Add a unit, and what the population's loss changes by and the example is worth with it."""
+        self.units.append(unit)
+        self.losses.append(loss)
+        if predicted is not None:
+            self.predicted.append(predicted)
+        if self.population:
+            self.population.append(self.population[-1] + change)
+        if not right:
+            self.status = FLIPPED
+
+    def done(self, changes: list[WeightChange]) -> Found:
+        """Return what was found, with what was done to the weights."""
+        return Found(self.units, self.status, self.losses, self.population, self.predicted, changes)

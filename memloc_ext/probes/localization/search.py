@@ -1,35 +1,22 @@
-"""The greedy search for the few units that flip an example, for many examples at a time."""
+"""`localize`: the few units that flip an example, for many examples at a time."""
 
 from __future__ import annotations
 
-import bisect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from memloc_ext.ablation.candidates import Candidates, finite
-from memloc_ext.ablation.filters import find_filters
 from memloc_ext.ablation.kept import ask
 from memloc_ext.ablation.model_runs import ModelNetwork, check_how
 from memloc_ext.ablation.network import Network, Question
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.signature import Judged, check_classes, check_output, given
-from memloc_ext.ablation.sites import producer
-from memloc_ext.ablation.switched import Switched
-from memloc_ext.ablation.weights import ChangedWeights
-from memloc_ext.probes.localization.effects import Population, Sets, reference_inputs, verify
-from memloc_ext.probes.localization.noise import noisy_copies, seeds_of
-from memloc_ext.probes.localization.ranking import rank
-from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, recall
+from memloc_ext.ablation.signature import given
+from memloc_ext.probes.localization.greedy import NetworkSearch
+from memloc_ext.probes.localization.result import Localization
 from memloc_ext.probes.localization.settings import Settings
-from memloc_ext.probes.localization.state import Search
-from memloc_ext.tasks import Classification, Task, TaskName, Tokens, logits_of, task_of, wide
-
-_BLOCK = 256  # examples that are searched at a time
+from memloc_ext.tasks import Task, TaskName, task_of
 
 
 def localize(
@@ -147,7 +134,7 @@ class Searches:
     ) -> None:
         self.model, self.settings, self.reference = model, settings, reference
         self.question = Question(settings.task, sites, settings.how, memory_budget, True, settings.changes_weights)
-        self._search: _Search | None = None
+        self._search: NetworkSearch | None = None
 
     def run(self, x: Any, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
         """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
@@ -155,7 +142,7 @@ class Searches:
 
         def search(network: Network) -> Localization:
             if self._search is None or self._search.network is not network:
-                self._search = _Search(self.model, network, self.settings, self.reference, tensors)
+                self._search = NetworkSearch(self.model, network, self.settings, self.reference, tensors)
             return self._search.run(tensors, y, progress or _nothing)
 
         if self._search is not None and isinstance(self._search.network, ModelNetwork):
@@ -169,193 +156,6 @@ class Searches:
             message = f"localize: {error}; running the model once per unit and example instead"
             warnings.warn(message, UserWarning, stacklevel=3)
         return search(ModelNetwork(self.model, tensors, signature, self.question))
-
-
-class _Search:
-    """A network that is searched.
-
-    Args:
-        model: Whose network it is.
-        network: Of it.
-        settings: Checked.
-        reference: See `localize`.
-        inputs: Tensors of some examples.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        network: Network,
-        settings: Settings,
-        reference: tuple[Any, ...] | None,
-        inputs: Sequence[Tensor],
-    ) -> None:
-        self.model, self.network, self.settings, self.reference = model, network, settings, reference
-        self.baselines = network.baselines(inputs if reference is None else reference_inputs(network, *reference))
-        self.filters = []
-        if settings.changes_weights:
-            self.filters = find_filters(model, network.graph, network.sites, settings.unit == "weight")
-        self.population: Population | None = None
-
-    def run(self, inputs: Sequence[Tensor], y: Tensor, progress: Callable[[int], object]) -> Localization:
-        """Search in blocks of examples that fit into the memory budget; see `localize`."""
-        self.ranks, self.progress = list[int](), progress
-        network, found = self.network, []
-        starts = self._none(1).starts
-        count = min(starts[-1], self.settings.max_units) + self.settings.count(starts[-1])
-        held = self._none(1).bytes_per_example(count)
-        block = max(1, min(network.examples_at_once, _BLOCK, network.share // max(1, held)))
-        for begin in range(0, len(y), block):
-            found += self._block([t[begin : begin + block] for t in inputs], y[begin : begin + block])
-        names = [site.name for site in network.sites]
-        sites = {name: starts[i + 1] - starts[i] for i, name in enumerate(names)}
-        dims = {site.name: site.dim for site in network.sites}
-        baselines = dict(zip(names, self.baselines, strict=True))
-        modules = {name: name for name in names}
-        if network.how == "filter":
-            modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
-        return Localization(found, sites, dims, baselines, modules, recall(self.ranks))
-
-    def _none(self, examples: int) -> Sets:
-        """Return the sets of so many examples of which nothing is switched off or changed."""
-        if not self.filters:
-            return Switched.none(self.network, self.baselines, examples)
-        step_size = self.settings.step_size if self.settings.action == "step" else None
-        return ChangedWeights.none(self.network, self.filters, step_size, examples)
-
-    def _block(self, inputs: list[Tensor], y: Tensor) -> list[Found]:
-        network, settings, task = self.network, self.settings, self.settings.task
-        with torch.no_grad():
-            outputs = network.graph.examples(inputs, ())
-            outputs = [outputs[value] for value in network.graph.recording.outputs]
-            judged = check_output(task, network.output(outputs), y)
-            network.check_agreement(self.model, inputs, outputs)
-            if self.reference is not None and isinstance(task, Classification | Tokens):
-                check_classes("localize: reference", task, self.reference[1], outputs[0].shape[-1])
-        if self.population is None and self.reference is not None and settings.population is not None:
-            self.population = Population(network, self.reference, self._none(1))
-        start = [] if self.population is None else [self.population.loss]
-        searches = [
-            Search([loss], [] if label is None else [label], list(start), status="" if right else ALREADY_WRONG)
-            for loss, right, label in zip(*_listed(judged), strict=True)
-        ]
-        seeds = seeds_of(inputs[: len(inputs) - network.signature.named], settings.seed)
-        copies = [noisy_copies(t, settings.eot, settings.noise, seeds) for t in inputs]
-        order = None
-        if settings.method != "search":
-            order = rank(network, self.baselines, inputs, y, settings.method, seeds)
-        switched = self._none(len(y))
-        self.progress(sum(bool(search.status) for search in searches))
-        while active := [i for i, search in enumerate(searches) if not search.status]:
-            index = torch.tensor(active, device=y.device)
-            self._step([searches[i] for i in active], index, inputs, y, copies, switched, order)
-            self.progress(sum(bool(searches[i].status) for i in active))
-        return [search.done(switched.changed(i)) for i, search in enumerate(searches)]
-
-    def _step(
-        self,
-        searches: list[Search],
-        index: Tensor,
-        inputs: list[Tensor],
-        labels: Tensor,
-        copies: list[Tensor],
-        switched: Sets,
-        order: Tensor | None,
-    ) -> None:
-        """Switch one more unit off for each of some examples of a block.
-
-        Args:
-            searches: Of these examples.
-            index: Of them in the block.
-            inputs: Of the block.
-            labels: Of the block.
-            copies: Noisy ones of the inputs, ``[block * eot, *]``.
-            switched: Units of the block's examples; the chosen ones are added.
-            order: Scores of a ranking that is followed, ``[block, units]``.
-        """
-        settings, own = self.settings, switched.of(index)
-        some, y = [t[index] for t in inputs], labels[index]
-        units = own.starts[-1]
-        count = settings.count(units - len(searches[0].units))  # the searches of a block have come equally far
-        if count == 0:
-            for search in searches:
-                search.status = EXHAUSTED
-            return
-        if order is None:
-            ours = [t.unflatten(0, (-1, settings.eot))[index] for t in copies]
-            candidates = self._screen(ours, some, y, own, count, settings.is_refreshed(len(searches[0].units)))
-        else:
-            assert isinstance(own, Switched)
-            candidates = own.best(order[index], None, count)
-        judged = verify(self.network, candidates, own, some, y)
-        losses = judged.loss
-        before = torch.tensor([search.losses[-1] for search in searches], device=y.device, dtype=losses.dtype)
-        effects = candidates.effects
-        if settings.population == "exact" and self.population is not None:
-            so_far = torch.tensor([search.population[-1] for search in searches], device=y.device, dtype=losses.dtype)
-            effects = self.population.exact(candidates, own) - so_far[:, None]
-        gain = finite(losses - before[:, None] - effects)
-        flips = ~judged.right & losses.isfinite()  # logits that are no numbers predict nothing
-        best = torch.where(flips.any(1, keepdim=True) & ~flips, -torch.inf, gain).argmax(1, keepdim=True)
-        chosen = candidates.pick(best)
-        switched.add(index, chosen)
-        if settings.is_exhaustive:
-            self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
-        changes = effects.gather(1, best)[:, 0].tolist()
-        taken = _listed(judged.map(lambda t: t.gather(1, best)[:, 0]))
-        for search, unit, change, *worth in zip(searches, chosen.units[:, 0].tolist(), changes, *taken, strict=True):
-            site = bisect.bisect_right(own.starts, unit) - 1
-            search.take((self.network.sites[site].name, unit - own.starts[site]), change, *worth)
-            if not search.status and len(search.units) == units:
-                search.status = EXHAUSTED
-            elif not search.status and len(search.units) >= settings.max_units:
-                search.status = CAPPED
-
-    def _screen(
-        self,
-        copies: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        y: Tensor,
-        switched: Sets,
-        count: int,
-        refreshed: bool,
-    ) -> Candidates:
-        """Return the best units of each example, to first order.
-
-        Args:
-            copies: Noisy ones of the inputs, ``[examples, eot, *]``.
-            inputs: Of the examples.
-            y: Their labels.
-            switched: Their units.
-            count: Of units.
-            refreshed: Whether the effect on the population is measured anew.
-        """
-        eot, task, found = self.settings.eot, self.settings.task, []
-        step = 1 if refreshed else max(1, self.network.gradients_at_once // eot)
-        for begin in range(0, len(y), step):
-            part = slice(begin, begin + step)
-            labels, effect = y[part], None if self.population is None else self.population.effect
-            if self.population is not None and refreshed:
-                without: list[Tensor] = []
-                if self.settings.objective == "authors":  # the example itself is no part of its population
-                    without = [t[begin] for t in (*inputs[: len(inputs) - self.network.signature.named], y)]
-                effect = self.population.refreshed(switched.of(torch.tensor([begin], device=y.device)), without)
-
-            def loss(output: Any, labels: Tensor = labels) -> Tensor:
-                if isinstance(task, Classification):
-                    mean = wide(logits_of(output)).unflatten(0, (-1, eot)).mean(1)
-                    return F.cross_entropy(mean, labels, reduction="sum")
-                return task.loss(output, labels.repeat_interleave(eot, 0)).sum() / eot
-
-            rows = torch.arange(len(y), device=y.device)[part].repeat_interleave(eot)
-            given = [t[part].flatten(0, 1) for t in copies]
-            found.append(switched.of(rows).screen(given, loss, eot, effect, count))
-        return Candidates.cat(found)
-
-
-def _listed(judged: Judged) -> tuple[Sequence[float], Sequence[bool], Sequence[int | None]]:
-    loss, right, predicted = judged
-    return loss.tolist(), right.tolist(), [None] * len(loss) if predicted is None else predicted.tolist()
 
 
 def _nothing(_: int) -> None:

@@ -10,9 +10,9 @@ from localizing import network_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.ablation.candidates import Candidates
-from memloc_ext.ablation.filters import find_filters
-from memloc_ext.ablation.weights import ChangedWeights
+from memloc_ext.ablation.sets import Candidates
+from memloc_ext.ablation.weight_sets import ChangedWeights
+from memloc_ext.ablation.weights import find_filters
 from memloc_ext.probes.localization import localize
 
 WAYS = [("weight", "zero"), ("weight", "step"), ("channel", "step")]

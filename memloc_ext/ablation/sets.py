@@ -1,22 +1,124 @@
-"""Units that are switched off for each example on its own, while a recording runs."""
+"""Sets of units that a search switches off for each example on its own, and how good other units are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.candidates import Candidates, finite
 from memloc_ext.ablation.deltas import Slab
-from memloc_ext.ablation.gradients import gradients
 from memloc_ext.ablation.interpreter import Edit
 from memloc_ext.ablation.network import Network
 from memloc_ext.ablation.sites import Site
-from memloc_ext.ablation.weight_changes import WeightChange
+from memloc_ext.ablation.weights import WeightChange
 from memloc_ext.ops import ablate_channels, channel_saliency
+
+HUGE = 1e30  # in the place of infinite scores, above those of units that must not be chosen
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Some units of each example.
+
+    Attributes:
+        units: ``[examples, count]``, int64, numbered through all sites.
+        scores: First-order change of the example's loss less that of the population's, likewise.
+        effects: First-order change of the population's loss, likewise.
+        changes: What is added to the weights of each, ``[examples, count, weights]``, with zeros behind those of units
+            that have fewer; None where no weights change.
+    """
+
+    units: Tensor
+    scores: Tensor
+    effects: Tensor
+    changes: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[Candidates], dim: int = 0) -> Candidates:
+        """Join the candidates of different examples, or along dimension 1 different candidates of the same."""
+        changes = [part.changes for part in parts if part.changes is not None]
+        return Candidates(
+            torch.cat([part.units for part in parts], dim),
+            torch.cat([part.scores for part in parts], dim),
+            torch.cat([part.effects for part in parts], dim),
+            torch.cat(changes, dim) if changes else None,
+        )
+
+    def pick(self, columns: Tensor) -> Candidates:
+        """Return those of some columns, ``[examples, *]``."""
+        changes = self.changes
+        if changes is not None:
+            changes = changes.gather(1, columns[:, :, None].expand(-1, -1, changes.shape[2]))
+        units, scores, effects = (t.gather(1, columns) for t in (self.units, self.scores, self.effects))
+        return Candidates(units, scores, effects, changes)
+
+    def repeated(self, example: int, times: int) -> Candidates:
+        """Return those of one example, for so many examples."""
+        units, scores, effects = (t[example].expand(times, -1) for t in (self.units, self.scores, self.effects))
+        changes = None if self.changes is None else self.changes[example].expand(times, -1, -1)
+        return Candidates(units, scores, effects, changes)
+
+    def best(self, count: int) -> Candidates:
+        """Return those with the largest scores, in falling order."""
+        return self.pick(self.scores.topk(count, 1).indices)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """Return scores of which none is infinite; those that are not a number are the smallest."""
+    return scores.nan_to_num(nan=-HUGE, posinf=HUGE, neginf=-HUGE)
+
+
+def gradients(
+    network: Network,
+    inputs: Sequence[Tensor],
+    loss: Callable[[Any], Tensor],
+    values: Sequence[int],
+    edits: dict[int, Edit],
+    keep: Iterable[int] = (),
+) -> tuple[list[Tensor], Sequence[Tensor | None], dict[int, Tensor]]:
+    """Differentiate a loss with respect to values of a network.
+
+    Args:
+        network: The network.
+        inputs: As of `Graph.examples`.
+        loss: What the model returns to a number.
+        values: To differentiate with respect to, as they are after their edits.
+        edits: As of `Graph.examples`.
+        keep: Values to return besides.
+
+    Returns:
+        The values; their gradients, None of what the loss does not depend on; and those of ``keep``.
+    """
+    seen: dict[int, list[Tensor]] = {value: [] for value in values}  # of some examples each
+
+    def watched(value: int) -> Edit:
+        def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+            t = edits[value](t, rows, read) if value in edits else t
+            seen[value].append(t if t.requires_grad else t.detach().requires_grad_())
+            return seen[value][-1]
+
+        return edit
+
+    with torch.enable_grad():
+        watch = {value: watched(value) for value in values}
+        kept = network.graph.examples([t.detach() for t in inputs], keep, edits | watch)
+        total, parts = loss(network.output_of(kept)), [t for value in values for t in seen[value]]
+        found = [seen[value][0] if len(seen[value]) == 1 else torch.cat(seen[value]) for value in values]
+        if not total.requires_grad:
+            return found, [None] * len(found), kept
+        grads = iter(torch.autograd.grad(total, parts, allow_unused=True))
+    return found, [_joined(seen[value], [next(grads) for _ in seen[value]]) for value in values], kept
+
+
+def _joined(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the gradients of all examples, None if the loss depends on none."""
+    if all(grad is None for grad in grads) or len(grads) == 1:
+        return grads[0]
+    return torch.cat([torch.zeros_like(t) if g is None else g for t, g in zip(parts, grads, strict=True)])
 
 
 class Switched:
