@@ -10,20 +10,12 @@ from torch import Tensor
 
 from memloc_ext.ablation.deltas import Slab, run_slab
 from memloc_ext.ablation.layers import Layer, find_layer, run_layer, run_layer_on_channel
-from memloc_ext.ablation.recording import Call, Recording
+from memloc_ext.ablation.recording import Call, Recording, Step, steps_to
 from memloc_ext.ablation.rows import run_rows
 
 State = Slab | Tensor
 # of values [rows, *shape], the example of each row, and a function that gives what the value was computed from
 Edit = Callable[[Tensor, Tensor, Callable[[int], Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call or layer, and the values that nobody reads after it."""
-
-    run: Call | Layer
-    dead: tuple[int, ...]
 
 
 class Graph:
@@ -102,7 +94,7 @@ class Suffix:
         self.bytes_per_row = 0
         self.slabs: set[int] = set()
         self._whole = frozenset(whole)
-        depends, steps, done = set(site), [], set()
+        depends, steps, done = set(site), list[tuple[int, Call | Layer]](), set[int]()
         for i, call in enumerate(recording.calls):
             if not depends.intersection(call.refs):
                 continue
@@ -113,15 +105,9 @@ class Suffix:
             done.update(layer.calls if layer else ())
             steps.append((i if layer is None else layer.calls[-1], layer or call))
         steps.sort(key=lambda step: step[0])  # a layer runs where its last call does: its residual is there
-        runs = _leading_to(recording.outputs, [run for _, run in steps])
-        written = {value for run in runs for value in _writes(run)}
+        self.steps = steps_to(recording.outputs, [run for _, run in steps])
+        written = {value for step in self.steps for value in step.run.outputs}
         self._entries = [value for value in site if value not in written]
-        reads = [(_reads(run), run) for run in runs]
-        last = {value: i for i, (refs, _) in enumerate(reads) for value in refs}
-        self.steps = [
-            Step(run, tuple(v for v in refs if last[v] == i and v not in recording.outputs))
-            for i, (refs, run) in enumerate(reads)
-        ]
         self._head_at, self.factor = _find_head(self.steps) if len(recording.outputs) == 1 else (None, 1.0)
         head = None if self._head_at is None else self.steps[self._head_at].run
         self.head = head if isinstance(head, Layer) else None
@@ -154,13 +140,18 @@ class Suffix:
         return None
 
     def _run(
-        self, steps: Sequence[Step], unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit]
+        self,
+        steps: Sequence[Step],
+        unchanged: dict[int, Tensor],
+        rows: Tensor,
+        slab: Slab,
+        edits: dict[int, Edit],
     ) -> dict[int, State]:
         states: dict[int, State] = dict.fromkeys(self._entries, slab)
         for step in steps:
             values = _Values(states, unchanged, rows, self.needed)
             self._step(step.run, states, values)
-            for value in _writes(step.run):
+            for value in step.run.outputs:
                 if value in self._whole and isinstance(states.get(value), Slab):
                     self.slabs.add(value)
                 if value in states and (value in edits or value in self.site):
@@ -236,16 +227,6 @@ class _Values:
         return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
 
 
-def _leading_to(outputs: Sequence[int], runs: Sequence[Call | Layer]) -> list[Call | Layer]:
-    """Return those that some values are computed from, in their order."""
-    live, found = {*outputs}, list[Call | Layer]()
-    for run in reversed(runs):
-        if live.intersection(_writes(run)):
-            live.update(_reads(run))
-            found.append(run)
-    return found[::-1]
-
-
 def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:
     """Return the position of a last linear layer that only multiplications by numbers follow, and their product."""
     factor = 1.0
@@ -258,16 +239,6 @@ def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:
             break
         factor *= numbers[0]
     return None, 1.0
-
-
-def _reads(run: Call | Layer) -> list[int]:
-    if isinstance(run, Call):
-        return list(dict.fromkeys(run.refs))
-    return [run.input] if run.residual is None else [run.input, run.residual]
-
-
-def _writes(run: Call | Layer) -> list[int]:
-    return run.outputs if isinstance(run, Call) else [run.output]
 
 
 def _bytes(state: State) -> int:

@@ -44,6 +44,16 @@ class Layer:
     relu: bool = False
 
     @property
+    def refs(self) -> list[int]:
+        """The values it reads."""
+        return [self.input] if self.residual is None else [self.input, self.residual]
+
+    @property
+    def outputs(self) -> list[int]:
+        """The value of the whole."""
+        return [self.output]
+
+    @property
     def is_convolution(self) -> bool:
         """Whether the layer is a convolution."""
         return self.call.name == "convolution"

@@ -83,6 +83,26 @@ class Call:
         return (function or self.function)(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A call, or a layer that stands for several, and the values that nothing reads after it."""
+
+    run: Any
+    dead: tuple[int, ...]
+
+
+def steps_to(values: Iterable[int], runs: Sequence[Any], keep: Iterable[int] = ()) -> list[Step]:
+    """Return what some values are computed from, in order; they are never dead, nor are those to ``keep``."""
+    live, last, kept, found = set(values), set[int](), {*values, *keep}, list[Step]()
+    for run in reversed(runs):
+        if live.intersection(run.outputs):
+            live.update(run.refs)
+            dead = {*run.refs, *run.outputs} - last - kept
+            last |= dead
+            found.append(Step(run, tuple(dead)))
+    return found[::-1]
+
+
 @dataclass
 class Recording:
     """A forward pass of one example, ``[1, *]``.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from memloc_ext import batches
 from memloc_ext.ablation.batch_recorder import record_batch
 from memloc_ext.ablation.recorder import as_list
-from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError
+from memloc_ext.ablation.recording import Recording, Ref, Step, UnsupportedError, steps_to
 from memloc_ext.borrowing import evaluating, without_fast_path
 from memloc_ext.nn.example_ids import current_example_ids
 
@@ -109,22 +108,6 @@ def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
                 tensor.copy_(value)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A call, and the values that nobody reads after it."""
-
-    call: Call
-    dead: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is run once per batch, and what once per variant."""
-
-    shared: list[_Step]
-    variant: list[_Step]
-
-
 class _Program:
     """The recorded pass of a batch.
 
@@ -137,7 +120,7 @@ class _Program:
         self._calls, self._output = recording.calls, recording.outputs[0]
         self._inputs = recording.inputs
         self._value = dict(zip(names, recording.inputs[-len(names) :], strict=True)) if names else {}
-        self._plans: dict[frozenset[str], _Plan] = {}
+        self._plans: dict[frozenset[str], tuple[list[Step], list[Step]]] = {}
 
     def run(
         self, given: Sequence[Tensor], tensors: Mapping[str, Tensor], variants: Sequence[Mapping[str, Tensor]]
@@ -146,59 +129,37 @@ class _Program:
         names = frozenset(name for variant in variants for name in variant)
         if names not in self._plans:
             self._plans[names] = self._plan({self._value[name] for name in names})
-        plan = self._plans[names]
+        once, often = self._plans[names]
         shared = dict(zip(self._inputs, [*given, *(t.detach() for t in tensors.values())], strict=True))
-        _run(plan.shared, shared, shared)
+        _run(once, shared, shared)
         outputs = []
         for variant in variants:
             values = {self._value[name]: t for name, t in variant.items()}
-            _run(plan.variant, values, shared)
+            _run(often, values, shared)
             outputs.append(values.get(self._output, shared.get(self._output)))
         return outputs
 
-    def _plan(self, changed: set[int]) -> _Plan:
+    def _plan(self, changed: set[int]) -> tuple[list[Step], list[Step]]:
+        """Return what is run once per batch, and what once per variant."""
         depends, calls = set(changed), []
         for call in self._calls:
             if depends.intersection(call.refs):
                 depends.update(call.outputs)
                 calls.append(call)
-        calls = _leading_to({self._output}, calls)
-        needed = {ref for call in calls for ref in call.refs} | {self._output}
-        needed -= depends
-        inputs = set(self._inputs)
-        return _Plan(
-            _steps(_leading_to(needed, self._calls), needed | inputs), _steps(calls, {self._output} | inputs - changed)
-        )
+        variant = steps_to([self._output], calls, self._inputs)
+        needed = {self._output, *(ref for step in variant for ref in step.run.refs)} - depends
+        return steps_to(needed, self._calls, self._inputs), variant
 
 
-def _leading_to(values: Iterable[int], calls: Sequence[Call]) -> list[Call]:
-    """Return the calls that some values are computed from, in their order."""
-    live, found = set(values), []
-    for call in reversed(calls):
-        if live.intersection(call.outputs):
-            live.update(call.refs)
-            found.append(call)
-    return found[::-1]
-
-
-def _steps(calls: Sequence[Call], keep: set[int]) -> list[_Step]:
-    last = {value: i for i, call in enumerate(calls) for value in (*call.refs, *call.outputs)}
-    dead: list[list[int]] = [[] for _ in calls]
-    for value, i in last.items():
-        if value not in keep:
-            dead[i].append(value)
-    return [_Step(call, tuple(values)) for call, values in zip(calls, dead, strict=True)]
-
-
-def _run(steps: Sequence[_Step], values: dict[int, Tensor], shared: Mapping[int, Tensor]) -> None:
+def _run(steps: Sequence[Step], values: dict[int, Tensor], shared: Mapping[int, Tensor]) -> None:
     """Run calls on ``values``, or on what is ``shared`` where these have none, and add their results to them."""
     for step in steps:
         read = [
             (values[leaf.index] if leaf.index in values else shared[leaf.index]) if isinstance(leaf, Ref) else leaf
-            for leaf in step.call.leaves
+            for leaf in step.run.leaves
         ]
-        results = as_list(step.call.run(read))
-        values.update({value: t for value, t in zip(step.call.outputs, results, strict=True) if value >= 0})
+        results = as_list(step.run.run(read))
+        values.update({value: t for value, t in zip(step.run.outputs, results, strict=True) if value >= 0})
         for value in step.dead:
             values.pop(value, None)
 

@@ -201,7 +201,7 @@ def test_what_does_not_depend_on_the_variant_runs_once(monkeypatch: pytest.Monke
     run = parameter_variants._run
 
     def noted(steps, values, shared) -> None:
-        ran.append([step.call.name for step in steps])
+        ran.append([step.run.name for step in steps])
         run(steps, values, shared)
 
     monkeypatch.setattr(parameter_variants, "_run", noted)
