@@ -167,7 +167,8 @@ def run_layer_on_channel(
         rows: Example of each row.
         residual: ``[rows, *shape]``.
     """
-    rest = (*layer.affine(), residual, layer.relu, rows)
+    scale, shift = layer.affine()
+    rest = (scale, shift, residual, layer.relu, rows)
     if layer.is_convolution:
         operands = (unchanged[:, 0], change[:, 0], layer.weight, channels, *layer.geometry())
         return conv2d_ablation(*operands, *rest)
