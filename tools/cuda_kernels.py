@@ -80,7 +80,7 @@ def _demangle(names: list[str]) -> list[tuple[str, str]]:
     plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     sources = (re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_", name) for name in names)
     return [
-        (source[1] if source else "", name.replace("memloc::(anonymous namespace)::", "").removeprefix("void "))
+        (source[1] if source else "", re.sub(r"memloc::(\(anonymous namespace\)::)?", "", name).removeprefix("void "))
         for source, name in zip(sources, plain, strict=True)
     ]
 

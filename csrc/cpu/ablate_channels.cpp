@@ -7,6 +7,7 @@
 
 #include "ablate_channels_args.h"
 #include "cpu/cursor.h"
+#include "cpu/element_types.h"
 #include "cpu/simd.h"
 
 namespace memloc {
@@ -188,16 +189,7 @@ Tensor ablate(const AblateChannelsArgs& args) {
   check_values(args);
   const Tensor y = args.in_place ? args.input : args.make_result();
   if (y.numel() == 0) return y;
-  switch (element_size(y)) {
-    case 2:
-      run<uint16_t>(args, y);
-      break;
-    case 4:
-      run<uint32_t>(args, y);
-      break;
-    default:
-      run<uint64_t>(args, y);
-  }
+  with_bits(y, [&](auto bits) { run<decltype(bits)>(args, y); });
   return y;
 }
 

@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <utility>
@@ -13,6 +11,7 @@
 
 #include "ablation_args.h"
 #include "cpu/ablation_kernels.h"
+#include "cpu/element_types.h"
 #include "cpu/instruction_set.h"
 #include "cpu/simd.h"
 
@@ -127,25 +126,12 @@ void run_ablation(const AblationArgs& args, const std::pair<Axis, Axis>* axes, c
 
 // axes: of a convolution; null of a linear layer.
 inline torch::stable::Tensor ablation(const AblationArgs& args, const std::pair<Axis, Axis>* axes) {
-  using torch::headeronly::ScalarType;
   check_channels(args);
   const std::vector<int64_t> sizes = args.result_sizes();
   const torch::stable::Tensor result =
       torch::stable::new_empty(args.output, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
   if (result.numel() == 0) return result;
-  switch (args.output.scalar_type()) {
-    case ScalarType::Half:
-      run_ablation<c10::Half>(args, axes, result);
-      break;
-    case ScalarType::BFloat16:
-      run_ablation<c10::BFloat16>(args, axes, result);
-      break;
-    case ScalarType::Float:
-      run_ablation<float>(args, axes, result);
-      break;
-    default:
-      run_ablation<double>(args, axes, result);
-  }
+  with_element(args.output, [&](auto element) { run_ablation<decltype(element)>(args, axes, result); });
   return result;
 }
 

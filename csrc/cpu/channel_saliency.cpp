@@ -3,18 +3,16 @@
 // short to lose digits, these in double, always in the same order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 
 #include "channel_saliency_args.h"
+#include "cpu/element_types.h"
 #include "cpu/simd.h"
 
 namespace memloc {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kRun = 256;              // products of a plane that are added up before double takes over
@@ -137,19 +135,7 @@ Tensor channel_saliency(const Tensor& activation, const Tensor& grad, int64_t ch
   Tensor out = args.result();
   if (activation.numel() == 0) return out;
   const SaliencyLayout layout = args.layout();
-  switch (activation.scalar_type()) {
-    case ScalarType::Half:
-      run<c10::Half>(args, layout, out);
-      break;
-    case ScalarType::BFloat16:
-      run<c10::BFloat16>(args, layout, out);
-      break;
-    case ScalarType::Float:
-      run<float>(args, layout, out);
-      break;
-    default:
-      run<double>(args, layout, out);
-  }
+  with_element(activation, [&](auto element) { run<decltype(element)>(args, layout, out); });
   return out;
 }
 

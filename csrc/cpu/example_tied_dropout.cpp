@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/cursor.h"
+#include "cpu/element_types.h"
 #include "cpu/simd.h"
 #include "example_tied_dropout_args.h"
 
@@ -188,16 +189,7 @@ torch::stable::Tensor example_tied_dropout(const torch::stable::Tensor& x, const
   check_ids(example_ids);
   torch::stable::Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
-  switch (element_size(x)) {
-    case 2:
-      run<uint16_t>(y, args);
-      break;
-    case 4:
-      run<uint32_t>(y, args);
-      break;
-    default:
-      run<uint64_t>(y, args);
-  }
+  with_bits(x, [&](auto bits) { run<decltype(bits)>(y, args); });
   return y;
 }
 

@@ -2,14 +2,13 @@
 // double.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/element_types.h"
 #include "cpu/grad_sqnorm_tensors.h"
 #include "cpu/simd.h"
 #include "grad_sqnorm_args.h"
@@ -77,19 +76,7 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
   const Tensor out = torch::stable::new_zeros(x, torch::headeronly::IntHeaderOnlyArrayRef(batch), ScalarType::Double);
   double* const data = static_cast<double*>(out.mutable_data_ptr());
   if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
-    switch (x.scalar_type()) {
-      case ScalarType::Half:
-        run<c10::Half>(method, x, g, s, data);
-        break;
-      case ScalarType::BFloat16:
-        run<c10::BFloat16>(method, x, g, s, data);
-        break;
-      case ScalarType::Float:
-        run<float>(method, x, g, s, data);
-        break;
-      default:
-        run<double>(method, x, g, s, data);
-    }
+    with_element(x, [&](auto element) { run<decltype(element)>(method, x, g, s, data); });
   }
   return x.scalar_type() == ScalarType::Double ? out : torch::stable::to(out, ScalarType::Float);
 }

@@ -7,8 +7,6 @@
 // threads split the examples too, into slices with their own sums, of at most kSliceElements.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <memory>
@@ -16,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/element_types.h"
 #include "cpu/grad_sqnorm_tensors.h"
 #include "grad_sqnorm_args.h"
 
@@ -146,19 +145,7 @@ std::tuple<Tensor, Tensor> sqnorm_groups(const char* op, const Tensor& x, const 
   Tensor sums = zeros(x, sizes, dtype);
   double* const data = static_cast<double*>(norms.mutable_data_ptr());
   if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
-    switch (x.scalar_type()) {
-      case ScalarType::Half:
-        run<c10::Half>(x, g, s, order, num_groups, data, sums);
-        break;
-      case ScalarType::BFloat16:
-        run<c10::BFloat16>(x, g, s, order, num_groups, data, sums);
-        break;
-      case ScalarType::Float:
-        run<float>(x, g, s, order, num_groups, data, sums);
-        break;
-      default:
-        run<double>(x, g, s, order, num_groups, data, sums);
-    }
+    with_element(x, [&](auto element) { run<decltype(element)>(x, g, s, order, num_groups, data, sums); });
   }
   return {dtype == ScalarType::Double ? norms : torch::stable::to(norms, ScalarType::Float), sums};
 }

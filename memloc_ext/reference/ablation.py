@@ -23,7 +23,7 @@ def conv2d_ablation(
     relu: bool = False,
     examples: Tensor | None = None,
 ) -> Tensor:
-    """Return every variant's result from a convolution of its own; as `memloc_ext.ops.conv2d_ablation`."""
+    """Return every variant's result from a convolution of its own; as `torch.ops.memloc_ext.conv2d_ablation`."""
     results = output.new_empty(len(channels), change.shape[1], *output.shape[1:])
     for k, channel in enumerate(channels.tolist()):
         one = weight[:, channel : channel + 1]
@@ -46,7 +46,7 @@ def linear_ablation(
     relu: bool = False,
     examples: Tensor | None = None,
 ) -> Tensor:
-    """Return every variant's result from an outer product; as `memloc_ext.ops.linear_ablation`."""
+    """Return every variant's result from an outer product; as `torch.ops.memloc_ext.linear_ablation`."""
     results = output.new_empty(*change.shape, output.shape[-1])
     for k, channel in enumerate(channels.tolist()):
         row = _rows(k, examples)

@@ -10,7 +10,7 @@ from torch.nn import functional
 def linear_ablation_loss(
     features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, baseline: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return losses and predicted classes; arguments as in `memloc_ext.ops.linear_ablation_loss`."""
+    """Return losses and predicted classes; arguments as in `torch.ops.memloc_ext.linear_ablation_loss`."""
     losses = features.new_empty(features.shape[1], features.shape[0])
     predicted = torch.empty_like(losses, dtype=torch.int64)
     for c in range(features.shape[1]):
