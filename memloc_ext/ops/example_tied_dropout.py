@@ -29,7 +29,7 @@ def example_tied_dropout(
     The draw depends on ``seed``, ``site``, the example id and the channel only: it is the same in every epoch, batch,
     dtype, memory format and device, and the global generators are not touched. Kept activations are not rescaled.
     No mask is stored. Differentiable in ``x``, to any order, in both modes and under ``torch.func``;
-    ``torch.ops.memloc_ext`` itself is so in backward mode and under ``torch.vmap`` only.
+    ``torch.ops.memloc_ext`` itself knows no transform but ``torch.vmap``, and refuses the others.
 
     On CUDA the ids are read back once to check them, which waits for the device; ``torch.ops.memloc_ext`` does not,
     and takes a negative id for the unsigned number with the same bits.
@@ -84,16 +84,6 @@ def _(x: Tensor, example_ids: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, example_ids, *ctx.settings = inputs
-    ctx.save_for_backward(example_ids)
-    ctx.save_for_forward(example_ids)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return _run(grad, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings)
-
-
 def _vmap(
     run: Callable[..., Tensor],
     info: Any,
@@ -122,46 +112,59 @@ def _vmap(
     return y.unflatten(0, x.shape[:2]), 0
 
 
-torch.library.register_autograd("memloc_ext::example_tied_dropout", _backward, setup_context=_setup_context)
 torch.library.register_vmap("memloc_ext::example_tied_dropout", functools.partial(_vmap, _op))
 
 
 class _Function(torch.autograd.Function):
-    """The same for torch.func and forward mode, which know nothing of what is registered.
-
-    The operator multiplies by a mask: it is its own derivative, in both directions.
-    """
+    """The operator multiplies by a mask: its own derivative, in both directions."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return _op(*arguments)
 
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, example_ids, *ctx.settings = inputs
+        ctx.save_for_backward(example_ids)
+        ctx.save_for_forward(example_ids)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        return _backward(ctx, *grads)
-
-    @staticmethod
-    def vmap(*arguments: Any) -> tuple[Tensor, int]:
-        return _vmap(_run, *arguments)
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _run(grad, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _run(tangent, *ctx.saved_tensors, *ctx.settings)
 
+    @staticmethod
+    def vmap(*arguments: Any) -> tuple[Tensor, int]:
+        return _vmap(_run, *arguments)
+
 
 _record = cast(Any, super(torch.autograd.Function, _Function)).apply  # where no transform has to be asked
 
 
+def _autograd(x: Tensor, *arguments: Any) -> Tensor:
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and x.requires_grad):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "example_tied_dropout: torch.ops.memloc_ext knows no transform of torch.func but vmap; call "
+                "memloc_ext.ops.example_tied_dropout"
+            )
+        return _record(x, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(x, *arguments)
+
+
+# not torch.library.register_autograd: what it makes takes twice the time, and loses tangents without a word
+torch.library.impl("memloc_ext::example_tied_dropout", "Autograd", _autograd)
+
+
 def _run(*arguments: Any) -> Tensor:
     """Run the operator in the way that costs least and knows every derivative that may be asked for."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(arguments[0], Tensor):
         return _op(*arguments)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active():
         return cast(Tensor, _Function.apply(*arguments))
-    if torch.is_grad_enabled() and isinstance(arguments[0], Tensor) and arguments[0].requires_grad:
-        return _record(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(*arguments)
+    return _autograd(*arguments)  # not by the dispatcher, which takes longer to get there

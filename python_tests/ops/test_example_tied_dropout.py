@@ -202,6 +202,20 @@ def test_forward_mode_and_torch_func(device: torch.device) -> None:
     assert_same(torch.autograd.grad((back(g)[0] ** 2).sum(), g)[0], 2 * tangent * keep)
 
 
+def test_the_operator_itself_has_gradients_and_tangents_but_refuses_transforms() -> None:
+    x, ids = torch.randn(4, 6, requires_grad=True), torch.arange(4)
+    keep = reference.keep_mask(ids, 6, 2, 0.5, 1)
+    assert_same(
+        torch.autograd.grad(torch.vmap(lambda t: op(t, ids, 2, 0.5, 1))(x.expand(3, 4, 6)).sum(), x)[0], 3.0 * keep
+    )
+    with torch.autograd.forward_ad.dual_level():
+        y = op(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), ids, 2, 0.5, 1)
+        assert_same(torch.autograd.forward_ad.unpack_dual(y).tangent, x.detach() * keep)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"call memloc_ext\.ops\.example_tied_dropout"):
+            transform(lambda t: op(t, ids, 2, 0.5, 1).sum())(x.detach())
+
+
 @pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
 @pytest.mark.parametrize("channel_dim", [1, -1])
 def test_vmap_over_x(in_dim: int, channel_dim: int, device: torch.device) -> None:
