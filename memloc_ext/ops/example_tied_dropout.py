@@ -127,7 +127,8 @@ class _Function(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, example_ids, *ctx.settings = inputs
         ctx.save_for_backward(example_ids)
-        ctx.save_for_forward(example_ids)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(example_ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
