@@ -1,4 +1,4 @@
-"""What a backward pass is asked, and what it tells of its examples."""
+"""Arguments and result of a backward pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.contributions import accumulated
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
+
+_REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def account_of(
             continue
         dtype, key = accumulated(p.dtype), id(p)
         norms = backward.sqnorm.get(key)
-        sqnorm[name] = torch.zeros(backward.batch, dtype=dtype, device=p.device) if norms is None else norms
+        sqnorm[name] = torch.zeros(backward.batch, dtype=dtype.to_real(), device=p.device) if norms is None else norms
         if groups is not None:
             sums = backward.group_grad.get(key)
             shape = (groups.num, *p.shape)
@@ -68,9 +70,6 @@ def _divided(norm: Tensor, factors: Tensor) -> Tensor:
     """Divide by the squares of factors, whose range float64 has room for; where a factor is 0, so is the norm."""
     wide = factors.double()
     return torch.where(wide > 0, norm / wide / wide, 0).to(norm.dtype)
-
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 def batch_of(

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.check import (
+    Alone,
     Checked,
     check_own_mean,
     checked,
@@ -30,7 +31,7 @@ from memloc_ext.accounting.check import (
 )
 from memloc_ext.accounting.forward_pass import tensors, unwrapped
 from memloc_ext.accounting.graph import Reached, reached
-from memloc_ext.accounting.layers.handlers import HANDLERS
+from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
 from memloc_ext.accounting.per_example import account_examples, add_to_grads, no_outputs
 from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
@@ -117,25 +118,27 @@ class GradientAccountant:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Have nothing open."""
+        """Open nothing."""
         self.__dict__.update(state, _local=threading.local())
 
     def __enter__(self) -> Self:
-        """Look at what the model does in this thread, until the end of the ``with``."""
-        tracer, stack = Tracer(self._model, self._batch_dim, HANDLERS, self._known.input_of_examples), ExitStack()
-        for hook in self._hooks(tracer):
-            stack.callback(hook.remove)
-        stack.enter_context(uncompiled())
-        stack.enter_context(tracer)
-        self._tracers.append((tracer, stack))
+        """Trace the model in this thread, until the end of the ``with``."""
+        first = self._known.input_of_examples
+        tracer = Tracer(self._model, self._batch_dim, HANDLERS, COMPLEX_HANDLERS, first)
+        with ExitStack() as stack:
+            for hook in self._hooks(tracer):
+                stack.callback(hook.remove)
+            stack.enter_context(uncompiled())
+            stack.enter_context(tracer)
+            self._tracers.append((tracer, stack.pop_all()))
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop looking; warn of a backward pass that ran past the accountant."""
+        """Stop tracing; warn if ``loss.backward()`` ran in place of ``accountant.backward(loss)``."""
         tracer, stack = self._tracers.pop()
         tracer.passes.clear()
         stack.close()
-        if tracer.unaccounted and error[0] is None:
+        if tracer.unaccounted and not tracer.accounted and error[0] is None:
             warnings.warn(
                 "GradientAccountant: loss.backward() ran inside the with, where nothing is accounted but by "
                 "accountant.backward(loss)",
@@ -251,7 +254,7 @@ class GradientAccountant:
             batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several
         )
         own = mean and not watched and batch > 1 and self._check != "never"
-        numbers = returned_by_model(tracer, loss, found.all) if own else []
+        numbers = returned_by_model(tracer, loss) if own else []
         sign = unchecked_signature(self._known, self._check, self._model, tracer, batch, found)
         if slow or exact or numbers or sign is not None:
             with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
@@ -262,15 +265,17 @@ class GradientAccountant:
                     self._warned |= compare(self._known, tracer, backward, outputs, found, sign)
                 if slow or exact:
                     outputs = outputs or no_outputs(tracer, slow or found.all)
+                if slow and outputs is not None:
                     self._warn({} if mistaken else found.unseen, tracer, batch)
-                    account_examples(tracer, backward, outputs, slow)
+                    alone = Alone(self._known, self._check, self._model, tracer, backward, outputs, slow)
+                    account_examples(tracer, backward, outputs, slow, alone)
                 if exact and groups is not None and outputs is not None:
                     backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
         try:
             with tracer.accounting(backward):
-                tracer.unaccounted = None
+                tracer.accounted = True
                 if inputs is None or inputs:
                     root.backward(retain_graph=retain_graph, inputs=inputs)
                 with torch._C.DisableTorchFunction(), torch.no_grad():

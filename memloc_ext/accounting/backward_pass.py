@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, combined_sqnorm
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.ops import Groups
 
 if TYPE_CHECKING:

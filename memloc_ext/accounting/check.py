@@ -1,4 +1,4 @@
-"""Hold the norms of two examples against plain autograd, which does not need to know where the examples are."""
+"""Hold the squared norms of two examples, by parameter, against the gradient that each adds to the batch's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
 from memloc_ext.accounting.contributions import Rows
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
-from memloc_ext.accounting.graph import Outputs, Reached, minimal
+from memloc_ext.accounting.graph import Outputs, Reached, minimal, reached
 from memloc_ext.accounting.per_example import agree, by_example, gradients_of
 from memloc_ext.accounting.tracer import Tracer
 
@@ -50,12 +50,14 @@ class Checked:
     Attributes:
         signatures: Of the passes that were checked.
         slow: Names of the parameters whose norms were found to be wrong.
+        alone: Signature of a pass to whether examples alone had the gradients that they have in the batch.
         input_of_examples: Which of the model's inputs tells the number of examples, if it is not the first of several
             rows.
     """
 
     signatures: set[object] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
+    alone: dict[object, bool] = field(default_factory=dict)
     input_of_examples: int | None = None
 
 
@@ -102,8 +104,8 @@ def outputs_of(
     sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
     source = next(iter(sources.values())) if len(sources) == 1 else None
     result = Outputs(outputs, list(cotangents), [axis for axis in axes if axis is not None], source)
-    if losses is not None and own is not None and _meet(losses, result, backward):
-        return replace(own, meeting=True)
+    if losses is not None and own is not None and _mixed(losses, result, backward):
+        return replace(own, mixed=True)
     return result
 
 
@@ -123,11 +125,18 @@ def different(
     """
     trial = backward.trial()
     gradients_of(tracer, trial, outputs, parameters)
+    return wrong_norms(tracer, trial, outputs, parameters)
+
+
+def wrong_norms(
+    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+) -> dict[int, nn.Parameter] | None:
+    """Return the parameters whose norms are not those of two examples' gradients in the batch, or None; see above."""
     result: dict[int, nn.Parameter] = {}
-    examples = _two_examples(trial, outputs)
+    examples = _two_examples(backward, outputs)
     for example in examples:
-        plain = GradientPass(trial, parameters)
-        plain.constant_statistics = True
+        plain = GradientPass(backward, parameters)
+        plain.constant_statistics = backward.constant_statistics
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
         gradients = gradients_of(tracer, plain, outputs, parameters, chosen)
         exact = {key: float(Rows(gradient[None]).sqnorm()[0]) for key, gradient in gradients.items()}
@@ -136,13 +145,58 @@ def different(
             return None
         for key, p in parameters.items():
             tolerance = _TOLERANCE_16_BITS if tracer.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
-            own, other = float(trial.sqnorm[key][example]) if key in trial.sqnorm else 0.0, exact.get(key, 0.0)
+            own, other = float(backward.sqnorm[key][example]) if key in backward.sqnorm else 0.0, exact.get(key, 0.0)
             if not abs(own - other) <= tolerance[0] * max(own, other) + tolerance[1] * total:
                 result[key] = p
     return result if examples else None
 
 
-def _meet(losses: Tensor, outputs: Outputs, backward: BackwardPass) -> bool:
+class Alone:
+    """Whether examples that the model runs on alone have the gradients that they have in the batch.
+
+    Equal outputs do not tell: a hook of the user's may change gradients, a module may be used where a copy of the model
+    does not reach it, and a branch with dropout may hardly change the output.
+
+    Args:
+        known: Of the model.
+        check: See `GradientAccountant`.
+        model: That is accounted.
+        tracer: That the loss was computed in.
+        backward: The backward pass that is to come.
+        outputs: What tells the examples apart.
+        parameters: That take a pass per example, by their ``id``.
+    """
+
+    def __init__(
+        self,
+        known: Checked,
+        check: str,
+        model: nn.Module,
+        tracer: Tracer,
+        backward: BackwardPass,
+        outputs: Outputs,
+        parameters: Mapping[int, nn.Parameter],
+    ) -> None:
+        self._known, self._check = known.alone, check
+        self._sign = signature(model, outputs.source, backward.batch, parameters)
+        self._arguments = tracer, backward, outputs, parameters
+
+    @property
+    def expected(self) -> bool:
+        """Whether they may have; if they had not before, they have not now."""
+        return self._check == "always" or self._known.get(self._sign, True)
+
+    def right(self) -> bool:
+        """Return whether they have, for two examples that were just accounted."""
+        if self._check != "never" and (self._check == "always" or self._sign not in self._known):
+            wrong = wrong_norms(*self._arguments)
+            if wrong is None:
+                return True
+            self._known[self._sign] = not wrong
+        return self._known.get(self._sign, True)
+
+
+def _mixed(losses: Tensor, outputs: Outputs, backward: BackwardPass) -> bool:
     """Return whether an example's loss depends on what the model returned for others, as a contrastive one does."""
     for example in _two_examples(backward, outputs):
         gradients = torch.autograd.grad(losses[example].sum(), outputs.tensors, retain_graph=True, allow_unused=True)
@@ -155,10 +209,10 @@ def _meet(losses: Tensor, outputs: Outputs, backward: BackwardPass) -> bool:
     return False
 
 
-def returned_by_model(tracer: Tracer, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> list[Tensor]:
-    """Return the single numbers, returned by the model, through which alone a loss depends on parameters; or none."""
+def returned_by_model(tracer: Tracer, loss: Tensor) -> list[Tensor]:
+    """Return the single numbers, returned by the model, that a loss depends on."""
     numbers = [t for source in tracer.passes for t in source.numbers]
-    return (minimal(loss, tracer, numbers, parameters) or []) if numbers else []
+    return [numbers[i] for i in sorted(reached(loss, tracer, {}, numbers).stops)] if numbers else []
 
 
 def check_own_mean(
@@ -179,7 +233,11 @@ def check_own_mean(
     source = outputs.source
     if source is None or not source.closed or not all(any(t is own for own in source.numbers) for t in numbers):
         return
-    factors = torch.autograd.grad(loss, numbers, retain_graph=True)
+    with tracer.accounting(GradientPass(backward, {})):
+        factors = torch.autograd.grad(loss, numbers, retain_graph=True)
+        cotangents = torch.autograd.grad(numbers, outputs.tensors, factors, retain_graph=True, allow_unused=True)
+    if any(t is None for t in cotangents):
+        return
     inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
     axes = [backward.place(axis) for axis in outputs.axes]
     for example in _two_examples(backward, outputs):
@@ -191,7 +249,7 @@ def check_own_mean(
         except Exception:  # a model that takes whole batches only
             return
         for i, axis in enumerate(axes):
-            both = (outputs.tensors[i].detach(), outputs.cotangents[i])
+            both = (outputs.tensors[i].detach(), cotangents[i])
             whole, part = (axis.first(t.contiguous())[[example]] for t in both)
             output, gradient = (axis.alone().first(t.detach()) for t in (alone[i], gradients[i]))
             if agree(output, whole, tracer.coarse) and not agree(gradient, backward.batch * part, tracer.coarse):
@@ -274,5 +332,5 @@ def compare(
     names = [name for name, p in tracer.named_parameters() if id(p) in wrong]
     known.slow.update(names)
     if names:
-        warnings.warn(_DISAGREE[outputs.meeting].format(", ".join(names)), UserWarning, stacklevel=3)
+        warnings.warn(_DISAGREE[outputs.mixed].format(", ".join(names)), UserWarning, stacklevel=3)
     return set(names)

@@ -205,7 +205,7 @@ def combined_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
 def materialised_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
     """Return the squared norms of the sums of the uses' gradients, ``[batch]``, a few examples at a time."""
     first = contributions[0]
-    norms = torch.zeros(first.batch, dtype=first.dtype, device=first.device)
+    norms = torch.zeros(first.batch, dtype=first.dtype.to_real(), device=first.device)
     for begin, end in chunks(first.batch, first.shape, first.dtype):
         norms[begin:end] = Rows(sum_of_gradients(contributions, begin, end)).sqnorm()
     return norms
@@ -228,9 +228,9 @@ def row_sqnorms(rows: Tensor) -> Tensor:
     return ops.linear_grad_sqnorm(rows, rows.new_ones(len(rows), 1))
 
 
-def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype, budget: int = BUDGET) -> Iterator[tuple[int, int]]:
+def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Yield ranges of examples whose tensors of ``shape`` fit into so many bytes, at least one example each."""
-    step = max(1, budget // max(1, math.prod(shape) * dtype.itemsize))
+    step = max(1, BUDGET // max(1, math.prod(shape) * dtype.itemsize))
     for begin in range(0, batch, step):
         yield begin, min(batch, begin + step)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 
 
@@ -92,25 +94,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy with the same parameters and buffers, which can be run and leaves no trace in the model.
+    """Return a copy with the same parameters and buffers, to be run in the model's place.
 
-    Whatever a module or a user's hook keeps of a run would else be lost, and replaced by tensors that are of no use.
+    A replay would overwrite what a module stores in its attributes or in a list or dictionary of its own, and call the
+    user's hooks, which may store something too.
     """
     copies: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        copies[module] = copy = object.__new__(type(module))
+        copies[module] = replica = object.__new__(type(module))
         for name, value in vars(module).items():
-            if type(value) in (list, dict, set):
-                value = value.copy()
-            elif name.endswith("_hooks"):
+            if name in _HOOKS:
                 value = OrderedDict((key, hook) for key, hook in value.items() if _runs_a_layer(hook))
-            elif isinstance(value, dict):
-                value = dict(value)
-            copy.__dict__[name] = value
-    for copy in copies.values():
-        copy.__dict__["_modules"] = {
-            name: child if child is None else copies[child] for name, child in copy._modules.items()
-        }
+            elif isinstance(value, list | dict | set | deque):
+                value = copy.copy(value)
+            replica.__dict__[name] = value
+    for replica in copies.values():
+        children = {name: child if child is None else copies[child] for name, child in replica._modules.items()}
+        replica.__dict__["_modules"] = children
     return copies[model]
 
 

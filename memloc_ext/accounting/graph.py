@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer
@@ -102,14 +102,14 @@ class Outputs:
         cotangents: Of the loss by each.
         axes: Where the examples are in each.
         source: The call of the model that returned them, or None.
-        meeting: Whether the tensors are losses by example, of which one depends on what the model returned for others.
+        mixed: Whether the tensors are losses by example, of which one depends on what the model returned for others.
     """
 
     tensors: list[Tensor]
     cotangents: list[Tensor]
     axes: list[ExampleAxis]
     source: ForwardPass | None = None
-    meeting: bool = False
+    mixed: bool = False
 
     def of(self, backward: BackwardPass, chosen: Tensor) -> list[Tensor]:
         """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""

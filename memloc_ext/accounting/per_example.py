@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,30 @@ from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import without_hooks
 from memloc_ext.ops import Groups
 
+if TYPE_CHECKING:
+    from memloc_ext.accounting.check import Alone
+
 _ROUNDING, _COARSE = {torch.float64: 1e-9, torch.float32: 1e-4}, 0.05  # of outputs, relative to an example's largest
 
 
 def account_examples(
-    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+    tracer: Tracer,
+    backward: BackwardPass,
+    outputs: Outputs,
+    parameters: Mapping[int, nn.Parameter],
+    alone: Alone,
 ) -> None:
     """Account these parameters, by their ``id``, one example at a time.
 
-    The model runs on each example alone where that gives the same outputs: on many at a time if `torch.func.vmap` can.
-    Where it does not (examples meet, or the model draws random numbers), each example takes a backward pass through
-    the whole batch.
+    The model runs on each example alone where that gives the same outputs and gradients: on many at a time if
+    `torch.func.vmap` can. Where it does not, because the model mixes the examples of a batch or draws random numbers,
+    each example takes a backward pass through the whole batch.
     """
     source = outputs.source
-    if source is not None and source.closed and backward.batch:
+    if source is not None and source.closed and backward.batch and alone.expected:
         room = BUDGET // max(1, sum(p.numel() * p.element_size() for p in parameters.values()))
         for step in sorted({max(1, min(backward.batch, room)), 1}, reverse=True):
-            if _account_alone(tracer, backward, outputs, source, parameters, step):
+            if _account_alone(tracer, backward, outputs, source, parameters, step) and alone.right():
                 return
             backward.forget(parameters)
     for example in range(backward.batch):
@@ -78,7 +85,10 @@ def gradients_of(
     """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
     cotangents = outputs.cotangents if chosen is None else outputs.of(backward, chosen)
     wanted = list(parameters.values())
-    with tracer.accounting(backward), without_hooks(wanted):
+    with (
+        tracer.accounting(backward),
+        without_hooks([*wanted, *outputs.tensors]),
+    ):  # the cotangents have been through those
         gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
         with torch.no_grad():
             backward.finish()
@@ -99,7 +109,6 @@ def _account_alone(
     named = {name: p for name, p in unwrapped(source.model).named_parameters() if id(p) in parameters}
     inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
     expected = [axis.first(t.detach()) for t, axis in zip(outputs.tensors, axes, strict=True)]
-    touched = set[int]()
 
     def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         def model(given: dict[str, Tensor]) -> list[Tensor]:
@@ -135,9 +144,8 @@ def _account_alone(
             if not agree(axis.alone().behind().first(t)[0], whole[begin:end], tracer.coarse):
                 return False
         by_id = {id(p): gradients[name] for name, p in named.items()}
-        touched.update(key for key, gradient in by_id.items() if gradient.any())
         backward.add_examples(parameters, begin, by_id)
-    return touched == set(parameters)  # one that is never met may be used where a copy of the model does not see it
+    return True
 
 
 def by_example(t: Tensor, dim: int, batch: int) -> Tensor:

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
-from memloc_ext.accounting.example_axis import Picked
-from memloc_ext.accounting.following import ELEMENTWISE, MOVES, ExampleAxis, after, aligned, inside
+from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.forward_pass import ForwardPass, collect, tensors
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
+from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, inside
 from memloc_ext.accounting.tensor_memory import UNKNOWN, TensorMemory
 from memloc_ext.borrowing import in_parts
 
@@ -55,11 +55,17 @@ class Tracer(TorchFunctionMode):
         batch_dim: Dimension of the examples in the model's inputs.
         handlers: Function, or name of one, to its handler: ``handler(tracer, function, args, kwargs)`` runs it or
             returns NotImplemented to leave it to PyTorch.
+        complex_handlers: Likewise, of functions of complex tensors.
         first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
     """
 
     def __init__(
-        self, model: nn.Module, batch_dim: int, handlers: Mapping[Any, Handler], first: int | None = None
+        self,
+        model: nn.Module,
+        batch_dim: int,
+        handlers: Mapping[Any, Handler],
+        complex_handlers: Mapping[Any, Handler],
+        first: int | None = None,
     ) -> None:
         super().__init__()
         self.parameters = {id(parameter): parameter for parameter in model.parameters()}
@@ -69,11 +75,13 @@ class Tracer(TorchFunctionMode):
         self.backward: BackwardPass | None = None
         self.passes: deque[ForwardPass] = deque(maxlen=_FORWARD_PASSES)
         self.coarse = False  # whether layers ran under autocast
-        # whether a backward pass ran that was not accounted; None once one was
-        self.unaccounted: bool | None = False
+        self.accounted = False  # whether a backward pass was accounted
+        self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
+        self.plain_backward = False  # whether one is under way, or was the last
         self.replaying = False  # whether the model runs on one example, which is not to be seen
         self._first = first
-        self._model, self.batch_dim, self._handlers = model, batch_dim, handlers
+        self._model, self.batch_dim = model, batch_dim
+        self._handlers, self._complex_handlers = handlers, complex_handlers
         self.derived = TensorMemory()  # what stands in the place of a tensor
         self._places = TensorMemory()  # a Layout, None, _SHARED, or Repeated: shared too
         self._buffers = list(model.buffers())
@@ -89,7 +97,7 @@ class Tracer(TorchFunctionMode):
             shared: Inputs that are the same for all examples.
         """
         self._inside += not self.replaying
-        if self.replaying or self._inside > 1:
+        if self.replaying or self._inside > 1 or not torch.is_grad_enabled():
             return
         entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
         if entered.inputs and self.backward is None:
@@ -113,8 +121,9 @@ class Tracer(TorchFunctionMode):
 
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
-        self._inside -= not self.replaying
-        if self.backward is not None or self._inside or self.replaying:
+        entered = self._inside > 0
+        self._inside -= entered and not self.replaying
+        if self.backward is not None or self._inside or self.replaying or not entered or not torch.is_grad_enabled():
             return
         left = self.passes[-1]
         left.returned(output)
@@ -157,7 +166,7 @@ class Tracer(TorchFunctionMode):
             self.replaying = False
 
     def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Account these for the parameters of their names, of which the model keeps parts."""
+        """Use gathered parameters in place of sharded ones, by name."""
         self.whole.update(parameters)
         self.parameters.update({id(parameter): parameter for parameter in parameters.values()})
         self._fixed.update(map(id, parameters.values()))
@@ -173,8 +182,7 @@ class Tracer(TorchFunctionMode):
             raise RuntimeError("GradientAccountant: a model must be compiled before the with, or not at all")
         kwargs = kwargs or {}
         if func in _BACKWARD:
-            if func is not torch.autograd.grad and self.backward is None and self.unaccounted is not None:
-                self.unaccounted = True
+            self.plain_backward = func is not torch.autograd.grad and self.backward is None
             with self:
                 return _BACKWARD[func](*args, **kwargs)
         if maybe_current_level() is not None:  # by torch.func, which cannot transform rules
@@ -189,7 +197,8 @@ class Tracer(TorchFunctionMode):
         weights = [t for t in given if t.requires_grad and self.shared(t)]
         result = NotImplemented
         if weights or func is F.batch_norm:  # which may mix the examples
-            handler = self._handlers.get(func) or self._handlers.get(name)
+            handlers = self._complex_handlers if any(t.is_complex() for t in given) else self._handlers
+            handler = handlers.get(func) or handlers.get(name)
             if handler is not None:
                 result = handler(self, func, args, kwargs)
         handled = result is not NotImplemented

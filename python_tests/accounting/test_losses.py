@@ -250,6 +250,9 @@ def test_a_models_own_mean_over_unequal_numbers_of_tokens_is_refused(divided: in
     with GradientAccountant(model) as accountant:
         with pytest.raises(ValueError, match="the model returned one that weights them in another way"):
             accountant.backward(model(x, TOKENS)[0] / divided)
+        loss, logits = model(x, TOKENS)
+        with pytest.raises(ValueError, match="the model returned one that weights them in another way"):
+            accountant.backward(loss + logits.square().mean())  # with a term of one's own
         account = accountant.backward(model(x, whole)[0] / divided)
     assert_norms(account, model.l, lambda z, y: flat(z, y) / divided, x, whole, prefix="l.")
 

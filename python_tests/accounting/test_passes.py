@@ -53,6 +53,17 @@ def test_sum_of_losses_and_a_retained_graph() -> None:
         assert_same(first, sums(accountant, loss))
 
 
+def test_a_pass_without_gradients_between_forward_and_backward() -> None:
+    model, x = small(), torch.randn(B, 3)
+    with GradientAccountant(model) as accountant:
+        loss = total(model, x)
+        with torch.no_grad():
+            model(torch.randn(B + 1, 3))
+        account = sums(accountant, loss)
+    with GradientAccountant(model) as accountant:
+        assert_same(account, sums(accountant, total(model, x)))
+
+
 @pytest.mark.parametrize("layer", ["covered", "uncovered"])
 @pytest.mark.filterwarnings("ignore:GradientAccountant")
 def test_two_forward_then_two_backward_passes(layer: str) -> None:

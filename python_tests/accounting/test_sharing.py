@@ -166,10 +166,17 @@ def test_batch_norm_in_training_mode_counts_what_flows_through_an_examples_own_a
         assert_stable(account.sqnorm[name], exact, exact)
 
 
+@pytest.mark.parametrize("covered", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_exact_groups_are_the_gradients_of_the_groups_losses(reduction: str) -> None:
+def test_exact_groups_are_the_gradients_of_the_groups_losses(reduction: str, covered: bool) -> None:
     torch.manual_seed(0)
-    layers = nn.BatchNorm2d(3), Uncovered(), nn.Conv2d(3, 2, 2, bias=False), nn.BatchNorm2d(2), nn.Flatten()
+    layers = (
+        nn.BatchNorm2d(3),
+        nn.ReLU() if covered else Uncovered(),
+        nn.Conv2d(3, 2, 2, bias=False),
+        nn.BatchNorm2d(2),
+        nn.Flatten(),
+    )
     model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), *layers).double()
     x, ids = torch.randn(6, 2, 5, 5).double(), torch.tensor([0, 2, 2, 0, 0, 3])
 
@@ -189,7 +196,7 @@ def test_exact_groups_are_the_gradients_of_the_groups_losses(reduction: str) -> 
 
     arguments = {"group_ids": ids, "num_groups": 5, "loss_reduction": reduction, "exact_groups": True}
     account, uncovered = account_of(model, loss_of, x, x, **arguments)
-    assert uncovered == {"2.weight"}
+    assert uncovered == (set() if covered else {"2.weight"})
     for name, p in parameters.items():
         truth = torch.stack(exact[name])
         assert_stable(account.group_grad[name], truth, truth)

@@ -137,6 +137,118 @@ def test_what_a_model_and_its_users_hooks_keep_of_a_pass_stays() -> None:
         (model.state + model.every[-1] + seen[-1]).sum().item()  # of this pass, not of one that was run again
 
 
+class Twice(nn.Module):
+    """Uses a layer by its name, and once more in a way that a copy of the model may not see."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.l, self.u = nn.Linear(3, 4), Uncovered()
+        self.ways = {
+            "list": [self.u],
+            "method": [self.u.forward],
+            "function": [lambda x: self.u(x)],
+        }[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.u(self.l(x))
+        for function in self.ways:
+            x = function(x)
+        return x
+
+
+def scaled(*after: nn.Module) -> nn.Module:
+    model = Model(lambda m, x: m.h(m.u(m.l(x))), l=nn.Linear(3, 4), u=Uncovered(), h=nn.Sequential(*after))
+    model.u.register_forward_hook(lambda module, args, output: output.register_hook(lambda grad: grad / 10) and None)
+    return model
+
+
+class Branch(nn.Module):
+    """Mixes the examples in a branch that is not seen in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.u, self.n, self.gate = nn.Linear(3, 4), Uncovered(), nn.BatchNorm1d(4), parameter(1)
+        nn.init.zeros_(self.gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.l(x)
+        return x + self.gate * self.n(self.u(x)).square()
+
+
+ALONE = {
+    "a list of modules": lambda: Twice("list"),
+    "a bound method": lambda: Twice("method"),
+    "a function": lambda: Twice("function"),
+    "a hook that changes gradients": lambda: scaled(nn.Linear(4, 2)),
+    "a hook that changes the output's gradient": scaled,
+    "a closed gate behind batch norm": Branch,
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_examples_that_run_alone_have_the_gradients_that_they_have_in_the_batch(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = ALONE[name]().double(), torch.randn(B, 3).double()
+    with GradientAccountant(model) as accountant, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, names = model(x), dict(model.named_parameters())
+        exact = {}
+        for b in range(B):
+            mask = torch.zeros_like(out)
+            mask[b] = 1
+            gradients = torch.autograd.grad(out.sin(), list(names.values()), mask, retain_graph=True)
+            for key, gradient in zip(names, gradients, strict=True):
+                exact.setdefault(key, []).append(gradient.square().sum())
+        for _ in range(2):  # what was found out is remembered
+            account = accountant.backward(out.sin().sum(), loss_reduction="sum", retain_graph=True)
+            uncovered = [key for key in names if key.startswith("u.")]
+            for key in uncovered:
+                torch.testing.assert_close(account.sqnorm[key], torch.stack(exact[key]))
+
+
+def test_gradients_that_are_zero_take_no_other_way() -> None:
+    passes: list[Tensor] = []
+    model, x = nn.Sequential(nn.Linear(3, 4), Uncovered(), nn.Linear(4, 2)), torch.randn(B, 3)
+    nn.init.zeros_(model[2].weight)
+    with GradientAccountant(model, check="never") as accountant, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model(x)
+        out.register_hook(passes.append)
+        account = accountant.backward(out.sum(), loss_reduction="sum")
+    assert not account.sqnorm["1.weight"].any()
+    assert len(passes) <= 2
+
+
+def test_complex_layers() -> None:
+    torch.manual_seed(0)
+    model = Model(
+        lambda m, x: m.b(m.a(x) * m.a(x).conj()).abs(),
+        a=nn.Linear(3, 4, dtype=torch.complex128),
+        b=nn.Linear(4, 2, dtype=torch.complex128),
+    )
+    x = torch.randn(B, 3, dtype=torch.complex128)
+    with GradientAccountant(model) as accountant, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        account = accountant.backward(model(x).square().sum(), loss_reduction="sum")
+    given = grads(model)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(given[name], gradient)
+    for b in range(B):
+        alone = torch.autograd.grad(model(x[b : b + 1]).square().sum(), list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), alone, strict=True):
+            torch.testing.assert_close(account.sqnorm[name][b], gradient.abs().square().sum())
+    assert not account.norms.is_complex()
+
+
+def test_arguments_by_name() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        token = torch.tile(input=m.token, dims=(len(x), 1))
+        return m.l(torch.cat(tensors=[x, token], dim=1))
+
+    check(Model(run, token=parameter(1, 2), l=nn.Linear(5, 2)), torch.randn(B, 3), uncovered=None)
+
+
 def test_an_example_that_is_not_a_number_leaves_others_as_they_are() -> None:
     torch.manual_seed(0)
     model = Model(lambda m, x: Doubled.apply(m.l(x), m.w), l=nn.Linear(3, 3), w=parameter(3))

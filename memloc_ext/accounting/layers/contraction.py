@@ -14,7 +14,7 @@ from torch import Tensor
 from memloc_ext import ops
 from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Contribution, accumulated
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.elementwise import spread
 from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
 from memloc_ext.accounting.tracer import Tracer
@@ -157,9 +157,11 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle `torch.nn.functional.grouped_mm`: rows for one expert behind those for the other."""
     ends, plain = kwargs.get("offs"), all(value is None for name, value in kwargs.items() if name != "offs")
-    x, w = args[:2]
+    if len(args) != 2 or ends is None or not plain:
+        return NotImplemented
+    x, w = args
     axis = tracer.axis(x)
-    if len(args) != 2 or ends is None or not plain or axis is None or axis.dim or x.dim() != 2 or w.dim() != 3:
+    if axis is None or axis.dim or x.dim() != 2 or w.dim() != 3:
         return NotImplemented
     ends, out = [0, *ends.tolist()], []
     with tracer:

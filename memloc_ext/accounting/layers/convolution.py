@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from memloc_ext import ops
 from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Contribution, Rows, accumulated
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from memloc_ext.accounting.backward_pass import Repeated
 from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows, accumulated
-from memloc_ext.accounting.example_axis import Picked
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer, tensors
@@ -124,9 +123,10 @@ def broadcast(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 
 def cat(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``cat`` and ``stack`` of activations and repeated parameters, as class tokens are."""
-    given, dim = list(args[0]), kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    if kwargs.keys() - {"dim"} or not isinstance(dim, int):
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if not args or kwargs.keys() - {"dim"} or not isinstance(dim, int):
         return NotImplemented
+    given = list(args[0])
     rank, along = given[0].dim(), func.__name__ != "stack"
     places = {tracer.axis(t) for t in given if not tracer.shared(t)}
     if len(places) != 1 or (axis := places.pop()) is None or (along and axis.dim == dim % rank):
@@ -155,6 +155,8 @@ def setitem(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 
 def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle ``parameter.repeat(batch, 1, ...)`` and its like: remember of what it is a copy."""
+    if not args:
+        return NotImplemented
     parameter, result = args[0], func(*args, **kwargs)
     own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
     whole = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from memloc_ext.accounting.backward_pass import ParameterView, Repeated
 from memloc_ext.accounting.contributions import EmbeddingContribution
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from memloc_ext.accounting.following import ELEMENTWISE
 from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
 from memloc_ext.accounting.layers.convolution import convolution, convolution_transposed
 from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
@@ -15,6 +14,7 @@ from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, get
 from memloc_ext.accounting.layers.linear import addmm, bilinear, linear, matmul
 from memloc_ext.accounting.layers.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from memloc_ext.accounting.layers.recurrent import cell, recurrent
+from memloc_ext.accounting.propagation import ELEMENTWISE
 from memloc_ext.accounting.tracer import Handler, Tracer
 from memloc_ext.borrowing import in_parts
 
@@ -55,3 +55,5 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
 }
 """Function, or the name of a function and of the tensor method that does the same, to its handler."""
+COMPLEX_HANDLERS = {key: handler for key, handler in HANDLERS.items() if handler in (broadcast, cat, repeat)}
+"""Those that are right for complex tensors, too."""

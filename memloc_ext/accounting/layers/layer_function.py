@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
 from memloc_ext.accounting.contributions import Contribution
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.losses import TWICE
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class LayerFunction:
         weight, backward = self.weights[index], self.tracer.backward
         assert weight is not None
         if backward is None:  # a backward pass that is not accounted
+            self.tracer.unaccounted |= self.tracer.plain_backward
             return contribution.total().to(weight.tensor.dtype)
         return backward.record(weight, contribution)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import LinearContribution, Rows
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.contraction import product
 from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
 from memloc_ext.accounting.tracer import Tracer

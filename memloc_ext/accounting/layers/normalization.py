@@ -12,7 +12,7 @@ from torch import Tensor
 from memloc_ext import ops
 from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Rows, accumulated
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import LinearContribution, Rows
-from memloc_ext.accounting.following import ExampleAxis
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.elementwise import spread
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer

@@ -17,7 +17,7 @@ RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "res
 _MOVES = """
     permute transpose t T mT H mH movedim moveaxis swapaxes swapdims adjoint squeeze unsqueeze select narrow
     __getitem__ chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind
-    expand expand_as broadcast_to flip fliplr flipud roll rot90 index_select unfold diagonal as_strided swapaxes_
+    expand expand_as broadcast_to flip fliplr flipud roll rot90 index_select unfold diagonal swapaxes_
     transpose_ squeeze_ unsqueeze_ t_ __get__
 """
 MOVES = frozenset(_MOVES.split())
@@ -32,7 +32,7 @@ ALONG = dict.fromkeys(_DIM_FIRST.split(), 1) | dict.fromkeys(_DIM_SECOND.split()
 _ORDERS = frozenset(("sort", "argsort", "topk"))  # which say last what they picked
 _SCATTERS = """
     take msort index_put index_put_ masked_scatter masked_scatter_ masked_select bincount unique repeat_interleave
-    histc nonzero
+    histc nonzero as_strided
 """
 SCATTERS = frozenset(_SCATTERS.split())
 """Functions that may put rows anywhere, by what is in tensors."""
