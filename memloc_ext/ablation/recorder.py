@@ -38,7 +38,9 @@ def record(
             that it reads in another way later.
         ValueError: If the model returns no logits; see `logits_of`.
     """
-    with evaluating(model), torch.no_grad(), uncompiled(), without_fast_path(), contextlib.ExitStack() as stack:
+    with evaluating(model), uncompiled(), without_fast_path(), contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # in which linear layers are no matrix products
+        stack.enter_context(torch.no_grad())
         recorder = Recorder(strict)
         given = [t[:1].detach().clone() for t in given]
         for hook in _hooks(model, recorder):

@@ -77,7 +77,7 @@ def ablation_losses(
         sites: Names of modules; ``<module>.heads`` for the attention heads of one that calls
             `torch.nn.functional.scaled_dot_product_attention`. Units are the channels of what a module returns: those
             of an image, else the last dimension. By default the output of every convolution with its normalisation and
-            activation, of every linear layer that feeds another, and all attention heads.
+            activation, of every hidden linear layer, and all attention heads.
         how: What a unit is replaced by: ``zero``; ``mean``, its mean over the reference examples and all positions; or
             ``filter``: the weights of its convolution or linear layer, which serve no other call, are zero, before any
             normalisation.

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -314,10 +316,19 @@ def test_what_cannot_be_used_again_is_recorded_anew() -> None:
         model[0].bias.data.add_(1.0)
 
 
-def test_nothing_keeps_a_model_alive() -> None:
-    import gc
-    import weakref
+def test_inference_mode() -> None:
+    """Operators are others there, and tensors made there are of no use outside."""
+    model, x, y = Changing().eval(), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    settings: dict[str, Any] = {"population": None, "noise": 0, "eot": 1, "max_units": 2}
+    expected = ablation_losses(copy.deepcopy(model), x, y)
+    with torch.inference_mode():
+        found = ablation_losses(model, x, y)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[site].loss, expected[site].loss) for site in found)
+    assert list(localize(model, x, y, **settings)) == list(localize(copy.deepcopy(model), x, y, **settings))
 
+
+def test_nothing_keeps_a_model_alive() -> None:
     model = Changing().eval()
     ablation_losses(model, torch.randn(2, 4), torch.tensor([0, 1]))
     assert model in kept._kept
