@@ -13,7 +13,7 @@ import torch
 from distributed_jobs import work as job
 
 from memloc_ext import distributed
-from memloc_ext.study.accounting_files import account_path, load_account
+from memloc_ext.study.accounting import account_path, load_account
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 JOBS = Path(__file__).parent / "distributed_jobs"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from memloc_ext import data
 from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig, RewindConfig
 from memloc_ext.training import TrainConfig
+
+Variant = Literal["plain", "example_tied", "standard", "fixed"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+"""The ways to train a model: without dropout, or with one of three."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class StudyConfig:
         rewind: The layer groups that are put back to earlier epochs.
         retrain: The layer groups that are trained anew.
         localization: The search for the units that flip examples.
+        account: Keep an account of the gradients of plain training. That takes longer, and is another training than
+            one without: the weights differ by rounding.
         device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
     """
 
@@ -112,8 +117,5 @@ class StudyConfig:
     rewind: RewindConfig = field(default_factory=RewindConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     localization: LocalizationConfig = field(default_factory=LocalizationConfig)
+    account: bool = True
     device: str = "auto"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
-        return json.loads(json.dumps(asdict(self), default=str))

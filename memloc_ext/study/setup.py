@@ -14,8 +14,11 @@ from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext.data import Dataset, Split
 from memloc_ext.distributed import own_device
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
-from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.run_directory import Variant
+from memloc_ext.parts import fingerprint
+from memloc_ext.study.config import StudyConfig, Variant
+
+_ROWS = 1024
+"""Images whose pixels are read at a time."""
 
 
 def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None) -> Dataset:
@@ -54,6 +57,15 @@ def _drawn(name: str, count: int, wanted: int | None, seed: int) -> Tensor | Non
 
 def _part(split: Split, rows: Tensor | None) -> Split:
     return split if rows is None else split.subset(rows)
+
+
+def fingerprint_data(dataset: Dataset) -> str:
+    """Return what stands for all of a data set: pixels, labels, and which examples are memorized."""
+    names = []
+    for split in (dataset.train, dataset.test):
+        names += [fingerprint(split.inputs[rows]) for rows in torch.arange(len(split)).split(_ROWS)]
+        names.append(fingerprint(split.labels, split.true_labels, split.memorized, split.indices))
+    return fingerprint(names)
 
 
 def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.Module:
