@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memloc_ext import distributed
 from memloc_ext.accounting import GradientAccountant
-from memloc_ext.data import Split
+from memloc_ext.examples import Examples
 from memloc_ext.marks import marked
 from memloc_ext.probes import EpochAccount, GradientAccounting, GroupAccount, ParameterAccount
 from memloc_ext.tasks import task_of
@@ -45,7 +45,7 @@ class AccountedBackward(Backward):
         folder: Of the epochs' files; created if missing.
     """
 
-    def __init__(self, model: nn.Module, split: Split, folder: Path) -> None:
+    def __init__(self, model: nn.Module, split: Examples, folder: Path) -> None:
         self._model, self._split, self._folder = model, split, folder
         self._accountant = GradientAccountant(model)
         self._accounting = GradientAccounting(model, marked("train", None, split))
@@ -193,7 +193,7 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
     return table
 
 
-def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
+def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
     """Time plain and accounted training of a copy of a model, step about.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
@@ -213,7 +213,7 @@ def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict
     return distributed.once(lambda: _cost(model, split, config))
 
 
-def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
+def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
     model, task = copy.deepcopy(model).train(), task_of("classification")
     with epoch_rng(config.seed, 0, split.device) as generator:
         batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from memloc_ext._version import __version__
-from memloc_ext.data import Dataset
 from memloc_ext.distributed import once, rank
 from memloc_ext.files import plain, read_json, remove_temporaries, write_csv, write_json
-from memloc_ext.parts import fingerprint
 from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, Accounting
 from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.setup import build_model, fingerprint_data, load_data
+from memloc_ext.study.own import is_own
+from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fingerprint_model, load_data
 from memloc_ext.study.stages import LOCALIZED, STAGES, TRAINED, StageName, Study
 from memloc_ext.study.store import Result, Source, check_inside, is_result, locked
 
@@ -116,7 +115,10 @@ def run_study(
         raise ValueError("account needs the calls of single modules: leave out --compile, or give --no-account")
     if "account" in wanted and not config.account:
         raise ValueError("the stage account needs a training that keeps an account: leave out --no-account")
+    if "train" in wanted and config.account and config.task != "classification":
+        raise ValueError(f"account needs the task classification, got {config.task}: give --no-account")
     dataset = _load(config, say)
+    wanted = _possible(config, dataset, wanted, say if rank() == 0 else lambda _: None)
     sources = _sources(config, dataset)
     folders: dict[StageName, Path] = {name: Path(store or path) / made.folder for name, made in sources.items()}
     study = Study(config, folders, dataset, progress=progress and rank() == 0, tensorboard=tensorboard)
@@ -206,14 +208,14 @@ def _finished(path: Path, run: _Run) -> dict[StageName, Result]:
     return found
 
 
-def _sources(config: StudyConfig, dataset: Dataset) -> dict[StageName, Source]:
+def _sources(config: StudyConfig, dataset: StudyData) -> dict[StageName, Source]:
     """Return what the result of each stage is made from."""
-    model = build_model(config, dataset, "plain")  # the other models start from its weights
-    network, data = fingerprint(str(model), model.state_dict()), fingerprint_data(dataset)
+    network, data = fingerprint_model(config, dataset), fingerprint_data(dataset)
     versions = {"memloc_ext": __version__, "torch": torch.__version__.partition("+")[0]}
     sources: dict[StageName, Source] = {}
     for name, stage in STAGES.items():
-        settings = {"model": config.model.model, **{key: plain(getattr(config, key)) for key in stage.settings}}
+        settings = {key: plain(getattr(config, key)) for key in stage.settings}
+        settings |= {"model": config.model.model, "task": config.task}
         needs: Mapping[str, str] = {need: sources[need].hash for need in stage.needs}
         sources[name] = Source(name, versions, settings, network, data, dict(needs))
     return sources
@@ -241,6 +243,20 @@ def _state(result: Result) -> str:
     if result.finished:
         return _REUSED
     return "goes on" if result.begun else "begins"
+
+
+def _possible(
+    config: StudyConfig, dataset: StudyData, wanted: list[StageName], say: Callable[[str], None]
+) -> list[StageName]:
+    """Leave out the dropouts of a user's model that does not say where they go, if there is anything else to do."""
+    dropouts = {"dropout", "controls", "localize-dropout"}
+    if config.dropout.sites or not is_own(config.model.model) or not set(wanted) & dropouts or set(wanted) <= dropouts:
+        return wanted
+    layout = getattr(build_model(config, dataset, "plain"), "layout", None)
+    if layout is not None and layout.sites:
+        return wanted
+    say(f"left out: {', '.join(name for name in wanted if name in dropouts)}; name modules for dropout by --sites")
+    return [name for name in wanted if name not in dropouts]
 
 
 def _check_folders(path: Path, folders: Collection[Path]) -> None:
@@ -281,7 +297,7 @@ def _write_metrics(run: Run) -> None:
     run.seal()
 
 
-def _load(config: StudyConfig, say: Callable[[str], None]) -> Dataset:
+def _load(config: StudyConfig, say: Callable[[str], None]) -> StudyData:
     if config.data.download:
         once(lambda: load_data(config).name)  # fetches the files for all processes
     return load_data(config, say if rank() == 0 else lambda _: None)

@@ -12,7 +12,6 @@ from typing import Literal
 
 from torch import nn
 
-from memloc_ext.data import Dataset
 from memloc_ext.distributed import once
 from memloc_ext.files import write_csv
 from memloc_ext.nn import dropout_mode
@@ -23,8 +22,9 @@ from memloc_ext.probes.states import checked_state
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, AccountedBackward, accounted_epochs, accounting_cost
 from memloc_ext.study.config import StudyConfig, Variant
-from memloc_ext.study.setup import build_model
+from memloc_ext.study.setup import StudyData, build_model
 from memloc_ext.study.store import LOGS, PARTS
+from memloc_ext.tasks import TaskName
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 StageName = Literal[
@@ -57,7 +57,7 @@ class Study:
         self,
         config: StudyConfig,
         folders: Mapping[StageName, Path],
-        dataset: Dataset,
+        dataset: StudyData,
         *,
         progress: bool = False,
         tensorboard: bool = False,
@@ -85,22 +85,23 @@ class Study:
     def train(self, variant: Variant) -> None:
         """Train a model and evaluate it in every mode."""
         folder, dataset, settings = self._folder(variant), self.dataset, self.config.train
-        model = build_model(self.config, dataset, variant)
+        model, task = build_model(self.config, dataset, variant), self.config.task
         accounted = variant == "plain" and self.config.account
         history = train(
             model,
             dataset.train,
             settings,
             checkpoints=folder / CHECKPOINTS,
-            evaluate=partial(_numbers, dataset=dataset, variant=variant),
+            task=task,
+            evaluate=partial(_numbers, dataset=dataset, variant=variant, task=task),
             backward=AccountedBackward(model, dataset.train, folder / ACCOUNTS) if accounted else None,
             progress=self.progress,
             tensorboard=folder / LOGS if self.tensorboard else None,
         )
         if variant == "example_tied":
-            modes = accuracy_by_mode(model, dataset.train, test=dataset.test)
+            modes = accuracy_by_mode(model, dataset.train, test=dataset.test, task=task)
         else:
-            modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test)}
+            modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test, task=task)}
         rows = results.metrics_rows(variant, modes)
         once(lambda: results.save(folder, results.HISTORY, history, history))
         once(lambda: results.save(folder, results.METRICS, modes, rows))
@@ -161,6 +162,7 @@ def _rewind(study: Study, folder: Path) -> None:
             study.folders["train"] / CHECKPOINTS,
             study.dataset.train,
             test=study.dataset.test,
+            task=study.config.task,
             groups=config.rewind_groups or None,
             epochs=config.rewind_epochs or None,
             parts=parts,
@@ -170,7 +172,8 @@ def _rewind(study: Study, folder: Path) -> None:
 
 def _retrain(study: Study, folder: Path) -> None:
     model, initial = study.trained("plain"), study.checkpoints("plain")[0]
-    dataset, settings = study.dataset, {**study.config.retrain.as_arguments(), "seed": study.config.train.seed}
+    config, dataset = study.config, study.dataset
+    settings = {**config.retrain.as_arguments(), "seed": config.train.seed, "task": config.task}
     with study.parts("retrain") as parts:
         found = retrain(model, initial, dataset.train, test=dataset.test, **settings, parts=parts)
         once(lambda: results.save(folder, results.RETRAINING, found, found.rows()))
@@ -178,7 +181,7 @@ def _retrain(study: Study, folder: Path) -> None:
 
 def _localize(study: Study, folder: Path, variant: Variant) -> None:
     model, dataset = study.trained(variant), study.dataset
-    settings = {**asdict(study.config.localization), "seed": study.config.train.seed}
+    settings = {**asdict(study.config.localization), "seed": study.config.train.seed, "task": study.config.task}
     with study.parts(LOCALIZED[variant]) as parts:
         found = localize_dataset(model, dataset.train, test=dataset.test, **settings, parts=parts)
         once(lambda: results.save(folder, results.LOCALIZATION, found, results.localization_rows(found)))
@@ -217,13 +220,13 @@ STAGES: dict[StageName, Stage] = {
 """In the order in which they are done; the report of all of them comes after."""
 
 
-def _numbers(model: nn.Module, dataset: Dataset, variant: Variant) -> dict[str, float]:
+def _numbers(model: nn.Module, dataset: StudyData, variant: Variant, task: TaskName) -> dict[str, float]:
     if variant != "example_tied":
-        return _present(accuracy(model, dataset.train, test=dataset.test))
+        return _present(accuracy(model, dataset.train, test=dataset.test, task=task))
     with dropout_mode(model, "drop"):
-        dropped = _present(accuracy(model, dataset.train, test=dataset.test), "drop_")
+        dropped = _present(accuracy(model, dataset.train, test=dataset.test, task=task), "drop_")
     with dropout_mode(model, "train"):
-        return _present(accuracy(model, dataset.train)) | dropped
+        return _present(accuracy(model, dataset.train, task=task)) | dropped
 
 
 def _present(result: Accuracy, prefix: str = "") -> dict[str, float]:
