@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,8 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from memloc_ext.distributed import spread
+from memloc_ext.distributed import rank, spread, world_size
 from memloc_ext.files import plain, read_json, write_json
+from memloc_ext.progress import is_named, progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,6 +91,14 @@ def spread_parts(
         parts.put(name, result)
         return parse(result)
 
+    finished, report = itertools.count(1), None
+
+    def counted(name: str) -> R:
+        result = done(name)
+        if report is not None:
+            report(next(finished))
+        return result
+
     def found(name: str) -> R | None:
         result = parts.get(name)
         try:
@@ -98,7 +109,10 @@ def spread_parts(
     everything = zip(work, spread(found, list(work)), strict=True)
     kept = {name: result for name, result in everything if result is not None}
     missing = [name for name in work if name not in kept]
-    kept.update(zip(missing, spread(done, missing), strict=True))
+    with contextlib.ExitStack() as stack:
+        if is_named():
+            report = stack.enter_context(progress(len(missing[rank() :: world_size()]), 0, "part"))
+        kept.update(zip(missing, spread(counted, missing), strict=True))
     return [kept[name] for name in work]
 
 

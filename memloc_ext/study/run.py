@@ -15,6 +15,7 @@ from memloc_ext._version import __version__
 from memloc_ext.distributed import once, rank
 from memloc_ext.files import plain, read_json, remove_temporaries, write_csv, write_json
 from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
+from memloc_ext.progress import named
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, Accounting
 from memloc_ext.study.config import StudyConfig
@@ -94,7 +95,7 @@ def run_study(
         output: The folder of the run; created if missing.
         store: The folder of the stages' folders: ``output``, or one above it; by default ``output``.
         stages: Names of the stages to do; ``report`` is left to `memloc_ext.study.report.write_report`.
-        progress: Show a bar of the epochs on a terminal.
+        progress: Show how far each stage is: a bar on a terminal, a line every minute elsewhere.
         tensorboard: Log every epoch under ``tensorboard`` in the folder of a training.
         say: Called with a line on how a file of memorized examples was understood, and one per stage.
 
@@ -229,7 +230,8 @@ def _do(study: Study, name: StageName, source: Source, result: Result) -> None:
 
     once(write)
     try:
-        STAGES[name].work(study, result.path)
+        with named(name if study.progress else None):
+            STAGES[name].work(study, result.path)
     except BaseException:
         if rank() == 0:
             with contextlib.suppress(OSError):  # of a full disk; the first error is the one to tell

@@ -49,7 +49,7 @@ class Study:
         config: The settings.
         folders: Stage to the folder of its result.
         dataset: The examples.
-        progress: Show a bar of the epochs on a terminal.
+        progress: Show how far each stage is.
         tensorboard: Log every epoch.
     """
 
