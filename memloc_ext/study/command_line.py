@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     Warnings are one line each.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments in ([], ["info"]):  # needs nothing but torch and numpy
+    if arguments in ([], ["info"]):  # needs no package of [study]
         print(info())
         return
     try:
