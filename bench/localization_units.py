@@ -21,7 +21,7 @@ import tyro
 
 from bench.trained import MNIST_EXAMPLES, REFERENCE, STUDIES, Trained, mnist_folder, trained
 from memloc_ext import localize
-from memloc_ext.files import write_json
+from memloc_ext.files import plain, write_json
 from memloc_ext.info import info
 from memloc_ext.probes.localization import Found
 
@@ -76,7 +76,7 @@ def main() -> None:
             means = [run[kind]["mean_units"] for run in runs]
             row[kind] = {"mean": round(statistics.mean(means), 3), "deviation": round(statistics.pstdev(means), 3)}
             print(f"{name:7} {kind}  {row[kind]['mean']:5.2f} units, deviation over seeds {row[kind]['deviation']:.2f}")
-        config = study(0).as_json()
+        config = plain(study(0))
         config["data"].pop("root")
         table.append({**row, "config": config, "runs": runs})
     if options.result:

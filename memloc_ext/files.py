@@ -1,31 +1,23 @@
-"""Write files so that nobody, whatever happens, finds half of one; read those of strangers, and name the bad ones."""
+"""Atomic writes and validated reads."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 import os
 import re
 import reprlib
 import secrets
-import types
-import typing
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-_SEAL = 32
-"""Length of the last line of a sealed file."""
+import msgspec
+
 _LINE = 1000
 """Characters of an error that are shown."""
-NOT_PARSED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a function that takes a value apart may raise if that is something else than it expects."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -63,21 +55,20 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.close(folder)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in a folder that only this one writes to, at any depth."""
-    for path in folder.rglob(".*.tmp"):
+def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
+    """Remove what killed processes left in a folder that only this one writes to, at any depth by default."""
+    for path in folder.glob(pattern):
         if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any, *, sealed: bool = False) -> None:
-    """Write a value as indented JSON with sorted keys, by `write_atomically`: equal values give equal bytes.
+def write_json(path: str | Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write a value as indented JSON, by `write_atomically`: equal values give equal bytes.
 
     Args:
         path: The file; its folder must exist.
-        value: Dictionaries with string keys, lists, strings, finite numbers, booleans and None.
-        sealed: Add a line of 32 blanks, space for 0 and tab for 1: the CRC-32 of the text before it. JSON may end in
-            blanks, so every program reads the file as before, and `read_json` notices a flipped bit in a number.
+        value: Dataclasses, dictionaries with string keys, lists, strings, paths, finite numbers, booleans and None.
+        sort_keys: Write dictionaries in the order of their keys, not in their own.
 
     Raises:
         TypeError: If ``value`` holds something else.
@@ -85,23 +76,25 @@ def write_json(path: str | Path, value: Any, *, sealed: bool = False) -> None:
         OSError: If the file cannot be written.
     """
     try:
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(plain(value), indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"write_json: value for {path} must be JSON: {error}") from error
-    text += b"\n"
-    write_atomically(path, text + _seal(text) + b"\n" if sealed else text)
+    write_atomically(path, text + b"\n")
 
 
-def write_table(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as ``<name>.json`` and as ``<name>.csv``, whose columns are the keys in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses as dictionaries, tuples as lists, paths as strings."""
+    return json.loads(json.dumps(msgspec.to_builtins(value, enc_hook=_path), allow_nan=False))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a table whose columns are the keys in order of appearance."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path / f"{name}.csv", text.getvalue().encode())
-    write_json(path / f"{name}.json", list(rows), sealed=True)
+    write_atomically(path, text.getvalue().encode())
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -134,77 +127,42 @@ def open_archive(stored: bytes) -> zipfile.ZipFile:
     return archive
 
 
-def read_json(path: str | Path) -> Any:
-    """Read what `write_json` wrote, or other JSON.
+def read_json(path: str | Path, kind: Any = Any) -> Any:
+    """Read JSON as a type.
+
+    Args:
+        path: The file.
+        kind: As for `parsed`.
 
     Raises:
-        ValueError: If the file is not JSON, holds NaN, an infinity or a name twice in an object, or was damaged
-            since it was sealed; names it.
+        ValueError: If the file is not JSON, or something else than the type; names it.
         OSError: If it cannot be read.
     """
-    stored = read_bytes(path)
+    return decode_json(path, read_bytes(path), kind)
+
+
+def decode_json(path: str | Path, stored: bytes, kind: Any = Any) -> Any:
+    """Return the bytes of a JSON file as a type, see `read_json`."""
     try:
-        text, newline, last = stored.removesuffix(b"\n").rpartition(b"\n")
-        if len(last) == _SEAL and not last.strip() and last != _seal(text + newline):
-            raise ValueError(
-                "it was damaged or edited: its last line is the checksum of another text; after an edit, delete it"
-            )
-        return json.loads(stored, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_distinct)
+        value = msgspec.json.decode(stored)
+        return value if kind is Any else parsed(kind, value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from error
 
 
-def read_as(path: str | Path, what: str, parse: Callable[[Any], T]) -> T:
-    """Read JSON and return what a function makes of it.
-
-    Args:
-        path: The file.
-        what: What it must be, for the error, such as ``"a table of epochs"``.
-        parse: Takes the value that `read_json` returns, and raises nearly anything if it is something else.
-
-    Raises:
-        ValueError: If the file is damaged or ``parse`` raises; names the file and says why.
-        OSError: If it cannot be read.
-    """
-    value = read_json(path)
-    try:
-        return parse(value)
-    except NOT_PARSED as error:
-        raise ValueError(f"{path}: must be {what}: {error}") from error
-
-
 def parsed(kind: Any, value: Any) -> Any:
-    """Return a JSON value as what an annotation names.
+    """Return a JSON value as a type.
 
     Args:
-        kind: ``int``, ``float``, ``bool``, ``str``, or a list, a dictionary or a dataclass of these, to any depth; or
-            one of them or None.
-        value: As `read_json` returns it. Integers must not be negative.
+        kind: A type with annotations that `msgspec` knows, such as a dataclass or ``dict[str, int | float]``.
+        value: Dictionaries, lists, strings, numbers, booleans and None.
 
     Raises:
-        ValueError: If it is something else; says what.
+        ValueError: If it is something else, or holds a negative integer; says where.
     """
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict) or set(value) != {field.name for field in fields(kind)}:
-            raise ValueError(f"got {value!r} for a {kind.__name__}")
-        kinds = typing.get_type_hints(kind)
-        return kind(**{name: parsed(kinds[name], inner) for name, inner in value.items()})
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else parsed(inner[0], value)
-    if origin is list and isinstance(value, list):
-        return [parsed(inner[0], item) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {key: parsed(inner[1], item) for key, item in value.items()}
-    rules: dict[Any, Callable[[], bool]] = {
-        bool: lambda: isinstance(value, bool),
-        str: lambda: isinstance(value, str),
-        int: lambda: type(value) is int and value >= 0,
-        float: lambda: type(value) in (int, float) and math.isfinite(value),
-    }
-    if kind not in rules or not rules[kind]():
-        raise ValueError(f"got {value!r}")
-    return value
+    result = msgspec.convert(value, kind, dec_hook=lambda kind, text: kind(text))
+    _check_counts(value)
+    return result
 
 
 def shown(value: Any) -> str:
@@ -219,20 +177,15 @@ def shown(value: Any) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
-def _seal(text: bytes) -> bytes:
-    return f"{zlib.crc32(text):0{_SEAL}b}".encode().translate(bytes.maketrans(b"01", b" \t"))
+def _check_counts(value: Any) -> None:
+    if type(value) is int and value < 0:
+        raise ValueError(f"integers must not be negative, got {value}")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_counts(item)
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"an object has a name twice, of {', '.join(name for name, _ in pairs)}")
-    return value
-
-
-def _finite(number: str) -> float:
-    return value if math.isfinite(value := float(number)) else _refuse(number)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+def _path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
-from memloc_ext.distributed import spread
-from memloc_ext.files import NOT_PARSED, read_json, write_json
+from memloc_ext.distributed import rank, spread, world_size
+from memloc_ext.files import plain, read_json, write_json
+from memloc_ext.progress import is_named, progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,12 +50,17 @@ class PartFiles:
     def get(self, name: str) -> Any | None:
         """Read a part; None if there is none. ValueError names a damaged file."""
         path = self._path(name)
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        part = read_json(path)
+        if not isinstance(part, dict) or part != _sealed(part.get("result")):
+            raise ValueError(f"{path}: its checksum is wrong; delete it to do that part again")
+        return part["result"]
 
     def put(self, name: str, result: Any) -> None:
         """Write a part as a whole or, if that fails with an OSError, not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path(name), result, sealed=True)
+        write_json(self._path(name), _sealed(result))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -82,17 +91,28 @@ def spread_parts(
         parts.put(name, result)
         return parse(result)
 
+    finished, report = itertools.count(1), None
+
+    def counted(name: str) -> R:
+        result = done(name)
+        if report is not None:
+            report(next(finished))
+        return result
+
     def found(name: str) -> R | None:
         result = parts.get(name)
         try:
             return None if result is None else parse(result)
-        except NOT_PARSED as error:
+        except (LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{name}.json: must be a part of this stage: {error}; delete it to do it again") from error
 
     everything = zip(work, spread(found, list(work)), strict=True)
     kept = {name: result for name, result in everything if result is not None}
     missing = [name for name in work if name not in kept]
-    kept.update(zip(missing, spread(done, missing), strict=True))
+    with contextlib.ExitStack() as stack:
+        if is_named():
+            report = stack.enter_context(progress(len(missing[rank() :: world_size()]), 0, "part"))
+        kept.update(zip(missing, spread(counted, missing), strict=True))
     return [kept[name] for name in work]
 
 
@@ -105,6 +125,11 @@ def fingerprint(*values: Any) -> str:
     sha = hashlib.sha256()
     _feed(sha, values)
     return sha.hexdigest()[:32]
+
+
+def _sealed(result: Any) -> dict[str, Any]:
+    result = plain(result)
+    return {"result": result, "sha256": fingerprint(msgspec.json.encode(result, order="sorted"))}
 
 
 def _feed(sha: Any, value: Any) -> None:

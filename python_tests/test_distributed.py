@@ -13,7 +13,7 @@ import torch
 from distributed_jobs import work as job
 
 from memloc_ext import distributed
-from memloc_ext.study.accounting_files import account_path, load_account
+from memloc_ext.study.accounting import account_path, load_account
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 JOBS = Path(__file__).parent / "distributed_jobs"
@@ -47,7 +47,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(one / "plain", folder / "from_one", ignore=shutil.ignore_patterns("epoch_002.pt"))
+    shutil.copytree(one / "plain", folder / "from_one", ignore=shutil.ignore_patterns("epoch_002.safetensors"))
     done = torchrun(JOBS / "work.py", folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -86,7 +86,7 @@ def test_all_processes_end_with_the_same_model_and_history(outcome, two: Path, n
 def test_a_training_goes_on_in_another_number_of_processes(outcome, two: Path, tmp_path: Path) -> None:
     one, first, _ = outcome
     assert_same_training(first["from_one"], one["plain"])
-    shutil.copytree(two / "plain", tmp_path / "run", ignore=shutil.ignore_patterns("epoch_002.pt"))
+    shutil.copytree(two / "plain", tmp_path / "run", ignore=shutil.ignore_patterns("epoch_002.safetensors"))
     model, dataset = job.make(job.lenet), job.make_data()
     history = train(
         model,

@@ -44,7 +44,15 @@ def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    for text, message in (('{"half', "must be JSON"), ('"one"', "must be a part of this stage: invalid literal .*one")):
+    PartFiles(tmp_path).put("a", "one")
+    stored = (tmp_path / "a.json").read_text()
+    damages = {
+        '{"half': "must be JSON",
+        '"one"': "its checksum is wrong",
+        stored.replace("one", "two"): "its checksum is wrong",
+        stored: "must be a part of this stage: invalid literal .*one",
+    }
+    for text, message in damages.items():
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=rf"a\.json: {message}"):
             spread_parts(str, WORK, PartFiles(tmp_path), int)
@@ -54,7 +62,7 @@ def test_a_part_that_is_nested_deeply_is_named(tmp_path: Path) -> None:
     def parse(_: object) -> None:
         raise RecursionError("too deep")
 
-    (tmp_path / "a.json").write_text("[[]]")
+    PartFiles(tmp_path).put("a", [[]])
     with pytest.raises(ValueError, match=r"a\.json: must be a part of this stage: too deep"):
         spread_parts(str, WORK, PartFiles(tmp_path), parse)
 

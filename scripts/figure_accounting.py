@@ -1,8 +1,8 @@
 """Figures: whose gradient it is, per layer group, epoch and example.
 
-    python scripts/figure_accounting.py runs/run-digits-resnet9-seed0 --output figures --format pdf
+    python scripts/figure_accounting.py runs/digits-resnet9-seed0 --output figures --format pdf
 
-The run is a directory that ``memloc run`` wrote; the figures are those of its report.
+The run is a folder that ``memloc run`` wrote; the figures are those of its report.
 """
 
 from memloc_ext.study.report.save import draw

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from memloc_ext.files import write_json
+from memloc_ext.files import plain, write_json
 from memloc_ext.info import info
 from memloc_ext.study import StageName, StudyConfig, run_study
 from memloc_ext.study.report import text_table
@@ -49,7 +49,7 @@ def main() -> None:
     tables = []
     for seed in range(options.seeds):
         config = dataclasses.replace(options.study, train=dataclasses.replace(options.study.train, seed=seed))
-        tables.append(run_study(config, options.runs / f"seed{seed}", stages=STAGES).metrics)
+        tables.append(run_study(config, options.runs / f"seed{seed}", store=options.runs, stages=STAGES).metrics)
     table = []
     for rows in zip(*tables, strict=True):
         names = {"model": rows[0]["model"], "mode": rows[0]["mode"]}
@@ -61,7 +61,7 @@ def main() -> None:
     if options.result:
         result = {
             "command": " ".join(["python", *sys.argv]),
-            "config": options.study.as_json(),
+            "config": plain(options.study),
             "info": info().splitlines(),
             "table": table,
         }

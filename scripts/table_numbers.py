@@ -1,8 +1,8 @@
 """Table: the numbers of a study beside the paper's, with mean and spread over its seeds, as one JSON file.
 
-    python scripts/table_numbers.py runs/run-digits-resnet9-seed0-2 --result bench/results/study_digits.json
+    python scripts/table_numbers.py runs/digits-resnet9-seed0-2 --result bench/results/study_digits.json
 
-The run is a directory that ``memloc run`` wrote, with or without ``--seeds``.
+The run is a folder that ``memloc run`` wrote, with or without ``--seeds``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import tyro
 
 from memloc_ext.files import read_json, write_json
 from memloc_ext.info import info
-from memloc_ext.study import Run, load_run
-from memloc_ext.study.report.page import NUMBERS, command
-from memloc_ext.study.run_directory import CONFIG
+from memloc_ext.study import Run, StudyConfig
+from memloc_ext.study.report.page import command
+from memloc_ext.study.run import NUMBERS, load_runs
 
 
-def portable(config: dict[str, Any]) -> dict[str, Any]:
+def portable(config: StudyConfig) -> StudyConfig:
     """Return the settings of a run without the folders of the machine that it was made on."""
-    kind, colon, folder = config["data"]["dataset"].partition(":")
-    return config | {"data": config["data"] | {"dataset": kind + colon + Path(folder).name, "root": "data"}}
+    kind, colon, folder = config.data.dataset.partition(":")
+    return replace(config, data=replace(config.data, dataset=kind + colon + Path(folder).name, root=Path("data")))
 
 
 def layers(run: Run) -> dict[str, Any]:
@@ -51,17 +51,14 @@ def main(run: Annotated[Path, tyro.conf.Positional], result: Path) -> None:
         result: JSON file to write.
     """
     try:
-        folders = [run] if (run / CONFIG).exists() else sorted(run.glob("seed*"), key=lambda path: int(path.name[4:]))
-        runs = [load_run(folder) for folder in folders]
-        if not runs:
-            raise FileNotFoundError(f"{run} holds no run")
+        runs = load_runs(run)
         values = {
             "command": command([replace(one, config=portable(one.config)) for one in runs]),
             "info": info().splitlines(),
             "numbers": read_json(run / f"{NUMBERS}.json"),
             "seconds": {stage: round(sum(one.seconds[stage] for one in runs), 1) for stage in runs[0].seconds},
-            "metrics": {one.config["train"]["seed"]: one.metrics for one in runs},
-            "layers": {one.config["train"]["seed"]: layers(one) for one in runs},
+            "metrics": {one.config.train.seed: one.metrics for one in runs},
+            "layers": {one.config.train.seed: layers(one) for one in runs},
         }
         write_json(result, values)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Use an installed wheel as a stranger would: only torch and numpy beside it."""
+"""Use an installed wheel as a stranger would: only what it asks for beside it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Data sets by name. Their packages are imported on first use: ``memloc_ext`` itself needs torch and numpy only."""
+"""Data sets by name. Their packages are imported on first use: ``memloc_ext`` itself needs none of them."""
 
 from __future__ import annotations
 

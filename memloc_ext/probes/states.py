@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.files import read_bytes
-from memloc_ext.training import list_checkpoints
+from memloc_ext.training import list_checkpoints, load_checkpoint
 from memloc_ext.training.checkpoint import _check_archive
 
 State = str | Path | Mapping[str, Any]
@@ -99,6 +99,8 @@ def _read(path: Path) -> dict[str, Any]:
     if path.name.endswith(".index.json"):
         files = set(json.loads(read_bytes(path))["weight_map"].values())
         return {name: value for file in sorted(files) for name, value in _read(path.parent / Path(file).name).items()}
+    if path.suffix == ".safetensors" and re.fullmatch(r"epoch_\d+", path.stem):  # of this package, with a checksum
+        return load_checkpoint(path).model
     if path.suffix == ".safetensors":
         from safetensors.torch import load
 

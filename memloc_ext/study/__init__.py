@@ -1,8 +1,12 @@
-"""The paper's study from end to end: one data set, every way to train, every probe, one run directory."""
+"""The paper's study from end to end: one data set, every way to train, every probe, one report.
 
-from memloc_ext.study.config import DataConfig, DropoutConfig, ModelConfig, StudyConfig
-from memloc_ext.study.run import run_study
-from memloc_ext.study.run_directory import VARIANTS, Run, Variant, load_run
+Nothing else of the package imports this one. Its files: `config` (settings), `setup` (data and models), `stages` (what
+each does), `results` (what it found, on disk), `accounting` (a training that keeps an account), `store` (folders named
+by a hash), `run` (which stages to do), `report`, and `command_line`.
+"""
+
+from memloc_ext.study.config import VARIANTS, DataConfig, DropoutConfig, ModelConfig, StudyConfig, Variant
+from memloc_ext.study.run import Run, load_run, run_study
 from memloc_ext.study.setup import build_model, load_data
 from memloc_ext.study.stages import STAGES, StageName
 

@@ -13,9 +13,13 @@ from typing import Annotated, ClassVar
 from memloc_ext.distributed import process_group, rank
 from memloc_ext.files import shown
 from memloc_ext.info import info
-from memloc_ext.study import STAGES, StageName, StudyConfig, run_study
-from memloc_ext.study import Run as FinishedRun
+from memloc_ext.study.config import StudyConfig
+from memloc_ext.study.run import Run as FinishedRun
+from memloc_ext.study.run import run_study
 from memloc_ext.study.setup import find_device
+from memloc_ext.study.stages import STAGES, StageName
+
+RUNS = Path("runs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +27,8 @@ class _Command:
     stages: ClassVar[tuple[StageName, ...]]
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     output: Path | None = None
-    """Run directory, by default runs/<command>-<dataset>-<model>-seed<seed>; the same command continues one there."""
-    resume: bool = False
-    """Continue a run even if settings changed: what does not depend on them is reused, the rest done again."""
+    """Folder of the report and of the stages' results, which any command reuses; by default the former is
+    runs/<dataset>-<model>-seed<seed>, and the latter lie beside it in runs."""
     seeds: int = 1
     """Repeat everything with so many seeds, from --seed on, each in a folder of its own; the report has the spread."""
     tensorboard: bool = False
@@ -35,28 +38,33 @@ class _Command:
         """Return the stages to do."""
         return self.stages
 
+    def config(self) -> StudyConfig:
+        """Return the settings."""
+        return self.study
+
     def run(self) -> None:
         """Do the stages, print what came out, write the report."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         with process_group(find_device(self.study.device)):
-            seeds = range(self.study.train.seed, self.study.train.seed + self.seeds)
-            runs = [self._run_seed(seed) for seed in seeds]
+            first = self.study.train.seed
+            runs = [self._run_seed(seed) for seed in range(first, first + self.seeds)]
             if rank() == 0 and self.seeds > 1 and "report" in self.chosen():
                 from memloc_ext.study.report import write_seeds_report
 
-                print(f"report of all seeds: {write_seeds_report(self._output(), runs)}")
+                folder = self.output or self._folder(f"{first}-{first + self.seeds - 1}")
+                print(f"report of all seeds: {write_seeds_report(folder, runs)}")
 
     def _run_seed(self, seed: int) -> FinishedRun:
         from memloc_ext.study.report import summary, text_table, write_report
 
-        train = dataclasses.replace(self.study.train, seed=seed)
-        output = self._output() / f"seed{seed}" if self.seeds > 1 else self._output()
+        config = self.config()
+        folder = self._folder(str(seed)) if self.output is None else self.output
         run = run_study(
-            dataclasses.replace(self.study, train=train),
-            output,
+            dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)),
+            folder / f"seed{seed}" if self.output and self.seeds > 1 else folder,
+            store=self.output or RUNS,
             stages=self.chosen(),
-            resume=self.resume,
             tensorboard=self.tensorboard,
             say=_say,
         )
@@ -65,27 +73,28 @@ class _Command:
             print("", text_table(run.metrics), "", *summary(run), *report, sep="\n")
         return run
 
-    def _output(self) -> Path:
-        config = self.study
-        name = f"{type(self).__name__.lower()}-{config.data.dataset}-{config.model.model}-seed{config.train.seed}"
-        if self.seeds > 1:
-            name += f"-{config.train.seed + self.seeds - 1}"
-        return self.output or Path("runs", re.sub(r"[^\w.-]+", "_", name))
+    def _folder(self, seeds: str) -> Path:
+        name = f"{self.study.data.dataset}-{self.study.model.model}-seed{seeds}"
+        return RUNS / re.sub(r"[^\w.-]+", "_", name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(_Command):
     """The whole study: plain training and every probe of it, example-tied dropout and its controls, and a report."""
 
-    stages = tuple(STAGES)
+    stages = (*STAGES, "report")
     only: tuple[StageName, ...] = ()
     """Do these stages alone, and those that they need."""
     skip: tuple[StageName, ...] = ()
     """Leave out these stages, and those that need them."""
 
+    def config(self) -> StudyConfig:
+        """Return the settings: without the stage ``account``, training keeps no account."""
+        return dataclasses.replace(self.study, account=self.study.account and "account" not in self.skip)
+
     def chosen(self) -> Collection[StageName]:
         """Return the stages to do."""
-        skipped = set[str](self.skip)
+        skipped = set[str](self.skip) | (set() if self.study.account else {"account"})
         for name, stage in STAGES.items():  # a stage comes after those that it needs
             if skipped.intersection(stage.needs):
                 skipped.add(name)
@@ -149,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     Warnings are one line each.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments in ([], ["info"]):  # needs nothing but torch and numpy
+    if arguments in ([], ["info"]):  # needs no package of [study]
         print(info())
         return
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from memloc_ext import data
 from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig, RewindConfig
+from memloc_ext.tasks import TaskName
 from memloc_ext.training import TrainConfig
+
+Variant = Literal["plain", "example_tied", "standard", "fixed"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+"""The ways to train a model: without dropout, or with one of three."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,17 @@ class DataConfig:
     """Which examples, and which of them have to be memorized.
 
     Attributes:
-        dataset: digits, mnist, cifar10, svhn, or folder:PATH with train/ and test/ in it, a folder per class in each.
+        dataset: digits, mnist, cifar10, svhn, or folder:PATH with train/ and test/ in it, a folder per class in each;
+            or package.module:factory, which is called with the seed and returns a training and a test set, see
+            `memloc_ext.examples`, whose items are the same each time.
         root: Folder of the data sets' files; digits needs none.
         download: Fetch the files that are missing.
         image_size: Side in pixels that the images of a folder are resized to, stretched if they are not square; by
             default the longer side of the first training image.
         examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
         test_examples: Evaluate on so many of the test examples only, likewise.
-        noise: Share of training examples that get a wrong label, in [0, 1].
+        noise: Share of training examples that get a wrong label, in [0, 1]; none of a data set of one's own that says
+            itself which are memorized, or of other tasks than classification.
         noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
         memorized: File of a mask, of indices or of scores, in place of label noise; of all training examples, or of
             those that examples and the seed choose.
@@ -63,7 +70,8 @@ class ModelConfig:
     """Which model.
 
     Attributes:
-        model: lenet, resnet9, resnet18, resnet50 or vit.
+        model: lenet, resnet9, resnet18, resnet50 or vit; or package.module:factory, which is called with the seed and
+            returns a module; or torchvision:NAME or timm:NAME.
         width: Factor on the channels of resnet9; by default 1, and 0.5 on digits, whose images are small.
     """
 
@@ -102,6 +110,9 @@ class StudyConfig:
         rewind: The layer groups that are put back to earlier epochs.
         retrain: The layer groups that are trained anew.
         localization: The search for the units that flip examples.
+        task: What the model is to predict, see `memloc_ext.tasks`.
+        account: Keep an account of the gradients of plain training. That takes longer, and is another training than
+            one without: the weights differ by rounding.
         device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
     """
 
@@ -112,8 +123,6 @@ class StudyConfig:
     rewind: RewindConfig = field(default_factory=RewindConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     localization: LocalizationConfig = field(default_factory=LocalizationConfig)
+    task: TaskName = "classification"
+    account: bool = True
     device: str = "auto"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
-        return json.loads(json.dumps(asdict(self), default=str))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,17 @@ from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext.data import Dataset, Split
 from memloc_ext.distributed import own_device
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
-from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.run_directory import Variant
+from memloc_ext.parts import fingerprint
+from memloc_ext.study.config import StudyConfig, Variant
+from memloc_ext.study.own import OwnDataset, OwnExamples, called, is_own
+
+StudyData: TypeAlias = Dataset | OwnDataset
+S = TypeVar("S", Split, OwnExamples)
+_ROWS = 1024
+"""Images whose pixels are read at a time."""
 
 
-def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None) -> Dataset:
+def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None) -> StudyData:
     """Load the data set of a study on its device, with its label noise or its memorized examples.
 
     A part of the training examples keep their numbers in the data set.
@@ -27,18 +36,23 @@ def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None
         config: The settings.
         say: Called with a line on how each file was understood that can be in more than one way.
     """
-    settings = config.data
-    dataset = data.load(
-        settings.dataset, root=settings.root, download=settings.download, image_size=settings.image_size
-    )
-    seed, count = config.train.seed, len(dataset.train)
+    settings, seed = config.data, config.train.seed
+    if is_own(settings.dataset):
+        dataset = OwnDataset.load(settings.dataset, seed, find_device(config.device))
+    else:
+        place = {"root": settings.root, "download": settings.download, "image_size": settings.image_size}
+        dataset = data.load(settings.dataset, **place)
+    count = len(dataset.train)
     rows = _drawn("examples", count, settings.examples, seed)
     test_rows = _drawn("test_examples", len(dataset.test), settings.test_examples, seed)
     if settings.memorized is not None:
         thresholds = {"below": settings.below, "above": settings.above}
         mask = data.memorized_mask(settings.memorized, count, **thresholds, part=rows, say=say)
-        dataset = data.with_memorized(dataset, mask)
-    dataset = replace(dataset, train=_part(dataset.train, rows), test=_part(dataset.test, test_rows))
+        dataset = replace(dataset, train=replace(dataset.train, memorized=mask.to(dataset.train.device)))
+    dataset = replace(dataset, train=_part(dataset.train, rows), test=_part(dataset.test, test_rows))  # type: ignore
+    if isinstance(dataset, OwnDataset):
+        noisy = settings.memorized is None and not dataset.marked and config.task == "classification"
+        return dataset.with_noise(settings.noise, settings.noise_kind, seed) if noisy else dataset
     if settings.memorized is None:
         dataset = data.with_label_noise(dataset, settings.noise, kind=settings.noise_kind, seed=seed)
     return dataset.to(find_device(config.device))
@@ -52,11 +66,24 @@ def _drawn(name: str, count: int, wanted: int | None, seed: int) -> Tensor | Non
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
 
 
-def _part(split: Split, rows: Tensor | None) -> Split:
+def _part(split: S, rows: Tensor | None) -> S:
     return split if rows is None else split.subset(rows)
 
 
-def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.Module:
+def fingerprint_data(dataset: StudyData) -> str:
+    """Return what stands for all of a data set: pixels, labels, and which examples are memorized."""
+    names: list[object] = []
+    for split in (dataset.train, dataset.test):
+        if isinstance(split, OwnExamples):
+            names.append(split.pixels)
+        else:
+            names += [fingerprint(split.inputs[rows]) for rows in torch.arange(len(split)).split(_ROWS)]
+            names.append(split.normalization)
+        names.append(fingerprint(split.labels, split.true_labels, split.memorized, split.indices))
+    return fingerprint(names)
+
+
+def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn.Module:
     """Build a study's model with the dropout of a variant; all variants start from the same weights.
 
     Args:
@@ -65,18 +92,9 @@ def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.M
         variant: ``plain`` without dropout, ``example_tied``, ``standard`` (torch's) or ``fixed`` (one mask for all).
     """
     seed, settings = config.train.seed, config.dropout
-    width = config.model.width
-    if width is None:
-        width = 0.5 if (config.model.model, dataset.name) == ("resnet9", "digits") else 1.0
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = models.build(
-            config.model.model,
-            num_classes=dataset.num_classes,
-            in_channels=dataset.in_channels,
-            image_size=dataset.image_size,
-            width=width,
-        )
+        model = _untrained(config, dataset)
     if variant != "plain":
         sites = list(settings.sites) or models.dropout_sites(model)
         dim = models.channel_dim(model)
@@ -99,6 +117,46 @@ def build_model(config: StudyConfig, dataset: Dataset, variant: Variant) -> nn.M
                 lambda site: FixedDropout(settings.p_gen, settings.p_mem, seed=seed, site=site, channel_dim=dim),
             )
     return model.to(dataset.train.device)
+
+
+def _untrained(config: StudyConfig, dataset: StudyData) -> nn.Module:
+    name, width = config.model.model, config.model.width
+    library, colon, inner = name.partition(":")
+    if is_own(name) and library not in ("torchvision", "timm"):
+        model = called("--model", name, config.train.seed)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"--model {name} must return a torch.nn.Module, got {type(model).__name__}")
+        return model
+    if isinstance(dataset, OwnDataset):
+        x = dataset.train.batch(torch.arange(1)).x
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2] != x.shape[3]:
+            raise ValueError(f"--model {name} takes square images; name a function of your own that makes a model")
+        classes = 1 + max(int(split.true_labels.max()) for split in (dataset.train, dataset.test))
+        channels, size = x.shape[1], x.shape[2]
+    else:
+        classes, channels, size = dataset.num_classes, dataset.in_channels, dataset.image_size
+    if library == "torchvision" and colon:
+        from torchvision.models import get_model
+
+        if channels != 3:
+            raise ValueError(f"--model {name} takes images of 3 channels, got {channels}")
+        return get_model(inner, weights=None, num_classes=classes)
+    if library == "timm" and colon:
+        try:
+            import timm  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ImportError(f"--model {name} needs timm; run: pip install timm") from error
+        return timm.create_model(inner, num_classes=classes, in_chans=channels)
+    if width is None:
+        width = 0.5 if (name, dataset.name) == ("resnet9", "digits") else 1.0
+    return models.build(name, num_classes=classes, in_channels=channels, image_size=size, width=width)
+
+
+def fingerprint_model(config: StudyConfig, dataset: StudyData) -> str:
+    """Return what stands for a study's model: its modules, its initial weights, and the code of a user's own."""
+    model = build_model(config, dataset, "plain")  # the other models start from its weights
+    own = sys.modules.get(config.model.model.partition(":")[0])
+    return fingerprint(str(model), model.state_dict(), inspect.getsource(own) if own else "")
 
 
 def find_device(name: str) -> torch.device:

@@ -1,25 +1,195 @@
-"""The stages of a study: what each needs, which settings its result depends on, and where in a run that result is."""
+"""The stages of a study: what each needs, which settings its result depends on, and what it does."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from memloc_ext.files import parsed, read_as, write_json
+from torch import nn
+
+from memloc_ext.distributed import once
+from memloc_ext.files import write_csv
+from memloc_ext.nn import dropout_mode
+from memloc_ext.parts import PartFiles
+from memloc_ext.probes import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
+from memloc_ext.probes.layer_groups import chosen_groups
+from memloc_ext.probes.states import checked_state
+from memloc_ext.study import results
+from memloc_ext.study.accounting import ACCOUNTS, AccountedBackward, accounted_epochs, accounting_cost
+from memloc_ext.study.config import StudyConfig, Variant
+from memloc_ext.study.setup import StudyData, build_model
+from memloc_ext.study.store import LOGS, PARTS
+from memloc_ext.tasks import TaskName
+from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 StageName = Literal[
     "train", "account", "rewind", "retrain", "localize", "dropout", "controls", "localize-dropout", "report"
 ]
-RECORDS = "stages"
-"""Folder, in a run, of what is known of each stage."""
-REPLACED = "replaced"
-"""Folder, in a run, of results that are being made again with other settings; gone once they are."""
-PLACE = ("data.root", "data.download", "device")
-"""Settings that say where and not what: a run may go on under others."""
-_TRAINING = ("data", "model", "train")
+TRAINED: dict[Variant, tuple[StageName, str]] = {
+    "plain": ("train", ""),
+    "example_tied": ("dropout", ""),
+    "standard": ("controls", "standard/"),
+    "fixed": ("controls", "fixed/"),
+}
+"""Model to the stage that trains it, and to the folder in its result."""
+LOCALIZED: dict[Variant, StageName] = {"plain": "localize", "example_tied": "localize-dropout"}
+"""Model to the stage that localizes it."""
+CHECKPOINTS = "checkpoints"
+
+
+class Study:
+    """What the stages of a run share.
+
+    Args:
+        config: The settings.
+        folders: Stage to the folder of its result.
+        dataset: The examples.
+        progress: Show how far each stage is.
+        tensorboard: Log every epoch.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        folders: Mapping[StageName, Path],
+        dataset: StudyData,
+        *,
+        progress: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
+        self.config, self.folders, self.dataset = config, folders, dataset
+        self.progress, self.tensorboard = progress, tensorboard
+        self._trained: dict[Variant, nn.Module] = {}
+
+    def check(self, stages: Collection[StageName]) -> None:
+        """Raise what is wrong with the settings of some stages, before anything is written."""
+        config = self.config
+        models = {v: build_model(config, self.dataset, v) for v, (stage, _) in TRAINED.items() if stage in stages}
+        asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
+        for stage, names in asked.items():
+            if stage in stages:
+                chosen_groups(stage, models["plain"], names or None)
+        if "rewind" in stages and any(epoch > config.train.epochs for epoch in config.rewind.rewind_epochs):
+            latest = max(config.rewind.rewind_epochs)
+            raise ValueError(
+                f"rewind_epochs must be at most {config.train.epochs}, the epochs of training, got {latest}"
+            )
+        if "retrain" in stages and bool(self.dataset.train.memorized.all()):
+            raise ValueError("retrain needs a clean training example, and all are memorized: give --skip retrain")
+
+    def train(self, variant: Variant) -> None:
+        """Train a model and evaluate it in every mode."""
+        folder, dataset, settings = self._folder(variant), self.dataset, self.config.train
+        model, task = build_model(self.config, dataset, variant), self.config.task
+        accounted = variant == "plain" and self.config.account
+        history = train(
+            model,
+            dataset.train,
+            settings,
+            checkpoints=folder / CHECKPOINTS,
+            task=task,
+            evaluate=partial(_numbers, dataset=dataset, variant=variant, task=task),
+            backward=AccountedBackward(model, dataset.train, folder / ACCOUNTS) if accounted else None,
+            progress=self.progress,
+            tensorboard=folder / LOGS if self.tensorboard else None,
+        )
+        if variant == "example_tied":
+            modes = accuracy_by_mode(model, dataset.train, test=dataset.test, task=task)
+        else:
+            modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test, task=task)}
+        rows = results.metrics_rows(variant, modes)
+        once(lambda: results.save(folder, results.HISTORY, history, history))
+        once(lambda: results.save(folder, results.METRICS, modes, rows))
+        self._trained[variant] = model
+
+    def trained(self, variant: Variant) -> nn.Module:
+        """Return a trained model, from its last checkpoint if it was not trained just now.
+
+        Raises:
+            FileNotFoundError: If that checkpoint is missing.
+            ValueError: If it is damaged, or of another model.
+        """
+        if variant not in self._trained:
+            model, epochs = build_model(self.config, self.dataset, variant), self.config.train.epochs
+            found = self.checkpoints(variant)
+            if epochs not in found:
+                folder = self._folder(variant)
+                raise FileNotFoundError(f"{folder} lacks the checkpoint of epoch {epochs}; delete it to train again")
+            state = load_checkpoint(found[epochs], self.dataset.train.device).model
+            checked_state(str(found[epochs]), state, model)
+            try:
+                model.load_state_dict(state)
+            except (RuntimeError, ValueError) as error:  # of the settings of its modules
+                raise ValueError(f"{found[epochs]}: must be of the model of this run: {error}") from error
+            self._trained[variant] = model
+        return self._trained[variant]
+
+    def checkpoints(self, variant: Variant) -> dict[int, Path]:
+        """Return a model's checkpoints by epoch."""
+        return list_checkpoints(self._folder(variant) / CHECKPOINTS)
+
+    @contextlib.contextmanager
+    def parts(self, stage: StageName) -> Iterator[PartFiles]:
+        """Keep the parts of a stage on disk until all of its result is there, at the end of the ``with``."""
+        folder = self.folders[stage] / PARTS
+        yield PartFiles(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # by every process, for those that have a disk of their own
+
+    def _folder(self, variant: Variant) -> Path:
+        stage, inner = TRAINED[variant]
+        return self.folders[stage] / inner
+
+
+def _account(study: Study, folder: Path) -> None:
+    settings, training = study.config.train, study.folders["train"]
+    table = once(lambda: accounted_epochs(training / ACCOUNTS, settings.epochs))
+    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings)
+    once(lambda: results.save(folder, results.ACCOUNTING, table, results.accounting_rows(table)))
+    once(lambda: write_csv(folder / f"{results.PARAMETERS}.csv", results.parameter_rows(table)))
+    once(lambda: results.save(folder, results.COST, cost))
+
+
+def _rewind(study: Study, folder: Path) -> None:
+    model, config = study.trained("plain"), study.config.rewind
+    with study.parts("rewind") as parts:
+        found = rewind(
+            model,
+            study.folders["train"] / CHECKPOINTS,
+            study.dataset.train,
+            test=study.dataset.test,
+            task=study.config.task,
+            groups=config.rewind_groups or None,
+            epochs=config.rewind_epochs or None,
+            parts=parts,
+        )
+        once(lambda: results.save(folder, results.REWINDING, found, found.rows()))
+
+
+def _retrain(study: Study, folder: Path) -> None:
+    model, initial = study.trained("plain"), study.checkpoints("plain")[0]
+    config, dataset = study.config, study.dataset
+    settings = {**config.retrain.as_arguments(), "seed": config.train.seed, "task": config.task}
+    with study.parts("retrain") as parts:
+        found = retrain(model, initial, dataset.train, test=dataset.test, **settings, parts=parts)
+        once(lambda: results.save(folder, results.RETRAINING, found, found.rows()))
+
+
+def _localize(study: Study, folder: Path, variant: Variant) -> None:
+    model, dataset = study.trained(variant), study.dataset
+    settings = {**asdict(study.config.localization), "seed": study.config.train.seed, "task": study.config.task}
+    with study.parts(LOCALIZED[variant]) as parts:
+        found = localize_dataset(model, dataset.train, test=dataset.test, **settings, parts=parts)
+        once(lambda: results.save(folder, results.LOCALIZATION, found, results.localization_rows(found)))
+
+
+def _train(study: Study, _: Path, variants: Collection[Variant]) -> None:
+    for variant in variants:
+        study.train(variant)
 
 
 @dataclass(frozen=True)
@@ -27,128 +197,37 @@ class Stage:
     """A part of a study that can be done, reused or left out by itself.
 
     Attributes:
-        name: As on the command line.
         needs: Stages whose results it reads.
-        settings: Groups of settings that its result depends on, those of ``needs`` included.
-        outputs: Patterns of the files and folders of its result, in a run.
+        settings: Names of settings in `StudyConfig` that its result depends on, besides those of ``needs``.
+        work: Computes the result and writes it into a folder.
     """
 
-    name: StageName
     needs: tuple[StageName, ...]
     settings: tuple[str, ...]
-    outputs: tuple[str, ...]
+    work: Callable[[Study, Path], None]
 
 
 STAGES: dict[StageName, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("train", (), _TRAINING, ("plain",)),
-        Stage("account", ("train",), _TRAINING, ("plain/accounting.*", "plain/accounting_*")),
-        Stage("rewind", ("train",), (*_TRAINING, "rewind"), ("plain/rewinding*",)),
-        Stage("retrain", ("train",), (*_TRAINING, "retrain"), ("plain/retraining*",)),
-        Stage("localize", ("train",), (*_TRAINING, "localization"), ("plain/localization*",)),
-        Stage("dropout", (), (*_TRAINING, "dropout"), ("example_tied",)),
-        Stage("controls", (), (*_TRAINING, "dropout"), ("standard", "fixed")),
-        Stage(
-            "localize-dropout",
-            ("dropout",),
-            (*_TRAINING, "dropout", "localization"),
-            ("example_tied/localization*",),
-        ),
-        Stage("report", (), (), ("report.html", "figures")),
-    )
+    "train": Stage((), ("train", "account"), partial(_train, variants=("plain",))),
+    "account": Stage(("train",), (), _account),
+    "rewind": Stage(("train",), ("rewind",), _rewind),
+    "retrain": Stage(("train",), ("retrain",), _retrain),
+    "localize": Stage(("train",), ("localization",), partial(_localize, variant="plain")),
+    "dropout": Stage((), ("train", "dropout"), partial(_train, variants=("example_tied",))),
+    "controls": Stage((), ("train", "dropout"), partial(_train, variants=("standard", "fixed"))),
+    "localize-dropout": Stage(("dropout",), ("localization",), partial(_localize, variant="example_tied")),
 }
+"""In the order in which they are done; the report of all of them comes after."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known of a stage in a run.
-
-    Attributes:
-        settings: Dotted name to value: those that its result was or is being made with.
-        finished: Whether all of the result is there.
-        seconds: Time that it took, over all processes that worked at it one after another.
-    """
-
-    settings: dict[str, Any]
-    finished: bool = False
-    seconds: float = 0.0
-
-    def differing(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its own values of those of some settings in which it differs."""
-        return {name: own for name, value in settings.items() if (own := self.settings.get(name)) != value}
+def _numbers(model: nn.Module, dataset: StudyData, variant: Variant, task: TaskName) -> dict[str, float]:
+    if variant != "example_tied":
+        return _present(accuracy(model, dataset.train, test=dataset.test, task=task))
+    with dropout_mode(model, "drop"):
+        dropped = _present(accuracy(model, dataset.train, test=dataset.test, task=task), "drop_")
+    with dropout_mode(model, "train"):
+        return _present(accuracy(model, dataset.train, task=task)) | dropped
 
 
-def settings_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the result of a stage depends on, out of the `flat` ones of a study."""
-    return {k: v for k, v in config.items() if k.split(".")[0] in stage.settings and k not in PLACE}
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one dictionary with dotted names."""
-    if not isinstance(config, Mapping):
-        return {prefix.removesuffix("."): config}
-    return {name: value for key, inner in config.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
-
-
-def read_record(run: Path, name: str) -> Record | None:
-    """Return the record of a stage in a run; None if it was never begun.
-
-    Raises:
-        ValueError: If the record is damaged; names its file.
-    """
-    path = _path(run, name)
-    if not path.exists():
-        return None
-    return read_as(path, "the record of a stage (delete it to do that stage again)", _record)
-
-
-def _record(stored: Any) -> Record:
-    record = Record(**stored)
-    if not isinstance(record.settings, dict):
-        raise TypeError(f"got {record.settings!r} for settings")
-    return Record(record.settings, parsed(bool, record.finished), parsed(float, record.seconds))
-
-
-def write_record(run: Path, name: str, record: Record) -> None:
-    """Write the record of a stage into a run."""
-    (run / RECORDS).mkdir(exist_ok=True)
-    write_json(_path(run, name), vars(record), sealed=True)
-
-
-def finished(run: Path, config: Mapping[str, Any]) -> dict[StageName, Record]:
-    """Return the stages of a run that are finished with the `flat` settings of a study."""
-    records = ((stage, read_record(run, name)) for name, stage in STAGES.items())
-    return {s.name: r for s, r in records if r is not None and r.finished and not r.differing(settings_of(s, config))}
-
-
-def set_aside(run: Path, stage: Stage) -> None:
-    """Move the result of a stage, and what was made from it, away such that it can be made again."""
-    for name, other in STAGES.items():
-        if name == stage.name or stage.name in other.needs:
-            _path(run, name).unlink(missing_ok=True)
-    for path in [path for pattern in stage.outputs for path in sorted(run.glob(pattern))]:
-        kept = run / REPLACED / stage.name / path.relative_to(run)
-        if kept.exists():  # of a finished result; what lies in its place now is a part of its successor
-            _remove(path)
-        else:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept)
-
-
-def drop_replaced(run: Path, stage: Stage) -> None:
-    """Remove what was set aside of a stage."""
-    _remove(run / REPLACED / stage.name)
-    if (run / REPLACED).is_dir() and not any((run / REPLACED).iterdir()):
-        (run / REPLACED).rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _path(run: Path, name: str) -> Path:
-    return run / RECORDS / f"{name}.json"
+def _present(result: Accuracy, prefix: str = "") -> dict[str, float]:
+    return {prefix + name: value for name, value in result.shares().items() if value is not None}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.files import open_archive, read_bytes, shown, write_atomically
+from memloc_ext.files import open_archive, parsed, read_bytes, shown
+from memloc_ext.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +39,44 @@ class Checkpoint:
     data: str
 
 
-_TYPES = {"epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "history": list, "config": dict, "data": str}
-_NAME = r"epoch_(\d+)\.pt"
+@dataclass(frozen=True)
+class _About:
+    """What is no tensor in a checkpoint; ``extra`` is extra state of modules, ``optimizer`` has no tensors in it."""
+
+    epoch: int
+    optimizer: dict[str, Any]
+    scaler: dict[str, int | float]
+    history: list[dict[str, int | float]]
+    config: dict[str, bool | int | float | str]
+    data: str
+    extra: dict[str, Any]
+
+
+_NAMES = ("epoch", "model", "optimizer", "scaler", "history", "config", "data")
+_FILE = r"epoch_(\d+)\.(safetensors|pt)"
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write ``epoch_<number>.pt`` into a folder, atomically, and return its path.
+    """Write ``epoch_<number>.safetensors`` into a folder, atomically, and return its path.
+
+    Its tensors are ``model.<name>`` and ``optimizer.<parameter>.<name>``; the header holds the rest as JSON.
 
     Raises:
+        TypeError: If the extra state of a module is neither a tensor nor JSON.
         OSError: If it cannot be written; nothing under that name changes then.
     """
     path = Path(folder) / _name(checkpoint.epoch)
-    buffer = io.BytesIO()
-    torch.save(vars(checkpoint), buffer)
-    write_atomically(path, buffer.getvalue())
+    tensors = {f"model.{name}": value for name, value in checkpoint.model.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in checkpoint.model.items() if not isinstance(value, Tensor)}
+    state: dict[str, dict[str, Any]] = {}
+    for number, kept in checkpoint.optimizer.get("state", {}).items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
+        state[str(number)] = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+    optimizer = {**checkpoint.optimizer, "state": state}
+    about = _About(
+        checkpoint.epoch, optimizer, checkpoint.scaler, checkpoint.history, checkpoint.config, checkpoint.data, extra
+    )
+    save_tensors(path, tensors, about)
     return path
 
 
@@ -59,7 +84,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """Read a checkpoint; only tensors and plain values, so that a file of unknown origin cannot run code.
 
     Args:
-        path: A file that `save_checkpoint` wrote.
+        path: A file that `save_checkpoint` wrote, or the ``.pt`` of an earlier version.
         map_location: Device of the tensors.
 
     Raises:
@@ -67,35 +92,64 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             the file.
         OSError: If it cannot be read, such as FileNotFoundError.
     """
+    path = Path(path)
+    checkpoint = _from_pickle(path, map_location) if path.suffix == ".pt" else _from_tensors(path, map_location)
+    match = re.fullmatch(_FILE, path.name, re.ASCII)
+    if match and match[1] != f"{checkpoint.epoch:03d}":
+        raise ValueError(f"{path}: must be of its epoch, got {checkpoint.epoch}")
+    return checkpoint
+
+
+def _from_tensors(path: Path, device: str | torch.device) -> Checkpoint:
+    tensors, about = load_tensors(path, _About)
+    state = about.optimizer.get("state")
+    if not isinstance(state, dict) or any(not isinstance(kept, dict) for kept in state.values()):
+        raise ValueError(f"{path}: is no checkpoint: the optimizer must have a state")
+    try:
+        tensors = {name: value.to(device) for name, value in tensors.items()}
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: cannot be loaded as a checkpoint: {error}") from error
+    model = dict(about.extra)
+    try:
+        numbered = {int(number): dict(kept) for number, kept in state.items()}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, _, rest = rest.partition(".")
+                numbered[int(number)][rest] = value
+            else:
+                model[rest] = value
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: is no checkpoint: the optimizer has no parameter {error}") from error
+    optimizer = {**about.optimizer, "state": numbered}
+    return Checkpoint(about.epoch, model, optimizer, about.scaler, about.history, about.config, about.data)
+
+
+def _from_pickle(path: Path, device: str | torch.device) -> Checkpoint:
     stored = read_bytes(path)
     try:
         _check_archive(stored)
-        values = torch.load(io.BytesIO(stored), map_location=map_location, weights_only=True)
+        values = torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: is no checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {error}") from error
-    if not isinstance(values, dict) or values.keys() != _TYPES.keys():
-        raise ValueError(f"{path}: is no checkpoint: it must hold {', '.join(_TYPES)}")
-    for name, kind in _TYPES.items():
-        if not isinstance(values[name], kind):
-            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {type(values[name]).__name__}")
-    epoch, history = values["epoch"], values["history"]
-    if re.fullmatch(_NAME, Path(path).name, re.ASCII) and Path(path).name != _name(epoch):
-        raise ValueError(f"{path}: must be of its epoch, got {epoch}")
+    if not isinstance(values, dict) or set(values) != set(_NAMES):
+        raise ValueError(f"{path}: is no checkpoint: it must hold {', '.join(_NAMES)}")
+    for name in ("model", "optimizer"):
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{path}: {name} must be dict, got {type(values[name]).__name__}")
     for name, value in values["model"].items():
         is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
         if not (is_extra or (isinstance(name, str) and is_dense(value))):
             raise ValueError(
                 f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {shown(name)}"
             )
-    for name, record in (("config", values["config"]), *(("history", record) for record in history)):
-        kinds = (int, float) if name == "history" else (bool, int, float, str)
-        items = record.items() if isinstance(record, dict) else [(None, record)]
-        for key, value in items:
-            if type(key) is not str or type(value) not in kinds:
-                raise ValueError(f"{path}: {name} must hold plain values by name, got {shown(value)} for {shown(key)}")
-    return Checkpoint(**values)
+    try:
+        about = parsed(_About, {**values, "optimizer": {}, "extra": {}})
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no checkpoint: {shown(str(error))}") from error
+    return Checkpoint(**{**values, "history": about.history})
 
 
 def is_dense(value: Any) -> bool:
@@ -123,10 +177,14 @@ def _check_archive(stored: bytes) -> None:
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by epoch, in order; none if there is no such folder."""
     folder = Path(folder)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    epochs = sorted(int(found[1]) for name in names if (found := re.fullmatch(_NAME, name, re.ASCII)))
-    return {epoch: folder / _name(epoch) for epoch in epochs if _name(epoch) in names}
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = {}
+    for name in names:  # of two files of an epoch, .safetensors comes after .pt
+        match = re.fullmatch(_FILE, name, re.ASCII)
+        if match and match[1] == f"{int(match[1]):03d}":
+            found[int(match[1])] = folder / name
+    return dict(sorted(found.items()))
 
 
 def _name(epoch: int) -> str:
-    return f"epoch_{epoch:03d}.pt"
+    return f"epoch_{epoch:03d}.safetensors"

@@ -64,7 +64,7 @@ def train(
         data: The training examples, at least one; see `memloc_ext.examples`. They are shuffled by the seed, whatever
             the order of a ``DataLoader``.
         config: How to train.
-        checkpoints: Folder of the ``epoch_<number>.pt``; created if missing.
+        checkpoints: Folder of the ``epoch_<number>.safetensors``; created if missing.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
         evaluate: Called with ``model`` in evaluation mode at the start and after each epoch; returns numbers by name.
             Called in all processes.

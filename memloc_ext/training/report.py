@@ -6,13 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from memloc_ext.progress import progress
+
 Report = Callable[[dict[str, float]], object]
 """Takes the record of an epoch."""
 
 
 @contextlib.contextmanager
 def progress_bar(epochs: int, done: int) -> Iterator[Report]:
-    """Show the epochs, and the numbers of the newest record, on the standard error output if that is a terminal.
+    """Show the epochs, and the numbers of the newest record, see `memloc_ext.progress`.
 
     Args:
         epochs: Epochs of the whole training.
@@ -21,20 +23,8 @@ def progress_bar(epochs: int, done: int) -> Iterator[Report]:
     Raises:
         ImportError: If tqdm is not installed.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "tqdm is not installed; run: pip install 'memloc_ext[study]', or pass progress=False"
-        ) from error
-    with tqdm(total=epochs, initial=done, unit="epoch", dynamic_ncols=True, disable=None) as bar:
-
-        def report(record: dict[str, float]) -> None:
-            numbers = {name: value for name, value in record.items() if name != "epoch"}
-            bar.set_postfix(numbers, refresh=False)
-            bar.update(record["epoch"] - bar.n)
-
-        yield report
+    with progress(epochs, done, "epoch") as show:
+        yield lambda record: show(int(record["epoch"]), {k: v for k, v in record.items() if k != "epoch"})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from memloc_ext.training import train
 
 
 def die(model: nn.Module) -> dict[str, float]:
-    if distributed.rank() == 1 and (folder / "epoch_000.pt").exists():
+    if distributed.rank() == 1 and (folder / "epoch_000.safetensors").exists():
         if sys.argv[2] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError("the disk is on fire")

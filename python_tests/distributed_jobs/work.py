@@ -23,7 +23,7 @@ from memloc_ext.nn.example_ids import current_example_ids
 from memloc_ext.parts import PartFiles
 from memloc_ext.probes import accuracy, localize_dataset
 from memloc_ext.probes.localization import chunks
-from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost
+from memloc_ext.study.accounting import AccountedBackward, accounting_cost
 from memloc_ext.training import TrainConfig, train
 from memloc_ext.training.epoch import epoch_rng
 

@@ -151,9 +151,9 @@ def test_each_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
         read.append(path.name)
         return path.read_bytes()
 
-    monkeypatch.setattr("memloc_ext.probes.states.read_bytes", noted)
+    monkeypatch.setattr("memloc_ext.tensor_files.read_bytes", noted)
     result = rewind(model, checkpoint_folder(tmp_path, states), batch_size=4)
-    assert read == ["epoch_000.pt", "epoch_001.pt", "epoch_002.pt"]
+    assert read == [f"epoch_00{epoch}.safetensors" for epoch in range(3)]
     assert result == rewind(model, states, epochs=[0, 1, 2], batch_size=4)
 
 
@@ -257,7 +257,9 @@ def test_errors_name_what_arrived(tmp_path: Path) -> None:
     ):
         rewound({0: foreign, 1: foreign})
     checkpoint_folder(tmp_path, {0: states[0] | {"more": torch.ones(1)}, 1: states[0]})
-    with pytest.raises(ValueError, match=r"epoch_000.pt must be of this model, got more, which the model does not"):
+    with pytest.raises(
+        ValueError, match=r"epoch_000.safetensors must be of this model, got more, which the model does not"
+    ):
         rewound(tmp_path)
     lacking = {name: t for name, t in states[0].items() if name != "head.bias"}
     with pytest.raises(ValueError, match=r"whose head.bias is torch.float32 \[4\], got it not there"):

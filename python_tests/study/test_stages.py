@@ -1,5 +1,6 @@
-"""Stages: what is reused, what is done again, and what survives a kill."""
+"""Stages: what is found again, what is another result, and what survives a kill."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from memloc_ext.study import ModelConfig, Run, StageName, StudyConfig, load_run, run_study
+from memloc_ext.study import DataConfig, ModelConfig, Run, StageName, StudyConfig, load_run, run_study
 from memloc_ext.study.command_line import main
 from memloc_ext.study.probe_configs import LocalizationConfig
-from memloc_ext.study.run_directory import locked
 from memloc_ext.study.stages import STAGES
+from memloc_ext.study.store import Result, locked
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint
 
 CONFIG = StudyConfig(
+    data=DataConfig(examples=300),
     model=ModelConfig("lenet"),
     train=TrainConfig(epochs=1, batch_size=256, learning_rate=0.05),
     localization=LocalizationConfig(localized=3, max_units=2, edited=0),
@@ -36,15 +38,24 @@ def copy(finished: Run, tmp_path: Path) -> Path:
 
 
 def files(path: Path) -> dict[Path, int]:
-    return {file.relative_to(path): file.stat().st_mtime_ns for file in path.rglob("*.pt")}
+    return {file.relative_to(path): file.stat().st_mtime_ns for file in path.rglob("*.safetensors")}
+
+
+def folder(run: Path, stage: str) -> Path:
+    (found,) = run.glob(f"{stage}-????????")
+    return found
+
+
+def again(run: Path, stage: str) -> Path:
+    """Take the checksums away: the stage is not finished."""
+    (folder(run, stage) / "SHA256SUMS").unlink()
+    return folder(run, stage)
 
 
 def test_every_stage_comes_after_what_it_needs() -> None:
     seen = set()
     for name, stage in STAGES.items():
         assert seen.issuperset(stage.needs)
-        for need in stage.needs:
-            assert set(STAGES[need].settings) <= set(stage.settings)
         seen.add(name)
 
 
@@ -59,140 +70,187 @@ def test_what_a_stage_needs_is_done_too(finished: Run, copy: Path) -> None:
     assert all(seconds > 0 for seconds in run.seconds.values())
 
 
-def test_resume_does_again_what_a_setting_concerns(finished: Run, copy: Path) -> None:
+def test_a_setting_concerns_the_stages_that_depend_on_it(finished: Run, copy: Path) -> None:
     said, before = [], files(copy)
     other = replace(CONFIG, localization=replace(CONFIG.localization, max_units=1))
-    with pytest.raises(ValueError, match=r"localization\.max_units = 2, not 1; give another --output, or --resume"):
-        run_study(other, copy, stages=STAGED)
-    assert load_run(copy).localizations == finished.localizations
-    run = run_study(other, copy, stages=STAGED, resume=True, say=said.append)
+    run = run_study(other, copy, stages=STAGED, say=said.append)
     assert said == [
         "[1/3] train: finished before, reused",
-        "[2/3] localize: done again, localization.max_units = 1, not 2",
+        "[2/3] localize: begins",
         "[3/3] dropout: finished before, reused",
     ]
     assert files(copy) == before
-    assert run.config["localization"]["max_units"] == 1
+    assert run.config.localization.max_units == 1
     assert {len(row.units) for row in run.localizations["plain"].examples} <= {0, 1}
-    assert not (copy / "replaced").exists()
+    said.clear()
+    assert run_study(CONFIG, copy, stages=STAGED, say=said.append) == replace(finished, path=copy)
+    assert [line.endswith("finished before, reused") for line in said] == [True] * 3
 
 
-def test_examples_that_changed_in_their_file_are_noticed(tmp_path: Path) -> None:
-    scores, output = tmp_path / "scores.txt", tmp_path / "run"
-    scores.write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
-    config = replace(CONFIG, data=replace(CONFIG.data, memorized=scores, below=0.5))
-    before = files(run_study(config, output, stages=["train"]).path)
-    scores.write_text("\n".join(["0.1"] * 41 + ["0.9"] * 1396))
-    with pytest.raises(ValueError, match="train was made with other labels or memorized examples than the files"):
-        run_study(config, output, stages=["train"])
-    assert files(output) == before
-    said = []
-    run_study(config, output, stages=["train"], resume=True, say=said.append)
-    assert said[0] == f"{scores}: read as scores of 1437 examples, memorized below 0.5: 41 memorized"
-    assert said[1].startswith("[1/1] train: done again, data.fingerprint = ")
+def test_a_setting_that_says_where_concerns_no_stage(finished: Run, copy: Path, tmp_path: Path) -> None:
+    before = files(copy)
+    there = replace(CONFIG, data=replace(CONFIG.data, root=tmp_path, download=True), device="cpu")
+    run = run_study(there, copy, stages=STAGED)
+    assert run.metrics == finished.metrics
+    assert files(copy) == before
 
 
-def test_resume_does_again_what_was_made_from_it(finished: Run, copy: Path) -> None:
+def test_another_training_makes_other_results_of_all_that_need_it(finished: Run, copy: Path) -> None:
     said = []
     other = replace(CONFIG, dropout=replace(CONFIG.dropout, p_mem=0.2))
-    run = run_study(other, copy, stages=STAGED, resume=True, say=said.append)
-    assert [line.split(":")[1].split(",")[0].strip() for line in said] == [
-        "finished before", "finished before", "done again"
-    ]  # fmt: skip
+    run = run_study(other, copy, stages=STAGED, say=said.append)
+    assert [line.split(": ")[1] for line in said] == ["finished before, reused", "finished before, reused", "begins"]
     assert run.histories["plain"] == finished.histories["plain"]
     assert run.histories["example_tied"] != finished.histories["example_tied"]
     other = replace(other, train=replace(other.train, learning_rate=0.01))
     said.clear()
-    run_study(other, copy, stages=("localize",), resume=True, say=said.append)
-    assert said == [
-        "[1/2] train: done again, train.learning_rate = 0.01, not 0.05",
-        "[2/2] localize: done again, train.learning_rate = 0.01, not 0.05",
-    ]
-    assert list(load_run(copy).histories) == ["plain"]  # the other model has another learning rate
+    run = run_study(other, copy, stages=("localize",), say=said.append)
+    assert said == ["[1/2] train: begins", "[2/2] localize: begins"]
+    assert list(run.histories) == ["plain"]  # the other model has another learning rate
 
 
-def test_accounting_a_finished_training_trains_it_again(copy: Path) -> None:
+def test_examples_that_changed_in_their_file_are_other_examples(tmp_path: Path) -> None:
+    scores, output = tmp_path / "scores.txt", tmp_path / "run"
+    scores.write_text("\n".join(["0.1"] * 40 + ["0.9"] * 1397))
+    config = replace(CONFIG, data=DataConfig(memorized=scores, below=0.5))
+    before = files(run_study(config, output, stages=["train"]).path)
+    scores.write_text("\n".join(["0.1"] * 41 + ["0.9"] * 1396))
     said = []
-    run = run_study(CONFIG, copy, stages=("account",), say=said.append)
-    assert said == ["[1/2] train: done again, train.accounted = True, not None", "[2/2] account: begins"]
-    assert run.accounting is not None
-    assert run.localizations == {}  # of the former training
+    run_study(config, output, stages=["train"], say=said.append)
+    assert said == [
+        f"{scores}: read as scores of 1437 examples, memorized below 0.5: 41 memorized",
+        "[1/1] train: begins",
+    ]
+    assert before.items() < files(output).items()
+
+
+def test_pixels_are_part_of_what_a_result_is_made_from(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for kind in ("cat", "dog"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number in range(8):
+                Image.new("L", (8, 8), 20 * number).save(tmp_path / part / kind / f"{number}.png")
+    data = DataConfig(f"folder:{tmp_path}", noise=0)
+    config = replace(CONFIG, data=data, train=replace(CONFIG.train, batch_size=8))
+    run = run_study(config, tmp_path / "run", stages=["train"])
+    Image.new("L", (8, 8), 21).save(tmp_path / "test" / "dog" / "1.png")
+    said = []
+    run_study(config, run.path, stages=["train"], say=said.append)
+    assert said == ["[1/1] train: begins"]
+    Image.new("L", (8, 8), 20).save(tmp_path / "test" / "dog" / "1.png")
     said.clear()
-    run_study(CONFIG, copy, stages=("train",), say=said.append)
+    run_study(config, run.path, stages=["train"], say=said.append)
     assert said == ["[1/1] train: finished before, reused"]
 
 
-def test_the_former_result_stays_until_its_successor_is_there(
-    finished: Run, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(copy / "plain"))
+def test_commands_share_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["--model", "lenet", "--epochs", "1", "--batch-size", "256", "--examples", "300"]
+    few = ["--localized", "3", "--max-units", "2", "--edited", "0", "--retrain-epochs", "1"]
+    main(["train", *settings])
+    before = files(tmp_path)
+    main(["rewind", *settings, *few])
+    main(["run", *settings, *few, "--skip", "controls"])
+    assert before.items() < files(tmp_path).items()
+    assert capsys.readouterr().err.count("] train: begins") == 1
+    assert len(list((tmp_path / "runs").glob("train-*"))) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["runs"]
+    run = load_run(tmp_path / "runs" / "digits-lenet-seed0")
+    assert set(run.seconds) == set(STAGES) - {"controls"}
+    assert (run.path / "report.html").exists()
 
+
+def test_what_is_made_of_a_run_is_sealed_as_sha256sum_wants_it(copy: Path) -> None:
+    for sums in copy.rglob("SHA256SUMS"):
+        subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=sums.parent, check=True)
+    names = [line.split("  ")[1] for line in (copy / "SHA256SUMS").read_text().splitlines()]
+    assert names == ["metrics.csv", "metrics.json", "run.json"]
+
+
+def test_a_failure_leaves_what_is_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(copy))
+
+    before = files(copy)
     other = replace(CONFIG, train=replace(CONFIG.train, epochs=2))
     with monkeypatch.context() as patch:
         patch.setattr("memloc_ext.training.loop.save_checkpoint", full)
         with pytest.raises(OSError, match="No space left"):
-            run_study(other, copy, stages=("train",), resume=True)
-    kept = copy / "replaced" / "train" / "plain"
-    assert files(kept) == files(finished.path / "plain")
-    run = run_study(other, copy, stages=("train",), resume=True)
+            run_study(other, copy, stages=("train",))
+    assert files(copy) == before
+    said = []
+    run = run_study(other, copy, stages=("train",), say=said.append)
+    assert said == ["[1/1] train: goes on"]
     assert len(run.histories["plain"]) == 3
-    assert not (copy / "replaced").exists()
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "bert"}', '{"data": 1}', "[]", '{"a":' * 500 + "1" + "}" * 500])
-def test_a_config_of_something_else_is_kept(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: must be the settings of a run"):
-        run_study(CONFIG, tmp_path, stages=("train",), resume=True)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": content}
+def test_a_file_of_something_else_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json: must be JSON"):
+        run_study(CONFIG, tmp_path, stages=("train",))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"run.json": content}
 
 
-def test_the_settings_that_end_a_command_are_one_line(copy: Path) -> None:
-    text = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(text.replace('"digits"', r'"a\nb\u001b[31m"').rstrip())
-    with pytest.raises(SystemExit) as error:
-        main(["train", "--model", "lenet", "--output", str(copy)])
-    assert str(error.value).startswith(f"memloc: {copy} holds a run with data.dataset = a b\\x1b[31m, not digits; ")
-
-
-def test_a_run_in_use_is_refused(copy: Path) -> None:
-    with locked(copy), pytest.raises(ValueError, match="is in use by another run"):
+def test_a_run_or_a_stage_in_use_is_refused(copy: Path) -> None:
+    with locked(copy), pytest.raises(ValueError, match=r"run is in use by another command"):
         run_study(CONFIG, copy, stages=("train",))
-    run_study(CONFIG, copy, stages=("train",))
+    with locked(again(copy, "train")), pytest.raises(ValueError, match=r"train-\w{8} is in use by another command"):
+        run_study(CONFIG, copy / "other", store=copy, stages=("train",))
+    run_study(CONFIG, copy / "other", store=copy, stages=("train",))
 
 
 def test_what_a_killed_write_left_is_removed(copy: Path) -> None:
-    left = copy / "plain" / "checkpoints" / ".epoch_001.pt.0123456789abcdef.tmp"
+    left = again(copy, "train") / "checkpoints" / ".epoch_001.safetensors.0123456789abcdef.tmp"
     left.write_bytes(b"half")
     run_study(CONFIG, copy, stages=("train",))
     assert not left.exists()
 
 
 def test_a_missing_checkpoint_is_named(copy: Path) -> None:
-    (copy / "plain" / "checkpoints" / "epoch_001.pt").unlink()
-    (copy / "stages" / "localize.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"checkpoints lacks the checkpoint of epoch 1; delete .*train\.json"):
+    (folder(copy, "train") / "checkpoints" / "epoch_001.safetensors").unlink()
+    again(copy, "localize")
+    with pytest.raises(FileNotFoundError, match=r"train-\w{8} lacks the checkpoint of epoch 1; delete it to train"):
         run_study(CONFIG, copy, stages=("localize",))
 
 
 def test_a_damaged_checkpoint_is_named(copy: Path) -> None:
-    file = copy / "plain" / "checkpoints" / "epoch_001.pt"
+    file = folder(copy, "train") / "checkpoints" / "epoch_001.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    (copy / "stages" / "localize.json").unlink()
-    with pytest.raises(ValueError, match=r"epoch_001\.pt: cannot be loaded as a checkpoint"):
+    again(copy, "localize")
+    with pytest.raises(ValueError, match=r"epoch_001\.safetensors: cannot be loaded"):
         run_study(CONFIG, copy, stages=("localize",))
     assert list(load_run(copy).histories) == ["plain", "example_tied"]
 
 
 def test_a_checkpoint_of_another_dtype_is_named(copy: Path) -> None:
-    file = copy / "plain" / "checkpoints" / "epoch_001.pt"
+    file = folder(copy, "train") / "checkpoints" / "epoch_001.safetensors"
     saved = load_checkpoint(file)
     weight = saved.model["conv1.0.weight"]
     save_checkpoint(file.parent, replace(saved, model=saved.model | {"conv1.0.weight": weight.to(torch.complex64)}))
-    (copy / "stages" / "localize.json").unlink()
-    with pytest.raises(ValueError, match=r"epoch_001\.pt must be of this model, whose conv1.0.weight is torch.float32"):
+    again(copy, "localize")
+    with pytest.raises(ValueError, match=r"epoch_001\.safetensors must be of this model, whose conv1.0.weight is"):
         run_study(CONFIG, copy, stages=("localize",))
+
+
+def test_a_training_without_an_account_is_another(copy: Path) -> None:
+    said = []
+    run = run_study(replace(CONFIG, account=False), copy, stages=("train",), say=said.append)
+    assert said == ["[1/1] train: begins"]
+    assert run.accounting is None
+    with pytest.raises(ValueError, match="needs a training that keeps an account"):
+        run_study(replace(CONFIG, account=False), copy, stages=("account",))
+
+
+def test_a_run_does_not_take_the_results_of_other_settings(copy: Path) -> None:
+    stored = json.loads((copy / "run.json").read_text())
+    stored["config"]["train"]["epochs"] = 2
+    (copy / "run.json").write_text(json.dumps(stored))
+    Result(copy).finish("run.json")
+    with pytest.raises(ValueError, match=r"run\.json: must have the settings of .*train-"):
+        load_run(copy)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pickle
 import re
 
 import pytest
+import safetensors.torch
 import torch
 
 from memloc_ext.training import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -17,10 +18,48 @@ def checkpoint(epoch=3, size=100):
 def test_comes_back(tmp_path):
     saved = checkpoint()
     path = save_checkpoint(tmp_path, saved)
-    assert path == tmp_path / "epoch_003.pt"
+    assert path == tmp_path / "epoch_003.safetensors"
     loaded = load_checkpoint(path)
     assert all(torch.equal(loaded.model[name], value) for name, value in saved.model.items())
     assert {**vars(loaded), "model": None} == {**vars(saved), "model": None}
+
+
+def test_what_a_training_needs_comes_back_with_the_same_bytes_every_time(tmp_path):
+    weight = torch.randn(3, 2).t()
+    model = {"a": weight, "tied": weight, "optimizer.1.b": torch.tensor(3), "m._extra_state": {"seed": 1}}
+    state = {0: {"momentum_buffer": torch.randn(2, 3)}, 1: {"momentum_buffer": None}}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1], "foreach": None}]}
+    saved = Checkpoint(0, model, optimizer, {"scale": 2.0, "_growth_tracker": 3}, [{"epoch": 0}], {"seed": 0}, "x")
+    path = save_checkpoint(tmp_path, saved)
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded.model["a"], weight)
+    assert torch.equal(loaded.model["tied"], weight)
+    assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], state[0]["momentum_buffer"])
+    assert loaded.optimizer["state"][1] == {"momentum_buffer": None}
+    assert loaded.optimizer["param_groups"] == optimizer["param_groups"]
+    assert (loaded.model["m._extra_state"], loaded.scaler, loaded.history) == (
+        {"seed": 1},
+        saved.scaler,
+        [{"epoch": 0}],
+    )
+    content = path.read_bytes()
+    assert save_checkpoint(tmp_path, loaded).read_bytes() == content
+    assert set(safetensors.torch.load(content)) == {
+        "model.a",
+        "model.tied",
+        "model.optimizer.1.b",
+        "optimizer.0.momentum_buffer",
+    }
+
+
+def test_the_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    saved = checkpoint()
+    torch.save(vars(saved), tmp_path / "epoch_003.pt")
+    loaded = load_checkpoint(list_checkpoints(tmp_path)[3])
+    assert all(torch.equal(loaded.model[name], value) for name, value in saved.model.items())
+    assert {**vars(loaded), "model": None} == {**vars(saved), "model": None}
+    save_checkpoint(tmp_path, saved)
+    assert list_checkpoints(tmp_path) == {3: tmp_path / "epoch_003.safetensors"}
 
 
 def test_listed_in_the_order_of_their_epochs(tmp_path):
@@ -28,9 +67,9 @@ def test_listed_in_the_order_of_their_epochs(tmp_path):
         save_checkpoint(tmp_path, checkpoint(epoch))
     for name in (
         "epoch_1.pt",
-        "epoch_003.pt.tmp",
-        ".epoch_004.pt.0.tmp",
-        "epoch_0005.pt",
+        "epoch_002.safetensors.tmp",
+        ".epoch_004.safetensors.0.tmp",
+        "epoch_0005.safetensors",
         "model.pt",
         "epoch_\u0660\u0660\u0667.pt",
     ):
@@ -41,17 +80,43 @@ def test_listed_in_the_order_of_their_epochs(tmp_path):
     assert list_checkpoints(tmp_path / "missing") == {}
 
 
+def saved_by_torch(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def pickle_of(folder, saved):
+    """The file of an earlier version."""
+    path = folder / f"epoch_{saved.epoch:03d}.pt"
+    path.write_bytes(saved_by_torch(vars(saved)))
+    return path
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, pickle_of])
 @pytest.mark.parametrize("kept", [0, 1, 100, -1000, -1])
-def test_a_truncated_file_is_named(tmp_path, kept):
-    path = save_checkpoint(tmp_path, checkpoint())
+def test_a_truncated_file_is_named(tmp_path, kept, save):
+    path = save(tmp_path, checkpoint())
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=re.escape(f"{path}: cannot be loaded as a checkpoint: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: cannot be loaded as ")):
         load_checkpoint(path)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
+    path = save_checkpoint(tmp_path, checkpoint())
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in (start, len(content) - 1, content.index(b"digest"), content.index(b'\\"a\\"')):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"epoch_003\.safetensors: cannot be loaded as .*"):
+            load_checkpoint(path)
+
+
+def test_a_flipped_bit_of_an_archive_is_found(tmp_path):
     """PyTorch loads such a file without a word: it does not compare checksums."""
-    path = save_checkpoint(tmp_path, checkpoint(size=10_000))
+    path = pickle_of(tmp_path, checkpoint(size=10_000))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -72,12 +137,6 @@ def pickled(value):
     return pickle.dumps(value)
 
 
-def saved_by_torch(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize("write", [pickled, saved_by_torch])
 def test_code_in_a_file_is_not_run(tmp_path, write):
     path = tmp_path / "epoch_000.pt"
@@ -92,7 +151,8 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
     [
         (torch.zeros(3), "is no checkpoint: it must hold epoch, model"),
         (torch.nn.Linear(2, 2).state_dict(), "is no checkpoint: it must hold epoch, model"),
-        (vars(checkpoint()) | {"history": {}}, "history must be list, got dict"),
+        (vars(checkpoint()) | {"history": {}}, "is no checkpoint: Expected `array`, got `object` - at `$.history`"),
+        (vars(checkpoint()) | {"model": []}, "model must be dict, got list"),
     ],
 )
 def test_a_file_of_another_kind_is_named(tmp_path, content, message):
@@ -111,7 +171,7 @@ def test_an_absent_device_is_told(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("has CUDA")
     path = save_checkpoint(tmp_path, checkpoint())
-    with pytest.raises(ValueError, match=r"epoch_003\.pt: cannot be loaded as a checkpoint: .*CUDA"):
+    with pytest.raises(ValueError, match=r"epoch_003\.safetensors: cannot be loaded as a checkpoint: .*CUDA"):
         load_checkpoint(path, "cuda")
 
 
@@ -129,7 +189,7 @@ def test_a_checkpoint_takes_no_more_memory_than_it_is_large(tmp_path):
 
 def test_only_what_begins_as_an_archive_is_one(tmp_path):
     """zipfile finds an archive behind other bytes; torch.load reads these bytes."""
-    path = save_checkpoint(tmp_path, checkpoint(0))
+    path = pickle_of(tmp_path, checkpoint(0))
     path.write_bytes(pickled({}) + path.read_bytes())
     with pytest.raises(ValueError, match=r"epoch_000\.pt: .*it is no zip archive"):
         load_checkpoint(path)
@@ -143,16 +203,16 @@ def test_a_list_of_many_places_in_few_bytes_is_shown_in_part(tmp_path, name):
     path, record = tmp_path / "epoch_000.pt", {"a": many}
     path.write_bytes(saved_by_torch(vars(checkpoint(0)) | {name: record if name == "config" else [record]}))
     with pytest.raises(
-        ValueError, match=rf"epoch_000\.pt: {name} must hold plain values by name, got .*\.\.\..* for a"
+        ValueError, match=rf"epoch_000\.pt: is no checkpoint: Expected .*, got `array` - at `\$\.{name}"
     ):
         load_checkpoint(path)
 
 
 def test_a_checkpoint_under_the_name_of_another_epoch_is_named(tmp_path):
     path = save_checkpoint(tmp_path, checkpoint(3))
-    assert load_checkpoint(path.rename(tmp_path / "best.pt")).epoch == 3
-    with pytest.raises(ValueError, match=r"epoch_004\.pt: must be of its epoch, got 3"):
-        load_checkpoint((tmp_path / "best.pt").rename(tmp_path / "epoch_004.pt"))
+    assert load_checkpoint(path.rename(tmp_path / "best.safetensors")).epoch == 3
+    with pytest.raises(ValueError, match=r"epoch_004\.safetensors: must be of its epoch, got 3"):
+        load_checkpoint((tmp_path / "best.safetensors").rename(tmp_path / "epoch_004.safetensors"))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -77,7 +77,7 @@ def test_tensorboard_gets_every_number_once_from_where_the_training_continues(tm
         expected.append("flush")
     assert logged == [(str(tmp_path / "log"), 0), *expected]
 
-    (tmp_path / "run" / "epoch_002.pt").unlink()
+    (tmp_path / "run" / "epoch_002.safetensors").unlink()
     logged.clear()
     assert run(tmp_path / "run", **options) == history
     assert logged == [(str(tmp_path / "log"), 2), *expected[-4:]]

@@ -182,7 +182,7 @@ def test_mixed_precision(split, tmp_path, precision):
     assert set(seen) == {getattr(torch, precision)}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert history[-1]["loss"] < history[1]["loss"]
-    scaler = load_checkpoint(tmp_path / "epoch_003.pt").scaler
+    scaler = load_checkpoint(tmp_path / "epoch_003.safetensors").scaler
     assert bool(scaler) == (precision == "float16")
 
 
@@ -295,9 +295,9 @@ def test_compiled_models_share_and_save_the_parameters_of_the_original(split, tm
     given = torch.compile(model) if already else model
     config = TrainConfig(epochs=2, batch_size=50, compile=not already)
     train(given, split, config, checkpoints=tmp_path, progress=False)
-    assert_same(load_checkpoint(tmp_path / "epoch_002.pt").model, model.state_dict())
+    assert_same(load_checkpoint(tmp_path / "epoch_002.safetensors").model, model.state_dict())
     torch._dynamo.reset()
-    assert build().load_state_dict(load_checkpoint(tmp_path / "epoch_001.pt").model)
+    assert build().load_state_dict(load_checkpoint(tmp_path / "epoch_001.safetensors").model)
 
 
 @pytest.mark.slow
@@ -320,12 +320,12 @@ def test_on_cuda(split, tmp_path, precision):
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     history = train(build().cuda(), split.to("cuda"), config, checkpoints=tmp_path, progress=False)
     assert history[-1]["loss"] < history[1]["loss"]
-    (tmp_path / "epoch_004.pt").unlink()
+    (tmp_path / "epoch_004.safetensors").unlink()
     model = build(1).cuda()
     continued = train(model, split.to("cuda"), config, checkpoints=tmp_path, progress=False)
     assert continued[:4] == history[:4]
     assert continued[4]["loss"] == pytest.approx(history[4]["loss"], rel=0.01)  # kernels may add in any order
-    saved = load_checkpoint(tmp_path / "epoch_004.pt")
+    saved = load_checkpoint(tmp_path / "epoch_004.safetensors")
     assert_same(saved.model, {name: value.cpu() for name, value in model.state_dict().items()})
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])

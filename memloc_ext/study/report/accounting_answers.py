@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from memloc_ext.study.accounting_files import Accounting
+from memloc_ext.study.accounting import Accounting
 from memloc_ext.study.report.figures import percent
 from memloc_ext.study.report.section import Number
 

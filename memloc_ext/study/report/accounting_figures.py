@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memloc_ext.study.accounting_files import Accounting
+from memloc_ext.study.accounting import Accounting
 from memloc_ext.study.report.figures import COLORS, epoch_axis, new_figure
 
 if TYPE_CHECKING:

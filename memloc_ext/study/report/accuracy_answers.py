@@ -7,7 +7,7 @@ from typing import Any
 
 from memloc_ext.study.report.figures import percent
 from memloc_ext.study.report.section import Number
-from memloc_ext.study.run_directory import AS_TRAINED
+from memloc_ext.study.results import AS_TRAINED
 
 Row = Mapping[str, Any]
 

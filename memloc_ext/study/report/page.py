@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memloc_ext._version import __version__
-from memloc_ext.files import write_atomically, write_table
+from memloc_ext.files import plain, write_atomically, write_csv, write_json
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.report import figures
 from memloc_ext.study.report.figures import COLUMNS, percent
 from memloc_ext.study.report.section import Number
 from memloc_ext.study.report.sections import sections
 from memloc_ext.study.report.text import numbers
-from memloc_ext.study.run_directory import FIGURES, METRICS, REPORT, Run
-from memloc_ext.study.stages import PLACE, STAGES, flat
+from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run
+from memloc_ext.study.stages import STAGES
 
-NUMBERS = "numbers"
+_HERE = ("data.download", "device")
+"""Settings that say nothing about what comes out."""
 T = TypeVar("T")
 
 
@@ -41,7 +43,9 @@ def write_report(run: Run) -> Path:
     found = numbers(run)
     rows = [(number.what, [number.text(number.value)], number.paper) for number in found]
     _write_table(run.path, {number.what: [number] for number in found})
-    return _write(run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"])
+    page = _write(run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"])
+    run.seal()
+    return page
 
 
 def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
@@ -59,6 +63,7 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    write_json(path / SEEDS, [run.path.name for run in runs])
     every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
     rows = []
     for what, found in every.items():
@@ -69,8 +74,8 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     for lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
         shares = {column: [Number("", row[column]) for row in lines[1] if row is not None] for column in COLUMNS}
         table.append((lines[0], [spread(values).replace(" %", "") for values in shares.values()]))
-    seeds = [run.config["train"]["seed"] for run in runs]
-    write_table(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
+    seeds = [run.config.train.seed for run in runs]
+    _write_rows(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
     _write_table(path, every)
     parts = [(f"Seed {seed}", _drawn(run)) for seed, run in zip(seeds, runs, strict=True)]
     heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)]
@@ -105,11 +110,11 @@ def _aligned(tables: Sequence[Mapping[str, T]]) -> dict[str, list[T | None]]:
 
 def command(runs: Sequence[Run]) -> str:
     """Return the command that does runs again, with the settings that differ from the default ones."""
-    default, words = flat(StudyConfig().as_json()), ["memloc run"]
-    if set(runs[0].seconds) != set(STAGES) - {"report"}:
+    default, words = _flat(plain(StudyConfig())), ["memloc run"]
+    if set(runs[0].seconds) != set(STAGES):
         words.append(f"--only {' '.join(runs[0].seconds)}")
-    for name, value in flat(runs[0].config).items():
-        if value != default.get(name) and (name not in PLACE or name == "data.root"):
+    for name, value in _flat(plain(runs[0].config)).items():
+        if value != default.get(name) and name not in _HERE:
             option = "--" + name.rsplit(".", 1)[-1].replace("_", "-")
             if isinstance(value, bool):
                 words.append(option if value else f"--no-{option[2:]}")
@@ -132,13 +137,19 @@ def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> No
                 "paper": first.paper,
             }
         )
-    write_table(path, NUMBERS, rows)
+    _write_rows(path, NUMBERS, rows)
+
+
+def _write_rows(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_csv(path / f"{name}.csv", rows)
+    write_json(path / f"{name}.json", rows)
 
 
 def _drawn(run: Run) -> list[tuple[Any, dict[str, str]]]:
     """Draw the sections of a run, write its figures into its directory, return each with its pictures as base64."""
     folder, parts = run.path / FIGURES, []
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # there may be some of other settings
+    folder.mkdir()
     for section in sections(run):
         pictures = {picture.name: figures.encoded(picture.figure) for picture in section.pictures}
         for name, picture in pictures.items():
@@ -154,19 +165,26 @@ def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
     template = resources.files("memloc_ext.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    config: Mapping[str, Any] = runs[0].config
+    config = runs[0].config
     page = environment.from_string(template).render(
         version=__version__,
         config=config,
-        seeds=[run.config["train"]["seed"] for run in runs],
+        seeds=[run.config.train.seed for run in runs],
         columns=COLUMNS,
-        settings=flat(config),
+        settings=_flat(plain(config)),
         seconds=_total_seconds(runs),
         command=command(runs),
         **values,
     )
     write_atomically(path / REPORT, page.encode())
     return path / REPORT
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one dictionary with dotted names."""
+    if not isinstance(config, Mapping):
+        return {prefix.removesuffix("."): config}
+    return {name: value for key, inner in config.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
 
 
 def _total_seconds(runs: Sequence[Run]) -> dict[str, float]:

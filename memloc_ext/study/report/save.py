@@ -9,7 +9,7 @@ from pathlib import Path
 from memloc_ext.files import write_atomically
 from memloc_ext.study.report.figures import encoded
 from memloc_ext.study.report.sections import sections
-from memloc_ext.study.run_directory import FIGURES, load_run
+from memloc_ext.study.run import FIGURES, load_run
 
 
 def save_figures(

@@ -16,7 +16,7 @@ from memloc_ext.study.report import (
 )
 from memloc_ext.study.report.section import Picture, Section
 from memloc_ext.study.report.text import is_mislabelled
-from memloc_ext.study.run_directory import Run
+from memloc_ext.study.run import Run
 
 
 def sections(run: Run) -> list[Section]:

@@ -15,7 +15,7 @@ from memloc_ext.study.report import (
 )
 from memloc_ext.study.report.figures import percent
 from memloc_ext.study.report.section import Number
-from memloc_ext.study.run_directory import Run
+from memloc_ext.study.run import Run
 
 _COLUMNS = {"clean": "clean", "memorized": "memorized", "memorized_true": "memorized -> true", "test": "test"}
 
@@ -36,7 +36,7 @@ def summary(run: Run) -> list[str]:
 
 def is_mislabelled(run: Run) -> bool:
     """Return whether the memorized examples of a run have wrong labels; if not they are atypical."""
-    return run.config["data"]["memorized"] is None
+    return run.config.data.memorized is None
 
 
 def numbers(run: Run) -> list[Number]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
-from memloc_ext.study.accounting_files import MODEL, Accounting, account_path, save_account
+from memloc_ext.study.accounting import AccountedEpoch, Accounting, account_path, save_account
 from memloc_ext.study.report import figures
 from memloc_ext.study.report.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
 
@@ -25,9 +25,9 @@ def make_accounting(folder: Path, epochs: int = 3, *, memorized: bool = True, no
             memorized=(torch.arange(20) < 5) & memorized,
             indices=torch.arange(20),
         )
-        save_account(account_path(folder, epoch), account)
-        rows += [{"epoch": epoch, "group": name, **vars(row)} for name in ("conv1", "head", MODEL)]
-    return Accounting(folder, rows, [], {})
+        save_account(account_path(folder, epoch), epoch, account)
+        rows.append(AccountedEpoch(epoch, row, account.groups, account.parameters))
+    return Accounting(folder, rows, {})
 
 
 @pytest.mark.parametrize("change", [{}, {"epochs": 1}, {"epochs": 40}, {"memorized": False}, {"norms": 0.0}])

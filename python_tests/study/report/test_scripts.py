@@ -32,4 +32,4 @@ def test_a_folder_without_a_run_ends_with_one_line(
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == f"load_run: {tmp_path} holds no run, config.json is missing"
+    assert ended.value.code == f"load_run: {tmp_path} holds no run, run.json is missing"

@@ -1,4 +1,4 @@
-"""Training that keeps an account of its gradients: the backward pass that does it, its tables, and what it costs."""
+"""Training that keeps an account of its gradients: the backward pass that does it, its files, and what it costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from memloc_ext import distributed
 from memloc_ext.accounting import GradientAccountant
-from memloc_ext.data import Split
-from memloc_ext.files import write_table
+from memloc_ext.examples import Examples
 from memloc_ext.marks import marked
-from memloc_ext.probes import EpochAccount, GradientAccounting
-from memloc_ext.study.accounting_files import ACCOUNTS, MODEL, PARAMETERS, account_path, load_account, save_account
+from memloc_ext.probes import EpochAccount, GradientAccounting, GroupAccount, ParameterAccount
 from memloc_ext.tasks import task_of
+from memloc_ext.tensor_files import load_tensors, save_tensors
 from memloc_ext.training import Backward, TrainConfig
 from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 
+ACCOUNTS = "accounting"
+"""Folder of the epochs' files, in that of a training."""
+_TENSORS = ("example_norms", "memorized", "indices")
 _MAX_PAIRS, _MIN_PAIRS = 20, 3
 _SECONDS = 10
 """Limit on the time that `accounting_cost` takes, once it has its least number of pairs."""
@@ -43,7 +45,7 @@ class AccountedBackward(Backward):
         folder: Of the epochs' files; created if missing.
     """
 
-    def __init__(self, model: nn.Module, split: Split, folder: Path) -> None:
+    def __init__(self, model: nn.Module, split: Examples, folder: Path) -> None:
         self._model, self._split, self._folder = model, split, folder
         self._accountant = GradientAccountant(model)
         self._accounting = GradientAccounting(model, marked("train", None, split))
@@ -75,34 +77,123 @@ class AccountedBackward(Backward):
 
     def _write(self, epoch: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        save_account(account_path(self._folder, epoch), self.account())
+        save_account(account_path(self._folder, epoch), epoch, self.account())
 
 
-def write_accounting_tables(folder: Path, epochs: int) -> None:
-    """Write the tables of all epochs into the folder of a model, from the files in its ``accounting``.
+@dataclass(frozen=True)
+class AccountedEpoch:
+    """The account of an epoch without its single examples.
+
+    Attributes:
+        epoch: From 1 on.
+        model: All parameters together.
+        groups: Layer group to its account, from input to output.
+        parameters: Parameter to its account.
+    """
+
+    epoch: int
+    model: GroupAccount
+    groups: dict[str, GroupAccount]
+    parameters: dict[str, ParameterAccount]
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """The gradient accounting of a finished training.
+
+    Attributes:
+        folder: Of the epochs' files.
+        table: An account per epoch.
+        cost: What it cost, see `accounting_cost`.
+    """
+
+    folder: Path
+    table: list[AccountedEpoch]
+    cost: dict[str, float]
+
+    @property
+    def groups(self) -> list[str]:
+        """The layer groups, from input to output."""
+        return list(self.table[0].groups)
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs, from 1."""
+        return [row.epoch for row in self.table]
+
+    def column(self, name: str, group: str | None = None) -> list[Any]:
+        """Return a number of a layer group, or of the whole model, one value per epoch."""
+        return [getattr(row.model if group is None else row.groups[group], name) for row in self.table]
+
+    def epoch(self, epoch: int) -> EpochAccount:
+        """Read the whole account of an epoch, single examples included.
+
+        Raises:
+            ValueError: If its file is damaged; names it.
+            OSError: If it cannot be read.
+        """
+        return load_account(account_path(self.folder, epoch))
+
+
+def account_path(folder: Path, epoch: int) -> Path:
+    """Return the path of the account of an epoch."""
+    return folder / f"epoch_{epoch:03d}.safetensors"
+
+
+def save_account(path: Path, epoch: int, account: EpochAccount) -> None:
+    """Write the account of an epoch, atomically; equal accounts give equal bytes.
+
+    The tensors are ``example_norms`` ``[N, groups]`` float32, ``memorized`` and ``indices`` ``[N]``; the header holds
+    the `AccountedEpoch`.
+    """
+    row = AccountedEpoch(epoch, account.model, account.groups, account.parameters)
+    save_tensors(path, {name: getattr(account, name) for name in _TENSORS}, row)
+
+
+def load_account(path: Path) -> EpochAccount:
+    """Read what `save_account` wrote.
+
+    Raises:
+        ValueError: If the file is damaged or something else; names it.
+        OSError: If it cannot be read, such as FileNotFoundError.
+    """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[EpochAccount, AccountedEpoch]:
+    tensors, row = load_tensors(path, AccountedEpoch)
+    examples = len(tensors["indices"]) if "indices" in tensors else 0
+    expected = {
+        "example_norms": (torch.float32, (examples, len(row.groups))),
+        "memorized": (torch.bool, (examples,)),
+        "indices": (torch.int64, (examples,)),
+    }
+    if {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} != expected:
+        raise ValueError(f"{path}: is no account of an epoch: it must hold {', '.join(_TENSORS)} of its examples")
+    return EpochAccount(row.model, row.groups, row.parameters, **tensors), row
+
+
+def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
+    """Read the accounts of all epochs of a training.
 
     Raises:
         ValueError: If the file of an epoch is missing, damaged or of another model than the first; names it.
     """
-    first = None
-    rows: list[dict[str, Any]] = []
-    parameters: list[dict[str, Any]] = []
+    table: list[AccountedEpoch] = []
     for epoch in range(1, epochs + 1):
-        path = account_path(folder / ACCOUNTS, epoch)
+        path = account_path(folder, epoch)
         if not path.is_file():
-            raise ValueError(f"{path} is missing; delete the checkpoints from epoch {epoch} on to train it again")
-        account = load_account(path)
-        groups = {**account.groups, MODEL: account.model}
-        names = [*groups, *account.parameters]
-        if names != (first := first or names):
-            raise ValueError(f"{path}: must be of the layer groups and parameters of epoch 1, got {', '.join(names)}")
-        rows += [{"epoch": epoch, "group": group, **asdict(row)} for group, row in groups.items()]
-        parameters += [{"epoch": epoch, "parameter": n, **asdict(row)} for n, row in account.parameters.items()]
-    write_table(folder, ACCOUNTS, rows)
-    write_table(folder, PARAMETERS, parameters)
+            raise ValueError(f"{path} is missing; delete {folder.parent} to train again")
+        row = _load(path)[1]
+        table.append(row)
+        if row.epoch != epoch or any(
+            list(getattr(row, names)) != list(getattr(table[0], names)) for names in ("groups", "parameters")
+        ):
+            raise ValueError(f"{path}: must be of epoch {epoch}, and of the groups and parameters of epoch 1")
+    return table
 
 
-def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
+def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
     """Time plain and accounted training of a copy of a model, step about.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
@@ -122,7 +213,7 @@ def accounting_cost(model: nn.Module, split: Split, config: TrainConfig) -> dict
     return distributed.once(lambda: _cost(model, split, config))
 
 
-def _cost(model: nn.Module, split: Split, config: TrainConfig) -> dict[str, float]:
+def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
     model, task = copy.deepcopy(model).train(), task_of("classification")
     with epoch_rng(config.seed, 0, split.device) as generator:
         batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])

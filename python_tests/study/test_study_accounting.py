@@ -1,6 +1,5 @@
 """A training that keeps an account trains as without, and an interrupted one leaves the same files."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -13,8 +12,17 @@ from torch.nn import functional as F
 
 from memloc_ext.data import Split, digits, with_label_noise
 from memloc_ext.models import lenet
-from memloc_ext.study.accounted_training import AccountedBackward, accounting_cost, write_accounting_tables
-from memloc_ext.study.accounting_files import account_path, load_account, save_account
+from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
+from memloc_ext.study.accounting import (
+    AccountedBackward,
+    AccountedEpoch,
+    account_path,
+    accounted_epochs,
+    accounting_cost,
+    load_account,
+    save_account,
+)
+from memloc_ext.tensor_files import load_tensors, save_tensors
 from memloc_ext.training import TrainConfig, list_checkpoints, load_checkpoint, train
 from memloc_ext.training.epoch import epoch_rng
 
@@ -56,7 +64,6 @@ def run(folder: Path, split: Split, config: TrainConfig = CONFIG, model: nn.Modu
     model = model or Exact()
     backward = AccountedBackward(model, split, folder / "accounting")
     train(model, split, config, checkpoints=folder / "checkpoints", backward=backward, progress=False)
-    write_accounting_tables(folder, config.epochs)
     return model
 
 
@@ -68,8 +75,7 @@ def unbroken(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accounts(folder: Path) -> dict[str, bytes]:
-    files = [*(folder / "accounting").iterdir(), *folder.glob("accounting*.*")]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return {file.name: file.read_bytes() for file in (folder / "accounting").iterdir()}
 
 
 def test_ends_with_the_weights_of_a_training_without(split: Split, unbroken: Path, tmp_path: Path) -> None:
@@ -93,14 +99,12 @@ def test_accounts_the_batches_of_the_training_itself(split: Split, unbroken: Pat
         torch.testing.assert_close(account.total_norms[place], norm.float())
 
 
-def test_every_epoch_has_a_file_and_its_rows(unbroken: Path) -> None:
-    tables = {f"{name}.{ending}" for name in ("accounting", "accounting_parameters") for ending in ("csv", "json")}
-    assert accounts(unbroken).keys() == {f"accounting/epoch_00{epoch}.npz" for epoch in (1, 2, 3)} | tables
-    rows = json.loads((unbroken / "accounting.json").read_text())
-    assert [(row["epoch"], row["group"]) for row in rows] == [
-        (epoch, group) for epoch in (1, 2, 3) for group in ("lenet", "(model)")
+def test_every_epoch_has_a_file(unbroken: Path) -> None:
+    assert accounts(unbroken).keys() == {f"epoch_00{epoch}.safetensors" for epoch in (1, 2, 3)}
+    table = accounted_epochs(unbroken / "accounting", 3)
+    assert [(row.epoch, list(row.groups), len(row.parameters)) for row in table] == [
+        (epoch, ["lenet"], 10) for epoch in (1, 2, 3)
     ]
-    assert len(json.loads((unbroken / "accounting_parameters.json").read_text())) == 3 * 10
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -123,7 +127,7 @@ def test_an_interrupted_training_leaves_the_same_files(
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(broken, split, config, build())
-    assert len(list(broken.glob("accounting/*.npz"))) == (calls - 1) // 2
+    assert len(list(broken.glob("accounting/epoch*"))) == (calls - 1) // 2
     assert len(list_checkpoints(broken / "checkpoints")) == calls // 2
     run(broken, split, config, build())
     assert accounts(broken) == accounts(tmp_path / "unbroken")
@@ -133,31 +137,81 @@ def test_an_account_is_written_before_its_checkpoint(split: Split, tmp_path: Pat
     written, replace = [], os.replace
 
     def note(source, target) -> None:
-        written.append(Path(target).name)
+        written.append(str(Path(target).relative_to(tmp_path)))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", note)
     run(tmp_path, split)
-    per_epoch = [f"epoch_00{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "pt")]
-    assert written[:7] == ["epoch_000.pt", *per_epoch]
+    per_epoch = [f"{folder}/epoch_00{epoch}" for epoch in (1, 2, 3) for folder in ("accounting", "checkpoints")]
+    assert written == [f"{name}.safetensors" for name in ("checkpoints/epoch_000", *per_epoch)]
 
 
-def test_an_account_of_another_model_is_named(unbroken: Path, tmp_path: Path) -> None:
-    (tmp_path / "accounting").mkdir()
+def test_an_account_of_another_model_or_epoch_is_named(unbroken: Path, tmp_path: Path) -> None:
     for epoch in (1, 2):
-        account = load_account(unbroken / "accounting" / f"epoch_00{epoch}.npz")
-        groups = {f"{name}{'' if epoch == 1 else 'x'}": row for name, row in account.groups.items()}
-        save_account(account_path(tmp_path / "accounting", epoch), replace(account, groups=groups))
-    with pytest.raises(ValueError, match=r"epoch_002\.npz: must be of the layer groups and parameters of epoch 1"):
-        write_accounting_tables(tmp_path, 2)
-    assert not list(tmp_path.glob("*.json"))
+        account = load_account(account_path(unbroken / "accounting", epoch))
+        save_account(account_path(tmp_path, epoch), epoch, account)
+    assert len(accounted_epochs(tmp_path, 2)) == 2
+    save_account(account_path(tmp_path, 2), 1, account)
+    with pytest.raises(ValueError, match=r"epoch_002\.safetensors: must be of epoch 2, and of the groups and"):
+        accounted_epochs(tmp_path, 2)
+    groups = {f"{name}x": row for name, row in account.groups.items()}
+    save_account(account_path(tmp_path, 2), 2, replace(account, groups=groups))
+    with pytest.raises(ValueError, match=r"epoch_002\.safetensors: must be of epoch 2, and of the groups and"):
+        accounted_epochs(tmp_path, 2)
 
 
 def test_a_missing_account_is_named(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken / "accounting", tmp_path / "accounting")
-    (tmp_path / "accounting" / "epoch_002.npz").unlink()
-    with pytest.raises(ValueError, match=r"epoch_002\.npz is missing; delete the checkpoints from epoch 2 on"):
-        write_accounting_tables(tmp_path, 3)
+    (tmp_path / "accounting" / "epoch_002.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"epoch_002\.safetensors is missing; delete {tmp_path} to train again"):
+        accounted_epochs(tmp_path / "accounting", 3)
+
+
+def made_account(num: int = 5) -> EpochAccount:
+    row = GroupAccount(1.0, 0.5, 1.25, -0.5, 0.875, 2.0, 3.0)
+    return EpochAccount(
+        model=replace(row, auc=None),
+        groups={"head": row, "conv1": replace(row, clean=0.0)},
+        parameters={f"{name}.weight": ParameterAccount(1.0, 0.5, 1.25, -0.5) for name in ("head", "conv1")},
+        example_norms=torch.tensor([[1.0, float("nan")]]).expand(num, 2),
+        memorized=torch.arange(num) % 2 == 1,
+        indices=torch.arange(num) + 7,
+    )
+
+
+def test_an_account_comes_back_and_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    account, path = made_account(), account_path(tmp_path, 3)
+    save_account(path, 3, account)
+    loaded = load_account(path)
+    for name in ("model", "groups", "parameters"):
+        assert getattr(loaded, name) == getattr(account, name)
+    assert list(loaded.groups) == ["head", "conv1"]
+    for name in ("example_norms", "memorized", "indices"):
+        torch.testing.assert_close(getattr(loaded, name), getattr(account, name), rtol=0, atol=0, equal_nan=True)
+    save_account(tmp_path / "again", 3, loaded)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"example_norms": torch.zeros(5, 3)},
+        {"example_norms": torch.zeros(5, 2, dtype=torch.float64)},
+        {"memorized": torch.zeros(4, dtype=torch.bool)},
+        {"indices": torch.zeros(5)},
+        {"more": torch.zeros(5)},
+    ],
+)
+def test_tensors_of_another_kind_are_named(tmp_path: Path, change: dict[str, Tensor]) -> None:
+    path = account_path(tmp_path, 3)
+    save_account(path, 3, made_account())
+    tensors, about = load_tensors(path, AccountedEpoch)
+    save_tensors(path, {**tensors, **change}, about)
+    with pytest.raises(ValueError, match=r"epoch_003\.safetensors: is no account of an epoch: it must hold"):
+        load_account(path)
+    save_tensors(path, tensors, {"epoch": 1})
+    with pytest.raises(ValueError, match=r"epoch_003\.safetensors: cannot be loaded as AccountedEpoch"):
+        load_account(path)
 
 
 def test_float16_is_as_accurate_as_plain_float16(split: Split, tmp_path: Path) -> None:
