@@ -50,11 +50,8 @@ def main():
     print("memorized, rewound:", {row["group"]: round(row["memorized"], 2) for row in rewound.rows()})
     retrained = memloc_ext.retrain(model, initial, loader, memorized=wrong, epochs=5)
     print("memorized, retrained:", {row["group"]: round(row["memorized"], 2) for row in retrained.rows()})
-    batch = next(iter(loader))
-    y = batch.pop("labels")
-    batch.pop("index")
-    found = memloc_ext.localize(model, batch, y, population=None, max_units=10, noise=0, eot=1)
-    print("units that flip a text:", [len(one.units) for one in found if one.status == "flipped"])
+    found = memloc_ext.localize_dataset(model, loader, memorized=wrong, localized=8, max_units=10, edited=0)
+    print("units that flip a text:", [row["units"] for row in found.rows() if row["status"] == "flipped"])
 
     tied = memloc_ext.nn.insert_example_tied_dropout(build(), after=HIDDEN, channel_dim=-1)
     train(tied, loader, wrong)

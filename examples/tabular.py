@@ -44,9 +44,8 @@ def main():
     print("memorized, rewound:", {row["group"]: round(row["memorized"], 2) for row in rewound.rows()})
     retrained = memloc_ext.retrain(model, initial, data, memorized=wrong, epochs=5, learning_rate=0.1)
     print("memorized, retrained:", {row["group"]: round(row["memorized"], 2) for row in retrained.rows()})
-    x, y = data.tensors
-    found = memloc_ext.localize(model, x[:40], y[:40], reference=(x[40:], y[40:]))
-    print("units that flip an example:", [len(one.units) for one in found if one.status == "flipped"])
+    found = memloc_ext.localize_dataset(model, data, memorized=wrong, localized=15, edited=0)
+    print("units that flip an example:", [row["units"] for row in found.rows() if row["status"] == "flipped"])
 
     tied = memloc_ext.nn.insert_example_tied_dropout(build(), after=["1", "3"])
     train(tied, data, wrong)

@@ -48,9 +48,9 @@ def main():
     print("memorized, rewound:", {row["group"]: round(row["memorized"], 2) for row in rewound.rows()})
     retrained = memloc_ext.retrain(model, initial, data, memorized=random, task="tokens", epochs=5)
     print("memorized, retrained:", {row["group"]: round(row["memorized"], 2) for row in retrained.rows()})
-    tokens, labels = (column[random][:10] for column in data.tensors)
-    found = memloc_ext.localize(model, tokens, labels, task="tokens", population=None, noise=0, eot=1)
-    print("units that flip a random sequence:", [len(one.units) for one in found if one.status == "flipped"])
+    how = {"localized": 8, "max_units": 10, "edited": 0}
+    found = memloc_ext.localize_dataset(model, data, memorized=random, task="tokens", **how)
+    print("units that flip a sequence:", [row["units"] for row in found.rows() if row["status"] == "flipped"])
 
     tied = memloc_ext.nn.insert_example_tied_dropout(build(), after=ACTIVATIONS, channel_dim=-1)
     train(tied, data, random)

@@ -277,6 +277,22 @@ def test_retraining(case: Case) -> None:
     assert records[-1].loss != records[1].loss
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # BERT reads its mask into Python
+def test_localization(case: Case) -> None:
+    how = {"localized": 3, "max_units": 12, "edited": 0}
+    found = memloc_ext.localize_dataset(case.model, case.data, memorized=MEMORIZED, task=case.task, **how)
+    rows = found.rows()
+    assert {tuple(row) for row in rows} == {("index", "memorized", "status", "units", "sites")}
+    assert sorted(row["index"] for row in rows if row["memorized"]) == MEMORIZED
+    assert {row["status"] for row in rows} & {"flipped", "already_wrong"}
+    for example, row in zip(found.examples, rows, strict=True):
+        number = row["index"]
+        fitted = bool(case.share(case.model, [number]))
+        assert fitted == (row["status"] != "already_wrong")
+        with memloc_ext.apply_ablation(case.model, example.units):
+            assert bool(case.share(case.model, [number])) == (fitted and row["status"] != "flipped")
+
+
 def test_example_tied_dropout(case: Case) -> None:
     site, dim = case.site
     insert_example_tied_dropout(case.model, [site], p_gen=0.2, p_mem=0.5, channel_dim=dim)

@@ -142,10 +142,9 @@ def _epoch(path: Path) -> float:
 
 
 def _lightning(folder: Path) -> dict[int, Path]:
-    steps = _numbered(folder, r".*step=(\d+).*\.ckpt")
-    in_order = [*_numbered(folder, r".*epoch=(\d+).*\.ckpt").values(), *(steps[step] for step in sorted(steps))]
-    found = {path: re.search(r"epoch=(\d+)", path.name) for path in in_order}
-    return {int(match[1]): path for path, match in found.items() if match}
+    found = [(path, re.search(r"epoch=(\d+)(?:.*step=(\d+))?", path.name)) for path in sorted(folder.glob("*.ckpt"))]
+    told = [(int(match[2] or -1), int(match[1]), path) for path, match in found if match]
+    return {epoch: path for _, epoch, path in sorted(told)}
 
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from memloc_ext.data import Split, digits, with_label_noise
 from memloc_ext.nn import current_example_ids, insert_example_tied_dropout
@@ -82,6 +83,19 @@ def test_learns_and_records_every_epoch(split, tmp_path):
     assert history[-1]["loss"] < history[1]["loss"] / 2
     assert history[-1]["accuracy"] > 0.8
     assert 0 < history[-1]["learning_rate"] < history[2]["learning_rate"] <= 0.1
+
+
+def test_any_data_is_trained_on_in_the_same_order(split, tmp_path):
+    batches = [tuple(batch) for batch in split.batches(50)]
+    forms = [split, DataLoader(split, batch_size=7), DataLoader(split, batch_size=9, shuffle=True), batches]
+    models = [build() for _ in forms]
+    for number, (model, data) in enumerate(zip(models, forms, strict=True)):
+        train(model, data, TrainConfig(epochs=2, batch_size=32), checkpoints=tmp_path / str(number), progress=False)
+        assert_same(model.state_dict(), models[0].state_dict())
+    with pytest.raises(ValueError, match=r"to continue .*, got"):
+        train(build(), split.subset(torch.arange(100)), TrainConfig(2, 32), checkpoints=tmp_path / "1", progress=False)
+    again = train(build(), batches, TrainConfig(epochs=2, batch_size=32), checkpoints=tmp_path / "1", progress=False)
+    assert len(again) == 3  # finished before, on the same examples
 
 
 def test_saves_the_initial_model_and_every_epoch(split, tmp_path):
