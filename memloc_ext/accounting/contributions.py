@@ -64,21 +64,17 @@ class Rows(Contribution):
         self.dtype, self.device = accumulated(gradients.dtype), gradients.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         return self.rows[begin:end].to(self.dtype)
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         return self.rows.sum(0)
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         if self._sqnorm is None:
             self._sqnorm = row_sqnorms(self.rows.reshape(self.batch, math.prod(self.shape)))
         return self._sqnorm
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Contribution`."""
         if groups.num > 16:  # many small groups
             return super().sqnorm_and_groups(groups)
         return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
@@ -100,22 +96,18 @@ class LinearContribution(Contribution):
         self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
         return g.transpose(1, 2) @ x
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         return self.grad_output.flatten(0, -2).t() @ self.input.flatten(0, -2)
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         if self._bias is not None:
             return row_sqnorms(self.input) * self._bias.sqnorm()
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Contribution`."""
         if self._bias is not None:
             return self.sqnorm(), linear_group_grad(self.input, self.grad_output, groups)
         return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
@@ -144,13 +136,11 @@ class EmbeddingContribution(Contribution):
         return rows.new_zeros(num, self.shape[1]).index_add_(0, keys.flatten(), rows)
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         part = EmbeddingContribution(self.indices[begin:end], self.grad_output[begin:end], self.shape[0], -1)
         first = torch.arange(end - begin, device=self.device)[:, None] * self.shape[0]
         return part._sums(part.indices + first, (end - begin) * self.shape[0]).reshape(-1, *self.shape)
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         return self._sums(self.indices, self.shape[0])
 
     def sqnorm(self) -> Tensor:
@@ -163,7 +153,6 @@ class EmbeddingContribution(Contribution):
         )
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Contribution`."""
         sums = self._sums(self.indices + groups.ids[:, None] * self.shape[0], groups.num * self.shape[0])
         return self.sqnorm(), sums.reshape(groups.num, *self.shape)
 

@@ -104,15 +104,12 @@ class Picked(ExampleAxis):
 
     @property
     def rows_first(self) -> bool:
-        """See `ExampleAxis`."""
         return False
 
     def of(self, batch: int) -> ExampleAxis:
-        """See `ExampleAxis`."""
         return replace(self, batch=batch, owners=Owners(self.owners.ids // (self.batch // batch), batch))
 
     def owner(self, index: Tensor) -> Tensor:
-        """See `ExampleAxis`."""
         return self.owners.ids[index]
 
     def first(self, t: Tensor) -> Tensor:
@@ -122,7 +119,6 @@ class Picked(ExampleAxis):
         return found.masked_fill(empty.reshape(*empty.shape, *[1] * (t.dim() - 1)), 0).movedim(1, self.dim + 1)
 
     def summed(self, rows: Tensor) -> Tensor:
-        """See `ExampleAxis`."""
         return rows.new_zeros(self.batch, *rows.shape[1:]).index_add_(0, self.owners.ids, rows)
 
 

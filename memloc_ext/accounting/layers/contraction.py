@@ -39,12 +39,10 @@ class BatchedLinear(LayerFunction):
         self.dtype = dtype
 
     def forward(self, input: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         return x @ w, (x, w)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, w = saved
         grad_weight = self.record(1, BatchedLinearContribution(self._rows(x), self._rows(grad))) if needs[1] else None
         return grad @ w.mT if needs[0] else None, grad_weight
@@ -69,17 +67,14 @@ class BatchedLinearContribution(Contribution):
         self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
         return x.mT @ g
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (self.input, self.grad_output))
         return x.mT @ g
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         norms = ops.linear_grad_sqnorm(self.input.flatten(0, 1), self.grad_output.flatten(0, 1))
         return norms.reshape(self.batch, self.shape[0]).sum(1)
 

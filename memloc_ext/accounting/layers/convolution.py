@@ -78,7 +78,6 @@ class ConvolutionContribution(Contribution):
         return merged.reshape(n // self.repeats, self.repeats, *self.shape).sum(1)
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         return self._weight_gradient(self.input, self.grad_output, self.shape, self.groups)
 
     def _planar(self) -> tuple[Tensor, Tensor, _Geometry] | None:
@@ -93,7 +92,6 @@ class ConvolutionContribution(Contribution):
         return x, g, (kernel, *geometry)
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         planar = self._planar()
         if planar is None:
             return super().sqnorm()
@@ -101,7 +99,6 @@ class ConvolutionContribution(Contribution):
         return ops.conv2d_grad_sqnorm(x, g, *geometry, self.groups)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """See `Contribution`."""
         planar = self._planar()
         if planar is None:
             return super().sqnorm_and_groups(groups)
@@ -133,14 +130,12 @@ class Convolution(LayerFunction):
         self.dtype, self.settings = dtype, settings
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         out = torch.ops.aten.convolution(x, w, b, *self.settings)
         return out, (x, w)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, w = saved
         stride, padding, dilation, transposed, output_padding, groups = self.settings
         grad_input = grad_weight = grad_bias = None

@@ -43,11 +43,9 @@ class Derived(LayerFunction):
         return [weight.parameter for weight in self.weights if weight is not None]
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         return self.value.detach(), ()
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         backward = self.tracer.backward
         contributions = [] if backward is None else backward.take(self)
         if backward is not None and contributions:
@@ -124,7 +122,6 @@ class DerivedContribution(Contribution):
         self.batch, self.shape, self.dtype, self.device = len(norms), leaf.shape, norms.dtype, leaf.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         parts = [
             self.layer.pull_back(sum_of_gradients(self.contributions, begin + first, begin + last), [self.leaf])[0].to(
                 self.dtype
@@ -134,16 +131,13 @@ class DerivedContribution(Contribution):
         return torch.cat(parts)
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         assert self.sums is not None
         return self.sums.sum(0)
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         return self.norms
 
     def sqnorm_and_groups(self, groups: object) -> tuple[Tensor, Tensor]:
-        """See `Contribution`."""
         assert self.sums is not None
         return self.norms, self.sums
 

@@ -32,11 +32,9 @@ class Broadcast(LayerFunction):
         self.source, self.shape, self.own = source, list(shape), source.value.shape
 
     def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         return value.expand(self.shape), ()
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         own = [1] * (grad.dim() - len(self.own)) + list(self.own)
         rows = grad.movedim(self.axis.dim, 0)
         del own[self.axis.dim]
@@ -57,11 +55,9 @@ class OwnRows(LayerFunction):
     """A parameter with rows where the examples are: each example meets its own."""
 
     def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         return value.detach(), ()
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         backward = self.telling
         return (
             self.record(0, OwnRowsContribution(grad, self.axis if backward is None else backward.place(self.axis))),
@@ -81,7 +77,6 @@ class OwnRowsContribution(Contribution):
         self.batch, self.shape, self.dtype, self.device = axis.batch, grad.shape, accumulated(grad.dtype), grad.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        """See `Contribution`."""
         result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
         rows = self.axis.first(self.grad)
         for place, b in zip(result, range(begin, end), strict=True):
@@ -89,11 +84,9 @@ class OwnRowsContribution(Contribution):
         return result
 
     def total(self) -> Tensor:
-        """See `Contribution`."""
         return self.grad
 
     def sqnorm(self) -> Tensor:
-        """See `Contribution`."""
         return Rows(self.axis.first(self.grad)).sqnorm()
 
 
@@ -213,11 +206,9 @@ class PReLU(LayerFunction):
     """``x`` where it is positive, else ``weight * x``; one weight, or one for each channel, which is dimension 1."""
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         return torch.prelu(x, weight), (x, weight)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, weight = saved
         slope = weight.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) if len(weight) > 1 else weight
         rows = (grad * x.clamp(max=0)).movedim(self.axis.dim, 0)

@@ -31,11 +31,9 @@ class Embedding(LayerFunction):
         self.padding_idx = padding_idx
 
     def forward(self, indices: Tensor, table: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         return torch.embedding(table, indices, self.padding_idx), (indices,)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         (indices,) = saved
         indices, grad = self.examples(indices), self.examples(grad)
         weight = self.weights[1]

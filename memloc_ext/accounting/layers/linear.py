@@ -41,14 +41,12 @@ class Linear(LayerFunction):
         self.dtype, self.transposed = dtype, transposed
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         x, w = input.to(self.dtype), weight.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         out = _product(x, w if self.transposed else w.t(), b)
         return out, (x if self.weights[1] else None, w if input.requires_grad else None)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, w = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:

@@ -67,7 +67,6 @@ class BatchNorm(_Norm):
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         out, mean, rstd = aten.native_batch_norm(
             input, weight, bias, *self.running, self.training, self.momentum, self.eps
         )
@@ -75,7 +74,6 @@ class BatchNorm(_Norm):
         return out, (input, weight, mean, rstd, *running)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, weight, mean, rstd, running_mean, running_var = saved
         backward = self.tracer.backward
         constant = not self.training or (backward is not None and backward.constant_statistics)
@@ -113,14 +111,12 @@ class GroupNorm(_Norm):
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         x = input.contiguous()
         sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
         out, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, self.groups, self.eps)
         return out, (x, weight, mean, rstd)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, weight, mean, rstd = saved
         sizes, grad = (x.shape[0], x.shape[1], math.prod(x.shape[2:])), grad.contiguous()
         grad_input = None
@@ -157,12 +153,10 @@ class LayerNorm(_Norm):
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         out, mean, rstd = aten.native_layer_norm(input, self.shape, weight, bias, self.eps)
         return out, (input, weight, bias, mean, rstd)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, weight, bias, mean, rstd = saved
         grad_input = None
         if needs[0]:
@@ -187,12 +181,10 @@ class RMSNorm(LayerNorm):
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See `LayerFunction`."""
         out = torch.rms_norm(input, self.shape, weight, self.eps)
         return out, (input, weight)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, weight = saved
         dims = tuple(range(x.dim() - len(self.shape), x.dim()))
         wide = x.double() if x.dtype == torch.float64 else x.float()

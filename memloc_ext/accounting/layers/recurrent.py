@@ -47,7 +47,6 @@ class Recurrent(LayerFunction):
         return out, (x, h, c, out if c is None else out[0], *weights)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor, *last: Tensor) -> tuple[Tensor | None, ...]:
-        """See `LayerFunction`."""
         x, h, c, out, *weights = saved
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         before = torch.cat([h[None], out[:-1]])
