@@ -22,7 +22,7 @@ demo: $(READY)  ## the study on real digits: a table, and a report to open in a 
 
 test: export OMP_NUM_THREADS ?= 1  # the processes share the cores; what needs more threads in a test asks for them
 test: $(READY)  ## all tests, or those of TESTS; those marked cuda are skipped without a GPU
-	$(PYTHON) -m pytest $(if $(VENV),-n auto --maxprocesses 8 --dist loadfile -p no:benchmark) $(TESTS)
+	$(PYTHON) -m pytest $(if $(VENV),-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -p no:benchmark) $(TESTS)
 
 cuda-test: $(READY)  ## tests that need a GPU, and nothing else
 	MEMLOC_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda

@@ -1,6 +1,6 @@
 """Where does a neural network memorize? Fast PyTorch operators and the probes built on them."""
 
-from memloc_ext import _wait_policy, data, models, nn, ops, probes, training  # noqa: F401, the first before torch
+from memloc_ext import data, models, nn, ops, probes, training
 from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._version import __version__
 from memloc_ext.ablation import ablation_losses, apply_ablation

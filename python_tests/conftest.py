@@ -7,8 +7,24 @@ import memloc_ext
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+LONG = [
+    "test_examples",
+    "test_torchrun",
+    "test_study",
+    "test_distributed",
+    "test_integrations",
+    "test_stages",
+    "test_sharded",
+    "test_resume",
+    "test_instruction_sets",
+    "test_surroundings",
+    "test_accounted_models",
+]
+"""Files of long tests, which come first: the last to be done should not be one that takes minutes."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
         broken = pytest.mark.skip(reason="torch 2.13 compiles no C++ for the CPU capability 'default'")
         for item in items:
