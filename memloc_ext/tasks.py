@@ -127,6 +127,23 @@ def task_of(task: TaskName | Task) -> Task:
     return task
 
 
+def identity(value: Any, holders: tuple[int, ...] = ()) -> Any:
+    """Return what stands for a task in a `memloc_ext.parts.fingerprint`: its class by name, and what it holds.
+
+    It is the same in every process, unless the task holds functions or objects that have no name and no attributes.
+    """
+    if isinstance(value, Mapping):
+        return [(identity(key, holders), identity(held, holders)) for key, held in value.items()]
+    if isinstance(value, list | tuple):
+        return [identity(held, holders) for held in value]
+    if isinstance(value, type) or "<" not in getattr(value, "__qualname__", "<"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Tensor) or hasattr(value, "__code__") or not hasattr(value, "__dict__"):
+        return value
+    held = None if id(value) in holders else identity(vars(value), (*holders, id(value)))
+    return [identity(type(value)), held]
+
+
 def example_losses(task: Task, output: Any, y: Any, batch: int) -> Tensor:
     """Return the loss of each of ``batch`` examples; ValueError if the task returns something else."""
     losses = task.loss(output, y)

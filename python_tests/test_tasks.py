@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memloc_ext.parts import fingerprint
 from memloc_ext.tasks import (
     Classification,
     Task,
     Tokens,
     example_losses,
+    identity,
     logits_of,
     mean_loss,
     right_examples,
@@ -147,3 +149,25 @@ def test_shapes_are_named() -> None:
         example_losses(own, logits, y, 2)
     with pytest.raises(ValueError, match=r"right must return bool \[2\].*, got torch.float32 \[2, 3\]"):
         right_examples(own, logits, y, 2)
+
+
+class Weighted:
+    """A task of a user that holds numbers, a tensor and a module."""
+
+    def __init__(self, scale: float = 1.0, weight: float = 2.0) -> None:
+        self.scale, self.weight, self.criterion = scale, torch.full((3,), weight), torch.nn.HuberLoss(delta=scale)
+        self.own, self.function = self, F.relu
+
+
+def test_equal_tasks_have_one_fingerprint_and_others_another() -> None:
+    makers = [
+        Weighted,
+        lambda: Weighted(2.0),
+        lambda: Weighted(weight=3.0),
+        Classification,
+        Tokens,
+        lambda: Tokens(False),
+    ]
+    found = [fingerprint(identity(make())) for make in makers]
+    assert found == [fingerprint(identity(make())) for make in makers]
+    assert len({*found}) == len(makers)

@@ -16,7 +16,7 @@ from memloc_ext.examples import Data, Examples, digest, examples
 from memloc_ext.marks import Lookup, Marks, marked, truth
 from memloc_ext.nn import ExampleTiedDropout, example_ids
 from memloc_ext.parts import fingerprint
-from memloc_ext.tasks import Task, TaskName, Tokens, right_examples, task_of
+from memloc_ext.tasks import Task, TaskName, Tokens, identity, right_examples, task_of
 
 PARTS = ("clean", "memorized", "memorized_true", "test")
 
@@ -133,7 +133,7 @@ class Evaluation:
         """Return what stands for the examples, by their numbers and targets, and for which are memorized."""
         parts = [digest(data) for data in (self.train, self.test) if data is not None]
         told = [look(self.train.indices) for look in (self.memorized, self._truth) if look is not None]
-        return fingerprint(parts, told, self.task)
+        return fingerprint(parts, told, identity(self.task))
 
     @torch.no_grad()
     def judged(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,22 +19,26 @@ from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.localization.result import STATUSES
 from memloc_ext.probes.localization.search import Searches
 from memloc_ext.probes.localization.settings import Settings
-from memloc_ext.tasks import Task
+from memloc_ext.tasks import Task, identity
 
 CHUNK = 50
 """Examples of a chunk: fixed, since the rounding of a search may depend on which others are in the batch."""
 
 
 @dataclass(frozen=True)
-class FoundUnits:
-    """What the search found for an example.
+class LocalizedExample:
+    """What was found for an example.
 
     Attributes:
+        example: Its number in the data set.
+        kind: ``memorized`` for a memorized example, or ``clean``.
         status: See `Found`.
         units: ``(site, unit)`` in the order in which they were switched off.
-        loss: Of the example with all of them off.
+        loss: Its loss with all of them off.
     """
 
+    example: int
+    kind: str
     status: str
     units: list[tuple[str, int]]
     loss: float
@@ -43,25 +46,23 @@ class FoundUnits:
 
 @dataclass(frozen=True)
 class ChunkedSearch:
-    """What was found for several lists of examples.
+    """What was found.
 
     Attributes:
-        found: Per list, in the order of its examples.
-        sites: Site to its number of units, in the order in which the network computes them.
-        channel_dims: Site to the dimension of its units.
+        found: Per example; of one chunk with their rows in the place of their numbers.
+        sites: Name, number of units and the dimension that holds them, in the order in which the network computes them.
         seconds: Time of all searches together, in whatever process and run.
     """
 
-    found: list[list[FoundUnits]]
-    sites: dict[str, int]
-    channel_dims: dict[str, int]
+    found: list[LocalizedExample]
+    sites: list[tuple[str, int, int]]
     seconds: float
 
 
 def search_in_chunks(
     model: nn.Module,
     data: Examples,
-    lists: Sequence[Tensor],
+    chosen: Mapping[str, Tensor],
     reference: Tensor,
     *,
     named: bool,
@@ -76,16 +77,16 @@ def search_in_chunks(
     Args:
         model: As for `localize`.
         data: Holds all examples, on the device of ``model``.
-        lists: Examples to search the units of, as rows of the data, ``[*]`` each; at least one example.
+        chosen: Kind to the examples to search the units of, rows of the data, ``[*]``; at least one example.
         reference: Those that stand for the population, ``[*]``; none for no population.
         named: Whether the model is told the examples' numbers, for example-tied dropout.
-        sites: See `localize`.
-        task: See `localize`.
-        max_units: See `localize`.
-        seed: See `localize`.
+        sites: See `localize`, as for ``task``, ``max_units`` and ``seed``.
+        task: Of the model.
+        max_units: Of an example.
+        seed: Of the noise.
         parts: Where the results of the chunks are kept; None keeps none.
     """
-    chunks = [(number, rows) for number, all_rows in enumerate(lists) for rows in all_rows.split(CHUNK) if len(rows)]
+    chunks = [(kind, rows) for kind, every in chosen.items() for rows in every.split(CHUNK) if len(rows)]
     population = tuple(data.batch(reference))[: 3 if named else 2] if len(reference) else None
     first = data.batch(chunks[0][1])  # the same in every process
     settings = Settings(
@@ -96,39 +97,36 @@ def search_in_chunks(
     settings.check(first.x, first.y, population)
     searches = Searches(model, settings, population, sites)
 
-    def search(rows: Tensor) -> dict[str, object]:
+    def search(chunk: tuple[str, Tensor]) -> dict[str, Any]:
+        kind, rows = chunk
         x, y, ids = data.batch(rows)
         start = time.perf_counter()
         with example_ids(ids) if named else contextlib.nullcontext():
             result = searches.run(x, y)
-        return {
-            "found": [[found.status, found.units, found.losses[-1]] for found in result],
-            "sites": [[name, units, result.channel_dims[name]] for name, units in result.sites.items()],
-            "seconds": time.perf_counter() - start,
-        }
+        found = [
+            LocalizedExample(row, kind, one.status, one.units, one.losses[-1])
+            for row, one in zip(rows.tolist(), result, strict=True)
+        ]
+        sizes = [(name, units, result.channel_dims[name]) for name, units in result.sites.items()]
+        return asdict(ChunkedSearch(found, sizes, time.perf_counter() - start))
 
-    how = (named, sites, max_units, seed, repr(task) if is_dataclass(task) else type(task).__qualname__)
-    common = fingerprint(__version__, model.state_dict(), population, how)
-    names = [f"search_{place:04d}_{fingerprint(common, data.batch(rows))}" for place, (_, rows) in enumerate(chunks)]
-    results = spread_parts(search, dict(zip(names, (rows for _, rows in chunks), strict=True)), parts, _chunk)
-    found: list[list[FoundUnits]] = [[] for _ in lists]
-    for name, (number, rows), result in zip(names, chunks, results, strict=True):
-        if len(result.found[0]) != len(rows) or result.sites != results[0].sites:
+    common = fingerprint(__version__, model.state_dict(), population, named, sites, max_units, seed, identity(task))
+    work = {
+        f"search_{place:04d}_{fingerprint(common, kind, data.batch(rows))}": (kind, rows)
+        for place, (kind, rows) in enumerate(chunks)
+    }
+    results, found, numbers = spread_parts(search, work, parts, _chunk), [], data.indices.tolist()
+    for (name, (_, rows)), result in zip(work.items(), results, strict=True):
+        if [one.example for one in result.found] != rows.tolist() or result.sites != results[0].sites:
             raise ValueError(f"{name}.json: must be of {len(rows)} examples, at the sites of the others; delete it")
-        found[number] += result.found[0]
-    return replace(results[0], found=found, seconds=sum(result.seconds for result in results))
+        found += [replace(one, example=numbers[one.example]) for one in result.found]
+    return ChunkedSearch(found, results[0].sites, sum(result.seconds for result in results))
 
 
 def _chunk(stored: Any) -> ChunkedSearch:
-    found = [
-        FoundUnits(
-            parsed(str, status), [(parsed(str, site), parsed(int, unit)) for site, unit in units], parsed(float, loss)
-        )
-        for status, units, loss in stored["found"]
-    ]
-    sizes = {parsed(str, name): parsed(int, units) for name, units, _ in stored["sites"]}
-    dims = {name: operator.index(dim) for name, _, dim in stored["sites"]}
-    for example in found:
-        if example.status not in STATUSES or any(unit >= sizes[site] for site, unit in example.units):
-            raise ValueError(f"got {example}")
-    return ChunkedSearch([found], sizes, dims, parsed(float, stored["seconds"]))
+    chunk = parsed(ChunkedSearch, stored)
+    sizes = {name: units for name, units, _ in chunk.sites}
+    for one in chunk.found:
+        if one.status not in STATUSES or any(unit >= sizes[site] for site, unit in one.units):
+            raise ValueError(f"got {one}")
+    return chunk

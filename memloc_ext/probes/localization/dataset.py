@@ -19,7 +19,7 @@ from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
 from memloc_ext.probes.evaluation import Evaluation
-from memloc_ext.probes.localization.chunks import search_in_chunks
+from memloc_ext.probes.localization.chunks import LocalizedExample, search_in_chunks
 from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
 from memloc_ext.tasks import Task, TaskName, task_of
@@ -29,25 +29,6 @@ REFERENCE = 512
 """Largest number of clean examples that stand for the population."""
 EVALUATED = 512
 """Largest number of clean training, of memorized training and of test examples that an edit is evaluated on."""
-
-
-@dataclass(frozen=True)
-class LocalizedExample:
-    """What was found for an example.
-
-    Attributes:
-        example: Its number in the data set.
-        kind: ``memorized`` for a memorized example, or ``clean``.
-        status: See `Found`.
-        units: ``(site, unit)`` in the order in which they were switched off.
-        loss: Its loss with all of them off.
-    """
-
-    example: int
-    kind: str
-    status: str
-    units: list[tuple[str, int]]
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -238,42 +219,23 @@ def localize_dataset(
             raise ValueError("localize_dataset: data must hold at least one example, got none")
         others = rows["clean"][localized:]
         reference = _drawn(others if len(others) else rows["clean"], REFERENCE, generator)
-        search = search_in_chunks(
-            model,
-            train,
-            list(chosen.values()),
-            reference,
-            named=bool(tied),
-            sites=sites,
-            task=whole.task,
-            max_units=max_units,
-            seed=seed,
-            parts=parts,
-        )
+        options: Any = {"sites": sites, "task": whole.task, "max_units": max_units, "seed": seed, "parts": parts}
+        search = search_in_chunks(model, train, chosen, reference, named=bool(tied), **options)
         found_sites = [
             LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
             if name in tied
             else LocalizedSite(name, units)
-            for name, units in search.sites.items()
+            for name, units, _ in search.sites
         ]
-        examples = {
-            kind: [
-                LocalizedExample(number, kind, result.status, result.units, result.loss)
-                for number, result in zip(numbers[members].tolist(), found, strict=True)
-            ]
-            for (kind, members), found in zip(chosen.items(), search.found, strict=True)
-        }
         evaluated = _sampled(model, whole, marked, EVALUATED, generator, settings)
-        kinds = {}
-        for kind, results in examples.items():
-            edits = [result.units for result in results if result.status != ALREADY_WRONG][:edited]
-            after, curve = None, []
-            if edits:
-                after, curve = edited_accuracy(model, evaluated, edits, search.channel_dims, parts)
+        dims, kinds = {name: dim for name, _, dim in search.sites}, {}
+        for kind in chosen:
+            results = [one for one in search.found if one.kind == kind]
+            edits = [one.units for one in results if one.status != ALREADY_WRONG][:edited]
+            after, curve = edited_accuracy(model, evaluated, edits, dims, parts) if edits else (None, [])
             fitted = int(right[rows[kind]].sum())
             kinds[kind] = _summary(results, found_sites, len(rows[kind]), fitted, after, curve)
-    every = [row for rows in examples.values() for row in rows]
-    return DatasetLocalization(every, found_sites, kinds, search.seconds / len(every))
+    return DatasetLocalization(search.found, found_sites, kinds, search.seconds / len(search.found))
 
 
 def _sampled(

@@ -107,9 +107,9 @@ def test_settings_have_the_defaults_of_localize() -> None:
     [
         lambda part: part["found"].pop(),
         lambda part: part["sites"].pop(),
-        lambda part: part["found"][0].__setitem__(0, "lost"),
-        lambda part: part["found"][0].__setitem__(1, [["nowhere", 0]]),
-        lambda part: part["found"][0].__setitem__(1, [[part["sites"][0][0], 10**6]]),
+        lambda part: part["found"][0].update(status="lost"),
+        lambda part: part["found"][0].update(units=[["nowhere", 0]]),
+        lambda part: part["found"][0].update(units=[[part["sites"][0][0], 10**6]]),
     ],
 )
 def test_a_part_that_does_not_fit_is_named(
