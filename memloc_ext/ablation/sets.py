@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from memloc_ext.ops import ablate_channels, channel_saliency
 HUGE = 1e30  # in the place of infinite scores, above those of units that must not be chosen
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
     """Some units of each example.
 
     Attributes:
@@ -40,27 +38,20 @@ class Candidates:
     @staticmethod
     def cat(parts: Sequence[Candidates], dim: int = 0) -> Candidates:
         """Join the candidates of different examples, or along dimension 1 different candidates of the same."""
-        changes = [part.changes for part in parts if part.changes is not None]
-        return Candidates(
-            torch.cat([part.units for part in parts], dim),
-            torch.cat([part.scores for part in parts], dim),
-            torch.cat([part.effects for part in parts], dim),
-            torch.cat(changes, dim) if changes else None,
-        )
+        *joined, changes = zip(*parts, strict=True)
+        return Candidates(*(torch.cat(t, dim) for t in joined), None if changes[0] is None else torch.cat(changes, dim))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Candidates:
+        return Candidates(*(None if t is None else change(t) for t in self))  # pyright: ignore[reportArgumentType]
 
     def pick(self, columns: Tensor) -> Candidates:
         """Return those of some columns, ``[examples, *]``."""
-        changes = self.changes
-        if changes is not None:
-            changes = changes.gather(1, columns[:, :, None].expand(-1, -1, changes.shape[2]))
-        units, scores, effects = (t.gather(1, columns) for t in (self.units, self.scores, self.effects))
-        return Candidates(units, scores, effects, changes)
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        return self._map(lambda t: t[rows, columns])
 
     def repeated(self, example: int, times: int) -> Candidates:
         """Return those of one example, for so many examples."""
-        units, scores, effects = (t[example].expand(times, -1) for t in (self.units, self.scores, self.effects))
-        changes = None if self.changes is None else self.changes[example].expand(times, -1, -1)
-        return Candidates(units, scores, effects, changes)
+        return self._map(lambda t: t[example].expand(times, *t.shape[1:]))
 
     def best(self, count: int) -> Candidates:
         """Return those with the largest scores, in falling order."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +17,12 @@ from memloc_ext.ablation.sets import Candidates, finite, gradients
 from memloc_ext.ablation.weights import CHANNELS, Filters, WeightChange
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """Changed units, in the order in which they were changed.
+class _Entries(NamedTuple):
+    """Changed units, in the order in which they were changed."""
 
-    Attributes:
-        owners: The example that each is changed for.
-        units: Numbered through all sites.
-        changes: What is added to their weights, ``[entries, weights]``.
-    """
-
-    owners: Tensor
-    units: Tensor
-    changes: Tensor
+    owners: Tensor  # the example that each is changed for
+    units: Tensor  # numbered through all sites
+    changes: Tensor  # what is added to their weights, [entries, weights]
 
 
 class ChangedWeights:
@@ -75,9 +67,8 @@ class ChangedWeights:
     def add(self, examples: Tensor, chosen: Candidates) -> None:
         """Add one unit to the sets of some examples."""
         assert chosen.changes is not None
-        parts = (self.examples[examples], chosen.units[:, 0], chosen.changes[:, 0])
-        old = (self.entries.owners, self.entries.units, self.entries.changes)
-        self.entries = _Entries(*(torch.cat(pair) for pair in zip(old, parts, strict=True)))
+        new = (self.examples[examples], chosen.units[:, 0], chosen.changes[:, 0])
+        self.entries = _Entries(*map(torch.cat, zip(self.entries, new, strict=True)))
 
     def bytes_per_example(self, units: int) -> int:
         """Return how much memory the changes of so many units of an example take."""
@@ -102,15 +93,7 @@ class ChangedWeights:
     def slab(
         self, site: int, candidates: Candidates, rows: Tensor, columns: Tensor, unchanged: dict[int, Tensor]
     ) -> Slab:
-        """Return some candidates of a site changed, one per row.
-
-        Args:
-            site: Index of the site.
-            candidates: Of the examples.
-            rows: Example of each row, in rising order.
-            columns: Candidate of each row.
-            unchanged: Values with what is changed already, ``[examples, *shape]``.
-        """
+        """Return some candidates of a site changed, one per row; see `Switched.slab`."""
         assert candidates.changes is not None
         filters = self.filters[site]
         units = candidates.units[rows, columns] - self.starts[site]
@@ -128,15 +111,7 @@ class ChangedWeights:
         population: Tensor | None,
         count: int,
     ) -> Candidates:
-        """Return the units whose change raises an example's loss most over the population's, to first order.
-
-        Args:
-            inputs: As of `Graph.examples`; each example ``copies`` times.
-            loss: What the model returns to a number, the sum of the examples' losses.
-            copies: Rows of each example.
-            population: See `total`.
-            count: How many, at most those that are not changed yet.
-        """
+        """Return the units whose change raises an example's loss most over the population's; see `Switched.screen`."""
         values, grads = self._gradients(inputs, loss)
         device, found, begin = self.examples.device, [], 0
         sets = self.of(torch.arange(0, len(self.examples), copies, device=device))
@@ -164,14 +139,7 @@ class ChangedWeights:
         )
 
     def _best(self, site: int, own: Tensor, others: Tensor | None, count: int) -> Candidates:
-        """Return the best units of a site.
-
-        Args:
-            site: Index of the site.
-            own: Gradient of the examples' losses, ``[examples, units, weights]``; overwritten.
-            others: That of the population's, ``[units, weights]``.
-            count: How many.
-        """
+        """Return the best units of a site; overwrites the examples' gradients, ``[examples, units, weights]``."""
         weights = self.filters[site].weights()
         ascent = own if others is None else own.sub_(others)
         changes = -weights if self.step_size is None else ascent * self.step_size
