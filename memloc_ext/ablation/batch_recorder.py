@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from memloc_ext.ablation.recorder import Readers, Recorder, storage_address
 from memloc_ext.ablation.recording import Recording, Ref, UnsupportedError
 from memloc_ext.borrowing import evaluating, generator_states, uncompiled, without_fast_path
-from memloc_ext.nn.example_ids import example_ids
 
 aten = torch.ops.aten
 
@@ -71,7 +69,6 @@ def record_batch(
     model: nn.Module,
     forward: Callable[[Sequence[Tensor]], Any],
     given: Sequence[Tensor],
-    ids: Tensor | None,
     tensors: Sequence[Tensor],
 ) -> Recording:
     """Record the pass of a batch in evaluation mode; the model stays as it was.
@@ -79,12 +76,11 @@ def record_batch(
     Args:
         model: Not compiled.
         forward: Calls the model on tensors like ``given``, and returns one tensor of what it returns.
-        given: The batch, each ``[batch, *]``.
-        ids: Those of its examples if they are named.
+        given: The batch, each ``[batch, *]``, and the ids of its examples if they are named.
         tensors: Parameters and buffers of the model.
 
     Returns:
-        Calls on the whole batch; the inputs are ``given``, then ``ids`` if there are any, then ``tensors``.
+        Calls on the whole batch; the inputs are ``given``, then ``tensors``.
 
     Raises:
         UnsupportedError: If the model reads a value of an activation or parameter into Python, draws random numbers, or
@@ -92,13 +88,9 @@ def record_batch(
     """
     device = given[0].device
     given = [t.detach().clone() for t in given]
-    named = [] if ids is None else [ids.detach().clone()]
-    with evaluating(model), uncompiled(), contextlib.ExitStack() as stack:
+    with evaluating(model), uncompiled(), without_fast_path():
         recorder = _BatchRecorder()
-        for t in named:
-            stack.enter_context(example_ids(t))
-        stack.enter_context(without_fast_path())
-        recorder.recording.inputs = [recorder.put(t) for t in (*given, *named, *tensors)]
+        recorder.recording.inputs = [recorder.put(t) for t in (*given, *tensors)]
         drawn = generator_states(device)
         with _DataReaders(recorder), recorder:
             output = forward(given)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memloc_ext.ablation.deltas import Slab, run_slab
 from memloc_ext.ablation.layers import Layer, find_layer, run_layer, run_layer_on_channel
-from memloc_ext.ablation.recording import Call, Recording, Step, steps_to
+from memloc_ext.ablation.recording import Call, Recording, Step, run_steps, steps_to
 from memloc_ext.ablation.rows import run_rows
 
 State = Slab | Tensor
@@ -46,20 +46,19 @@ class Graph:
             Value to ``[examples, *shape]``; for one of ``keep`` that is edited also ``~value`` to what it was before.
         """
         keep, edits = {*keep, *self.recording.outputs}, edits or {}
-        values: dict[int, Tensor] = {}
         rows = torch.arange(len(inputs[0]), device=inputs[0].device)
-        for index, t in zip(self.recording.inputs, inputs, strict=True):
-            values[index] = t[:, None]
-        last = {value: readers[-1] for value, readers in enumerate(self.readers) if readers}
-        for i, call in enumerate(self.recording.calls):
+        values = {index: t[:, None] for index, t in zip(self.recording.inputs, inputs, strict=True)}
+
+        def results(call: Call) -> dict[int, Tensor]:
+            found = {}
             for index, t in zip(call.outputs, run_rows(call, values.__getitem__), strict=True):
-                if index >= 0 and t is not None and (self.readers[index] or index in keep or index in edits):
+                if index >= 0 and t is not None:
                     if index in edits and index in keep:
-                        values[~index] = t
-                    values[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
-            for ref in call.refs:
-                if last[ref] == i and ref not in keep:
-                    values.pop(ref, None)
+                        found[~index] = t
+                    found[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
+            return found
+
+        run_steps(steps_to({*keep, *edits}, self.recording.calls), values, results)
         return {value: t for value, t in values.items() if value in keep or ~value in keep}
 
     def suffix(self, site: Sequence[int], whole: Sequence[int]) -> Suffix:

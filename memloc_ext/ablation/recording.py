@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -101,6 +101,16 @@ def steps_to(values: Iterable[int], runs: Sequence[Any], keep: Iterable[int] = (
             last |= dead
             found.append(Step(run, tuple(dead)))
     return found[::-1]
+
+
+def run_steps(
+    steps: Sequence[Step], values: MutableMapping[int, Any], results: Callable[[Any], Mapping[int, Any]]
+) -> None:
+    """Put the results of each step, which the function returns by value, beside the others; drop what is dead."""
+    for step in steps:
+        values.update(results(step.run))
+        for value in step.dead:
+            values.pop(value, None)
 
 
 @dataclass

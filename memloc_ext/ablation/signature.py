@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from memloc_ext.batches import call
-from memloc_ext.nn.example_ids import current_example_ids, example_ids
+from memloc_ext.batches import call, with_each_tensor
+from memloc_ext.nn.example_ids import checked_example_ids, current_example_ids
 from memloc_ext.tasks import IGNORED, Classification, Task, Tokens, example_losses, logits_of, right_examples
+
+_HOLE = torch.empty(0)
 
 
 class Signature:
@@ -30,23 +32,22 @@ class Signature:
     """
 
     def __init__(self, x: Any, named: bool) -> None:
-        leaves, self._spec = _flat(x)
-        self._rest, self.named = [None if isinstance(t, Tensor) else t for t in leaves], named
-        self._places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
-        self.key = (str(self._spec), repr(self._rest), named)
+        x = tuple(x) if isinstance(x, list) else x
+        self._form, self.named = with_each_tensor(x, lambda _: _HOLE), named
+        self.key = (repr(self._form), named)
 
     def call(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Return what a model returns for the tensors of a batch, as of `given`."""
-        leaves = list(self._rest)
-        for place, t in zip(self._places, tensors, strict=False):
-            leaves[place] = t
-        with example_ids(tensors[-1]) if self.named else nullcontext():
-            return call(model, tree_unflatten(leaves, self._spec))
+        parts = iter(tensors)
+        with checked_example_ids(tensors[-1]) if self.named else nullcontext():
+            return call(model, with_each_tensor(self._form, lambda _: next(parts)))
 
 
 def tensors_of(x: Any) -> list[Tensor]:
     """Return the tensors in the inputs of a model, each ``[batch, *]``."""
-    return [t for t in _flat(x)[0] if isinstance(t, Tensor)]
+    found: list[Tensor] = []
+    with_each_tensor(x, lambda t: found.append(t) or t)
+    return found
 
 
 def given(x: Any) -> tuple[list[Tensor], Signature]:
@@ -59,14 +60,10 @@ def given(x: Any) -> tuple[list[Tensor], Signature]:
     return [*tensors, ids], Signature(x, True)
 
 
-def _flat(x: Any) -> tuple[list[Any], Any]:
-    return tree_flatten(dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, list) else x)
-
-
 def opened(task: Task, output: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Return the tensors of what a model returns, and what puts others in their place, as a task is given it."""
     if isinstance(task, Classification | Tokens):
-        return [logits_of(output)], _only
+        return [logits_of(output)], lambda tensors: tensors[0]
     plain = isinstance(output, Tensor | tuple | list | Mapping) or not hasattr(output, "__dict__")
     leaves, spec = tree_flatten(output if plain else vars(output))
     places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
@@ -83,10 +80,6 @@ def opened(task: Task, output: Any) -> tuple[list[Tensor], Callable[[Sequence[Te
         return other
 
     return [leaves[place] for place in places], build
-
-
-def _only(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0]
 
 
 class Judged(NamedTuple):

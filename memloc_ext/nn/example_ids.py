@@ -42,6 +42,13 @@ def example_ids(ids: Tensor) -> Iterator[None]:
     if ids.dim() not in (1, 2):
         raise ValueError(f"example_ids: ids must have shape [batch] or [batch, tokens], got {list(ids.shape)}")
     check_example_ids(ids)
+    with checked_example_ids(ids):
+        yield
+
+
+@contextlib.contextmanager
+def checked_example_ids(ids: Tensor) -> Iterator[None]:
+    """Do what `example_ids` does, without a look at the values of the ids."""
     outer = _current.ids
     _current.ids = ids
     try:

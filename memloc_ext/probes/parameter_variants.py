@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from torch import Tensor, nn
 from memloc_ext import batches
 from memloc_ext.ablation.batch_recorder import record_batch
 from memloc_ext.ablation.recorder import as_list
-from memloc_ext.ablation.recording import Recording, Ref, Step, UnsupportedError, steps_to
+from memloc_ext.ablation.recording import Call, Recording, Ref, Step, UnsupportedError, run_steps, steps_to
+from memloc_ext.ablation.signature import given
 from memloc_ext.borrowing import evaluating, without_fast_path
-from memloc_ext.nn.example_ids import current_example_ids
-
-_NOTHING = torch.empty(0)
 
 
 class ParameterVariants:
@@ -69,18 +68,16 @@ class ParameterVariants:
             return [self._whole(x, variant) for variant in variants]
 
     def _replay(self, x: Any, tensors: dict[str, Tensor], variants: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        given, ids = list[Tensor](), current_example_ids()
-        rest = batches.with_each_tensor(x, lambda t: given.append(t) or _NOTHING)
-        key = (repr(rest), *((t.shape, t.dtype, t.stride()) for t in (*given, *([] if ids is None else [ids]))))
+        inputs, signature = given(x)
+        key = (signature.key, *((t.shape, t.dtype, t.stride()) for t in inputs))
         if key not in self._programs:
 
             def forward(parts: Sequence[Tensor]) -> Any:
-                new = iter(parts)
-                return self._read(batches.call(self._model, batches.with_each_tensor(x, lambda _: next(new))))
+                return self._read(signature.call(self._model, parts))
 
-            recording = record_batch(self._model, forward, given, ids, list(tensors.values()))
+            recording = record_batch(self._model, forward, inputs, list(tensors.values()))
             self._programs[key] = _Program(recording, list(tensors))
-        return self._programs[key].run([*given, *([] if ids is None else [ids])], tensors, variants)
+        return self._programs[key].run(inputs, tensors, variants)
 
     def _whole(self, x: Any, variant: Mapping[str, Tensor]) -> Any:
         with evaluating(self._model), without_fast_path(), replaced_tensors(self._model, variant):
@@ -131,12 +128,12 @@ class _Program:
             self._plans[names] = self._plan({self._value[name] for name in names})
         once, often = self._plans[names]
         shared = dict(zip(self._inputs, [*given, *(t.detach() for t in tensors.values())], strict=True))
-        _run(once, shared, shared)
+        _run(once, shared)
         outputs = []
         for variant in variants:
-            values = {self._value[name]: t for name, t in variant.items()}
-            _run(often, values, shared)
-            outputs.append(values.get(self._output, shared.get(self._output)))
+            values = ChainMap({self._value[name]: t for name, t in variant.items()}, shared)
+            _run(often, values)
+            outputs.append(values[self._output])
         return outputs
 
     def _plan(self, changed: set[int]) -> tuple[list[Step], list[Step]]:
@@ -151,17 +148,13 @@ class _Program:
         return steps_to(needed, self._calls, self._inputs), variant
 
 
-def _run(steps: Sequence[Step], values: dict[int, Tensor], shared: Mapping[int, Tensor]) -> None:
-    """Run calls on ``values``, or on what is ``shared`` where these have none, and add their results to them."""
-    for step in steps:
-        read = [
-            (values[leaf.index] if leaf.index in values else shared[leaf.index]) if isinstance(leaf, Ref) else leaf
-            for leaf in step.run.leaves
-        ]
-        results = as_list(step.run.run(read))
-        values.update({value: t for value, t in zip(step.run.outputs, results, strict=True) if value >= 0})
-        for value in step.dead:
-            values.pop(value, None)
+def _run(steps: Sequence[Step], values: MutableMapping[int, Tensor]) -> None:
+    def results(call: Call) -> dict[int, Tensor]:
+        read = [values[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in call.leaves]
+        found = zip(call.outputs, as_list(call.run(read)), strict=True)
+        return {value: t for value, t in found if value >= 0}
+
+    run_steps(steps, values, results)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
