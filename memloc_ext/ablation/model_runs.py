@@ -30,38 +30,26 @@ def one_by_one(
     reason: UnsupportedError,
     progress: Callable[[int], object],
 ) -> tuple[Judged, dict[str, Judged], dict[str, int]]:
-    """Return what the unchanged model's outputs are worth, ``[batch]``, and those with each unit switched off.
+    """Return what the model's outputs are worth, as it is and with each unit of its sites off, and where units are.
 
-    Args:
-        model: To run.
-        x: See `ablation_losses`.
-        y: Labels.
-        question: What `ablation_losses` was asked.
-        reference: Examples for ``mean``.
-        reason: Why the model cannot be recorded.
-        progress: Called with 1 for each unit.
-
-    Returns:
-        Of the batch; site to ``[units, batch]``; and site to the dimension of its units.
-
-    Raises:
-        ValueError: If a site is none, or ``how`` is ``filter``, which needs a recording.
+    The arguments are those of `ablation_losses`, and why the model cannot be recorded; ``progress`` is called with 1
+    for each unit. ValueError if a site is none, or ``how`` is ``filter``, which needs a recording.
     """
     check_how(question.how, reason)
     task, (tensors, signature) = question.task, given(x)
-    with torch.no_grad():
-        found = find_sites(model, record(model, tensors, signature, task, strict=False), question.sites)
-        with evaluating(model):
-            base = check_output(task, signature.call(model, tensors), y)
-            baselines = _means(model, found, given(reference)) if question.how == "mean" else {}
-            dims, variants = {site.name: site.dim for site in found}, {}
-            for site in found:
-                rows = []
-                for unit in range(site.units):
-                    with apply_ablation(model, [(site.name, unit)], baselines=baselines, channel_dims=dims):
-                        rows.append(judge(task, signature.call(model, tensors), y))
-                    progress(1)
-                variants[site.name] = Judged.joined(rows, join=torch.stack)
+    graph = _ModelGraph(model, tensors, signature, task)
+    found = find_sites(model, graph.recording, question.sites)
+    dims, variants = {site.name: site.dim for site in found}, {}
+    with torch.no_grad(), evaluating(model):
+        base = check_output(task, signature.call(model, tensors), y)
+        baselines = graph.means(found, given(reference)[0]) if question.how == "mean" else {}
+        for site in found:
+            rows = []
+            for unit in range(site.units):
+                with apply_ablation(model, [(site.name, unit)], baselines=baselines, channel_dims=dims):
+                    rows.append(judge(task, signature.call(model, tensors), y))
+                progress(1)
+            variants[site.name] = Judged.joined(rows, join=torch.stack)
     return base, variants, dims
 
 
@@ -72,28 +60,6 @@ def check_how(how: str, reason: UnsupportedError) -> None:
             f"how='filter' and changes of weights need a model that can be recorded, but {reason}; "
             "use how='zero' or how='mean'"
         ) from reason
-
-
-def _means(model: nn.Module, sites: Sequence[Site], reference: tuple[list[Tensor], Signature]) -> dict[str, Tensor]:
-    """Return the mean of each unit over examples, positions and calls."""
-    hooks = [_Mean(site) for site in sites]
-    handles = hooked(model, hooks)
-    try:
-        reference[1].call(model, reference[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {hook.site: torch.stack(hook.means).mean(0) for hook in hooks}
-
-
-class _Mean(SiteHook):
-    def __init__(self, site: Site) -> None:
-        super().__init__(site.name)
-        self.dim, self.means = site.dim, list[Tensor]()
-
-    def change(self, t: Tensor) -> Tensor:
-        self.means.append(t.movedim(self.dim, 0).flatten(1).mean(1))
-        return t
 
 
 class ModelNetwork(Network):
@@ -131,17 +97,18 @@ class _ModelGraph(Graph):
     ) -> dict[int, Tensor]:
         return self.rows(inputs, torch.arange(len(inputs[0]), device=inputs[0].device), keep, lambda _: edits or {})
 
+    def means(self, sites: Sequence[Site], inputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return the mean of each unit over examples, which meet in the model, positions and calls."""
+        keep = {value for site in sites for value in site.values}
+        with uncompiled(), without_fast_path():
+            values = self._run(inputs, torch.zeros(1, dtype=torch.int64, device=inputs[0].device), keep, {})
+        calls = {site: [values[v].movedim(site.dim + 1, 0).flatten(1).mean(1) for v in site.values] for site in sites}
+        return {site.name: torch.stack(means).mean(0) for site, means in calls.items()}
+
     def rows(
         self, inputs: Sequence[Tensor], rows: Tensor, keep: Iterable[int], edits: Callable[[int], dict[int, Edit]]
     ) -> dict[int, Tensor]:
-        """Run the model; see `Graph.examples`.
-
-        Args:
-            inputs: Of each row.
-            rows: The example that each is of, for the edits.
-            keep: Values to return, besides the output and the inputs.
-            edits: Row to its edits.
-        """
+        """Run the model on rows of these examples, with edits by row; see `Graph.examples`."""
         without_cudnn = torch.backends.cudnn.flags(enabled=False)  # it gives no gradients of recurrent layers here
         with evaluating(self.model), uncompiled(), without_fast_path(), without_cudnn:
             keep = {*keep}
