@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.ablation.weights import find_filters
 from memloc_ext.probes.localization.effects import Population, Sets, noisy_copies, reference_inputs, seeds_of, verify
 from memloc_ext.probes.localization.ranking import rank
-from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, Found, Localization, Pending, recall
+from memloc_ext.probes.localization.result import ALREADY_WRONG, CAPPED, EXHAUSTED, FLIPPED, Found, Localization, recall
 from memloc_ext.probes.localization.settings import Settings
 from memloc_ext.tasks import Classification, Tokens, logits_of, wide
 
@@ -89,8 +90,8 @@ class NetworkSearch:
         if self.population is None and self.reference is not None and settings.population is not None:
             self.population = Population(network, self.reference, self._none(1))
         start = [] if self.population is None else [self.population.loss]
-        searches = [
-            Pending([loss], [] if label is None else [label], list(start), status="" if right else ALREADY_WRONG)
+        searches = [  # without a status as long as they go on
+            Found([], "" if right else ALREADY_WRONG, [loss], list(start), [] if label is None else [label])
             for loss, right, label in zip(*_listed(judged), strict=True)
         ]
         seeds = seeds_of(inputs[: len(inputs) - network.signature.named], settings.seed)
@@ -101,52 +102,45 @@ class NetworkSearch:
         switched = self._none(len(y))
         self.progress(sum(bool(search.status) for search in searches))
         while active := [i for i, search in enumerate(searches) if not search.status]:
-            index = torch.tensor(active, device=y.device)
-            self._step([searches[i] for i in active], index, inputs, y, copies, switched, order)
+            self._step(searches, active, inputs, y, copies, switched, order)
             self.progress(sum(bool(searches[i].status) for i in active))
-        return [search.done(switched.changed(i)) for i, search in enumerate(searches)]
+        return [replace(search, changes=switched.changed(i)) for i, search in enumerate(searches)]
 
     def _step(
         self,
-        searches: list[Pending],
-        index: Tensor,
+        searches: list[Found],
+        active: list[int],
         inputs: list[Tensor],
         labels: Tensor,
         copies: list[Tensor],
         switched: Sets,
         order: Tensor | None,
     ) -> None:
-        """Switch one more unit off for each of some examples of a block.
+        """Switch one more unit off for the active examples of a block.
 
-        Args:
-            searches: Of these examples.
-            index: Of them in the block.
-            inputs: Of the block.
-            labels: Of the block.
-            copies: Noisy ones of the inputs, ``[block * eot, *]``.
-            switched: Units of the block's examples; the chosen ones are added.
-            order: Scores of a ranking that is followed, ``[block, units]``.
+        The noisy copies are ``[block * eot, *]``, the scores of a ranking that is followed ``[block, units]``.
         """
-        settings, own = self.settings, switched.of(index)
+        index = torch.tensor(active, device=labels.device)
+        settings, own, done = self.settings, switched.of(index), [searches[i] for i in active]
         some, y = [t[index] for t in inputs], labels[index]
         units = own.starts[-1]
-        count = settings.count(units - len(searches[0].units))  # the searches of a block have come equally far
+        count = settings.count(units - len(done[0].units))  # the searches of a block have come equally far
         if count == 0:
-            for search in searches:
-                search.status = EXHAUSTED
+            for i in active:
+                searches[i] = replace(searches[i], status=EXHAUSTED)
             return
         if order is None:
             ours = [t.unflatten(0, (-1, settings.eot))[index] for t in copies]
-            candidates = self._screen(ours, some, y, own, count, settings.is_refreshed(len(searches[0].units)))
+            candidates = self._screen(ours, some, y, own, count, settings.is_refreshed(len(done[0].units)))
         else:
             assert isinstance(own, Switched)
             candidates = own.best(order[index], None, count)
         judged = verify(self.network, candidates, own, some, y)
         losses = judged.loss
-        before = torch.tensor([search.losses[-1] for search in searches], device=y.device, dtype=losses.dtype)
+        before = torch.tensor([search.losses[-1] for search in done], device=y.device, dtype=losses.dtype)
         effects = candidates.effects
         if settings.population == "exact" and self.population is not None:
-            so_far = torch.tensor([search.population[-1] for search in searches], device=y.device, dtype=losses.dtype)
+            so_far = before.new_tensor([search.population_losses[-1] for search in done])
             effects = self.population.exact(candidates, own) - so_far[:, None]
         gain = finite(losses - before[:, None] - effects)
         flips = ~judged.right & losses.isfinite()  # logits that are no numbers predict nothing
@@ -157,13 +151,13 @@ class NetworkSearch:
             self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
         changes = effects.gather(1, best)[:, 0].tolist()
         taken = _listed(judged.map(lambda t: t.gather(1, best)[:, 0]))
-        for search, unit, change, *worth in zip(searches, chosen.units[:, 0].tolist(), changes, *taken, strict=True):
+        off = len(done[0].units) + 1
+        ends = EXHAUSTED if off == units else CAPPED if off >= settings.max_units else ""
+        picked = chosen.units[:, 0].tolist()
+        for i, unit, change, loss, right, predicted in zip(active, picked, changes, *taken, strict=True):
             site = bisect.bisect_right(own.starts, unit) - 1
-            search.take((self.network.sites[site].name, unit - own.starts[site]), change, *worth)
-            if not search.status and len(search.units) == units:
-                search.status = EXHAUSTED
-            elif not search.status and len(search.units) >= settings.max_units:
-                search.status = CAPPED
+            _take(searches[i], (self.network.sites[site].name, unit - own.starts[site]), change, loss, predicted)
+            searches[i] = replace(searches[i], status=ends if right else FLIPPED)
 
     def _screen(
         self,
@@ -174,15 +168,9 @@ class NetworkSearch:
         count: int,
         refreshed: bool,
     ) -> Candidates:
-        """Return the best units of each example, to first order.
+        """Return the best units of each example, to first order, of noisy copies ``[examples, eot, *]``.
 
-        Args:
-            copies: Noisy ones of the inputs, ``[examples, eot, *]``.
-            inputs: Of the examples.
-            y: Their labels.
-            switched: Their units.
-            count: Of units.
-            refreshed: Whether the effect on the population is measured anew.
+        ``refreshed``: whether the effect on the population is measured anew.
         """
         eot, task, found = self.settings.eot, self.settings.task, []
         step = 1 if refreshed else max(1, self.network.gradients_at_once // eot)
@@ -205,6 +193,16 @@ class NetworkSearch:
             given = [t[part].flatten(0, 1) for t in copies]
             found.append(switched.of(rows).screen(given, loss, eot, effect, count))
         return Candidates.cat(found)
+
+
+def _take(search: Found, unit: tuple[str, int], change: float, loss: float, predicted: int | None) -> None:
+    """Add a unit, what the population's loss changes by and the example is worth with it."""
+    search.units.append(unit)
+    search.losses.append(loss)
+    if predicted is not None:
+        search.predicted.append(predicted)
+    if search.population_losses:
+        search.population_losses.append(search.population_losses[-1] + change)
 
 
 def _listed(judged: Judged) -> tuple[Sequence[float], Sequence[bool], Sequence[int | None]]:
