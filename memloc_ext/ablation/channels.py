@@ -97,7 +97,7 @@ def _dim(name: str, args: Any, known: Sequence[tuple[torch.Size, int]], shape: t
         return None
     old, dim = next((k for k in known if len(k[0]) == rank and k[0][k[1]] == shape[k[1]]), known[0])
     if name in ("permute", "transpose", "t"):
-        return _order(name, args, rank).index(dim)
+        return permutation(name, args, rank).index(dim)
     if name in _RESHAPES:
         return _reshaped(old, dim, shape)
     if "pool" in name and dim != 1:
@@ -116,7 +116,7 @@ def _dim(name: str, args: Any, known: Sequence[tuple[torch.Size, int]], shape: t
     return None if dim in gone or len(old) - len(gone) != rank else dim - sum(d < dim for d in gone)
 
 
-def _order(name: str, args: Any, rank: int) -> list[int]:
+def permutation(name: str, args: Any, rank: int) -> list[int]:
     """Return which dimension each dimension of the result was."""
     if name == "permute":
         return [d % rank for d in args[1]]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memloc_ext.ablation.channels import permutation
 from memloc_ext.ablation.recording import Call, Ref
 from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch
 
@@ -101,7 +102,6 @@ def run_slab(
     if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
         return None
     name = call.name
-    arguments: list[Any] = list(call.args)
     function: Any = call.function
     if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
         shape = shapes[call.outputs[0]]
@@ -151,13 +151,7 @@ def run_slab(
     if name in _RESHAPES and getattr(function, "_overloadname", "") != "dtype":
         return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
     if name in ("transpose", "permute", "t"):
-        rank = len(shapes[ref.index])
-        order, arguments = list(range(rank)), list[Any](call.args)
-        if name == "permute":
-            order = [d % rank for d in arguments[1]]
-        else:
-            a, b = (d % rank for d in (arguments[1:] if name == "transpose" else (0, rank - 1)))
-            order[a], order[b] = order[b], order[a]
+        order = permutation(name, call.args, len(shapes[ref.index]))
         values = first.values.permute(0, *(d + 1 for d in order))
         return [Slab(values, first.start, order.index(first.dim))]
     if name == "cat":

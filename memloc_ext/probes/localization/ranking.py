@@ -38,25 +38,16 @@ def rank(
             control.
         seeds: Of each example.
     """
-    parts, step = [], network.gradients_at_once
-    for begin in range(0, len(y), step):
-        part = slice(begin, begin + step)
-        parts.append(_rank(network, baselines, [t[part] for t in inputs], y[part], method, seeds[part]))
-    return torch.cat(parts)
-
-
-def _rank(
-    network: Network,
-    baselines: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    y: Tensor,
-    method: str,
-    seeds: Sequence[int],
-) -> Tensor:
     if method == "random":
-        units = sum(len(b) for b in baselines)
+        units = sum(map(len, baselines))
         draws = [torch.rand(units, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(draws).to(y.device)
+    step = network.gradients_at_once
+    parts = [slice(begin, begin + step) for begin in range(0, len(y), step)]
+    return torch.cat([_rank(network, baselines, [t[part] for t in inputs], y[part], method) for part in parts])
+
+
+def _rank(network: Network, baselines: Sequence[Tensor], inputs: Sequence[Tensor], y: Tensor, method: str) -> Tensor:
     empty = Switched.none(network, baselines, len(y))
 
     def logit(output: Any) -> Tensor:
@@ -73,9 +64,5 @@ def _rank(
         return -torch.cat([torch.stack(part).mean(0) for part in parts], 1)
     with torch.no_grad():
         values = network.graph.examples(inputs, {v for place in network.places for v in place.values})
-    sizes = [[_size(values[v], place.dim) for v in place.values] for place in network.places]
-    return torch.cat([torch.stack(calls).sum(0) for calls in sizes], 1)
-
-
-def _size(t: Tensor, dim: int) -> Tensor:
-    return t.abs().movedim(dim + 1, 1).flatten(2).mean(2)
+    places = ([values[v].abs().movedim(place.dim + 1, 1) for v in place.values] for place in network.places)
+    return torch.cat([torch.stack([t.flatten(2).mean(2) for t in calls]).sum(0) for calls in places], 1)

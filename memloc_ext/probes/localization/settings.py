@@ -12,15 +12,12 @@ from memloc_ext.ablation.signature import check_examples, tensors_of
 from memloc_ext.probes.localization.ranking import METHODS
 from memloc_ext.tasks import Classification, Task
 
-UNITS, ACTIONS = ("channel", "weight"), ("zero", "step")
-OBJECTIVES = ("exact", "first_order", "authors")
-POPULATIONS = ("first_order", "exact", None)
 _CHOICES = {
     "how": HOWS,
-    "unit": UNITS,
-    "action": ACTIONS,
-    "objective": OBJECTIVES,
-    "population": POPULATIONS,
+    "unit": ("channel", "weight"),
+    "action": ("zero", "step"),
+    "objective": ("exact", "first_order", "authors"),
+    "population": ("first_order", "exact", None),
     "method": METHODS,
 }
 
