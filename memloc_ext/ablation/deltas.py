@@ -12,9 +12,8 @@ from torch import Tensor
 
 from memloc_ext.ablation.channels import permutation
 from memloc_ext.ablation.recording import Call, Ref
-from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch
+from memloc_ext.ablation.rows import BATCH_NORMS, POOLS, normalises_by_batch
 
-_POOLS = frozenset(("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"))
 _REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
 _RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"))
 _SAME = frozenset(("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh"))
@@ -136,7 +135,7 @@ def run_slab(
             t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
         )
         return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
-    if name in _POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
+    if name in POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
         pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
         pooled = pooled if isinstance(pooled, tuple) else (pooled,)
         return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]

@@ -120,7 +120,15 @@ class _ModelGraph(Graph):
     def _run(self, inputs: list[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
         values = {v: t[None] for v, t in zip(self.recording.inputs, inputs, strict=True)}
         wanted = {self._sites[value] for value in {*keep, *edits} if value in self._sites}
-        hooks = [_Seen(name, self._own(name), row, values, keep, edits) for name in wanted]
+
+        def see(value: int | None, t: Tensor) -> Tensor:
+            if value in edits:
+                t = edits[value](t[None], row, values.__getitem__)[0]
+            if value in keep:
+                values[value] = t[None]
+            return t
+
+        hooks = [_Seen(name, self._own(name), see) for name in wanted]
         with contextlib.ExitStack() as stack:
             for handle in hooked(self.model, hooks):
                 stack.callback(handle.remove)
@@ -159,24 +167,11 @@ def _then(edit: Edit | None, slab: Slab) -> Edit:
 
 
 class _Seen(SiteHook):
-    """Sees and edits the values of one site, in the order of its calls."""
+    """Hands over the values of one site, in the order of its calls, and returns what it gets."""
 
-    def __init__(
-        self,
-        site: str,
-        own: Sequence[int | None],
-        row: Tensor,
-        values: dict[int, Tensor],
-        keep: set[int],
-        edits: dict[int, Edit],
-    ) -> None:
+    def __init__(self, site: str, own: Sequence[int | None], see: Callable[[int | None, Tensor], Tensor]) -> None:
         super().__init__(site)
-        self.own, self.row, self.values, self.keep, self.edits = own, row, values, keep, edits
+        self.own, self.see = own, see
 
     def change(self, t: Tensor) -> Tensor:
-        value = self.own[min(self.runs, len(self.own)) - 1]
-        if value in self.edits:
-            t = self.edits[value](t[None], self.row, self.values.__getitem__)[0]
-        if value in self.keep:
-            self.values[value] = t[None]
-        return t
+        return self.see(self.own[min(self.runs, len(self.own)) - 1], t)

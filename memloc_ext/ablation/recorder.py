@@ -207,18 +207,9 @@ class Recorder(TorchDispatchMode):
         return t.detach() if index is None else Ref(index)
 
 
-_SHAPED_LIKE = frozenset(
-    (
-        *(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")),
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-    )
-)  # of their argument only the shape and type count
-_ASKING = frozenset(
-    ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2")
-)
+# of their argument only the shape and type count
+_SHAPED_LIKE = {name for kind in ("zeros", "ones", "full", "empty") for name in (f"new_{kind}", f"{kind}_like")}
+_ASKING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
 
 
 class Readers(TorchFunctionMode):

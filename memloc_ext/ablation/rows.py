@@ -12,25 +12,11 @@ from memloc_ext.ablation.recording import Call, Ref, UnsupportedError
 
 aten = torch.ops.aten
 
+POOLS = {"avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"}
 # their first dimension is the batch, whatever its size: rows become more of it
-_BATCHED = frozenset(
-    (
-        "convolution",
-        "avg_pool2d",
-        "max_pool2d_with_indices",
-        "_adaptive_avg_pool2d",
-        "upsample_nearest2d",
-        "upsample_bilinear2d",
-    )
-)
-BATCH_NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"))
-_ATTENTION = frozenset(
-    (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-    )
-)
+_BATCHED = POOLS | {"convolution", "upsample_nearest2d", "upsample_bilinear2d"}
+BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
+_ATTENTION = {f"_scaled_dot_product_{k}" for k in ("flash_attention_for_cpu", "flash_attention", "efficient_attention")}
 
 
 def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:

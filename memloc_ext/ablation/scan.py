@@ -19,7 +19,7 @@ from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.tasks import Task, TaskName, task_of
 
 
-class AblationLosses(Mapping[str, Judged]):
+class AblationLosses(dict[str, Judged]):
     """Site name to what its units do, in the order in which the network computes the sites.
 
     ``losses[site].loss``, ``.right`` and ``.predicted`` are ``[units, batch]``, see `Judged`: of each example with that
@@ -33,20 +33,9 @@ class AblationLosses(Mapping[str, Judged]):
     """
 
     def __init__(self, base: Judged, sites: Mapping[str, Judged], channel_dims: Mapping[str, int]) -> None:
+        super().__init__(sites)
         self.base_loss, self.base_right, self.base_predicted = base
-        self._sites, self.channel_dims = dict(sites), dict(channel_dims)
-
-    def __getitem__(self, site: str) -> Judged:
-        """Return the losses of a site."""
-        return self._sites[site]
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the names of the sites."""
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        """Return the number of sites."""
-        return len(self._sites)
+        self.channel_dims = dict(channel_dims)
 
 
 def ablation_losses(

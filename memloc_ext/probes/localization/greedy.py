@@ -69,7 +69,8 @@ class NetworkSearch:
         modules = {name: name for name in names}
         if network.how == "filter":
             modules = {site.name: producer(network.graph.recording, site).module for site in network.sites}
-        return Localization(found, sites, dims, baselines, modules, recall(self.ranks))
+        about = {"sites": sites, "channel_dims": dims, "baselines": baselines, "modules": modules}
+        return Localization(found, **about, recall=recall(self.ranks))
 
     def _none(self, examples: int) -> Sets:
         """Return the sets of so many examples of which nothing is switched off or changed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from memloc_ext.ablation.edits import AppliedAblation, apply_ablation
 from memloc_ext.ablation.weights import AppliedChanges, WeightChange
@@ -41,7 +42,7 @@ class Found:
     changes: list[WeightChange] = field(default_factory=list)
 
 
-class Localization(Sequence[Found]):
+class Localization(tuple[Found, ...]):
     """The results of `localize`, one `Found` per example, in their order.
 
     Attributes:
@@ -54,18 +55,17 @@ class Localization(Sequence[Found]):
             first-order screen's best; ``{1: ..., 8: ..., 32: ..., 128: ...}``. Else empty.
     """
 
-    def __init__(
-        self,
-        found: Sequence[Found],
-        sites: dict[str, int],
-        channel_dims: dict[str, int],
-        baselines: dict[str, Tensor],
-        modules: dict[str, str],
-        recall: dict[int, float],
-    ) -> None:
-        self._found = list(found)
-        self.sites, self.channel_dims, self.baselines = sites, channel_dims, baselines
-        self.modules, self.recall = modules, recall
+    sites: dict[str, int]
+    channel_dims: dict[str, int]
+    baselines: dict[str, Tensor]
+    modules: dict[str, str]
+    recall: dict[int, float]
+
+    def __new__(cls, found: Iterable[Found], **about: Any) -> Self:
+        """Hold what was found; the attributes follow by name."""
+        result = super().__new__(cls, found)
+        vars(result).update(about)
+        return result
 
     def edited(self, model: nn.Module, example: int) -> AppliedAblation | AppliedChanges:
         """Do to a model what was found for an example, for as long as a ``with`` lasts or in a copy for good.
@@ -87,20 +87,6 @@ class Localization(Sequence[Found]):
         baselines = {self.modules[site]: baseline for site, baseline in self.baselines.items()}
         same = {site: dim for site, dim in self.channel_dims.items() if self.modules[site] == site}
         return apply_ablation(model, units, baselines=baselines, channel_dims=same)
-
-    @overload
-    def __getitem__(self, index: int) -> Found: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Found]: ...
-
-    def __getitem__(self, index: int | slice) -> Found | Sequence[Found]:
-        """Return what was found for an example, or for several."""
-        return self._found[index]
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self._found)
 
 
 def recall(ranks: Sequence[int]) -> dict[int, float]:

@@ -12,14 +12,14 @@ from memloc_ext.ablation.signature import check_examples, tensors_of
 from memloc_ext.probes.localization.ranking import METHODS
 from memloc_ext.tasks import Classification, Task
 
-_CHOICES = {
-    "how": HOWS,
-    "unit": ("channel", "weight"),
-    "action": ("zero", "step"),
-    "objective": ("exact", "first_order", "authors"),
-    "population": ("first_order", "exact", None),
-    "method": METHODS,
-}
+_CHOICES = (
+    ("how", HOWS),
+    ("unit", ("channel", "weight")),
+    ("action", ("zero", "step")),
+    ("objective", ("exact", "first_order", "authors")),
+    ("population", ("first_order", "exact", None)),
+    ("method", METHODS),
+)
 
 
 @dataclass
@@ -70,21 +70,16 @@ class Settings:
         for name in ("max_units", "eot", "refresh", "seed"):
             if not isinstance(getattr(self, name), int):
                 raise TypeError(f"localize: {name} must be an integer, got {getattr(self, name)!r}")
-        for name, rule in (("max_units", 1), ("eot", 1), ("refresh", 0), ("noise", 0)):
-            value = getattr(self, name)
-            if not value >= rule:
-                raise ValueError(f"localize: {name} must be at least {rule}, got {value}")
-        if not 0 < self.step_size < float("inf"):
-            raise ValueError(f"localize: step_size must be positive and finite, got {self.step_size}")
-        if self.verify != "all" and (
-            not isinstance(self.verify, int) or isinstance(self.verify, bool) or self.verify < 1
+        count = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify >= 1
+        for name, right, rule in (
+            *((name, getattr(self, name) >= 1, "at least 1") for name in ("max_units", "eot")),
+            *((name, getattr(self, name) >= 0, "at least 0") for name in ("refresh", "noise")),
+            ("step_size", 0 < self.step_size < float("inf"), "positive and finite"),
+            ("verify", count or self.verify == "all", "a positive number or 'all'"),
+            *((name, getattr(self, name) in known, f"one of {', '.join(map(str, known))}") for name, known in _CHOICES),
         ):
-            raise ValueError(f"localize: verify must be a positive number or 'all', got {self.verify!r}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"localize: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
-                )
+            if not right:
+                raise ValueError(f"localize: {name} must be {rule}, got {getattr(self, name)!r}")
         check_examples("localize", self.task, x, y)
         dtypes = [t.dtype for t in tensors_of(x)]
         if self.noise == float("inf") or (self.noise > 0 and not any(dtype.is_floating_point for dtype in dtypes)):
