@@ -71,16 +71,13 @@ def record_batch(
     given: Sequence[Tensor],
     tensors: Sequence[Tensor],
 ) -> Recording:
-    """Record the pass of a batch in evaluation mode; the model stays as it was.
+    """Record the pass of a batch in evaluation mode; the model, which must not be compiled, stays as it was.
 
     Args:
-        model: Not compiled.
-        forward: Calls the model on tensors like ``given``, and returns one tensor of what it returns.
+        model: To record.
+        forward: Calls it on tensors like ``given``, and returns one tensor of what it returns.
         given: The batch, each ``[batch, *]``, and the ids of its examples if they are named.
-        tensors: Parameters and buffers of the model.
-
-    Returns:
-        Calls on the whole batch; the inputs are ``given``, then ``tensors``.
+        tensors: Parameters and buffers; the inputs of the recording are ``given``, then these.
 
     Raises:
         UnsupportedError: If the model reads a value of an activation or parameter into Python, draws random numbers, or

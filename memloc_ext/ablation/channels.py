@@ -80,14 +80,7 @@ def _key(t: Tensor) -> Any:
 
 
 def _dim(name: str, args: Any, known: Sequence[tuple[torch.Size, int]], shape: torch.Size) -> int | None:
-    """Return where an operator puts the channels of a result.
-
-    Args:
-        name: Of the operator.
-        args: Of it.
-        known: Shape and channels of the arguments whose channels are known.
-        shape: Of the result.
-    """
+    """Return where an operator puts the channels of a result, given shape and channels of arguments where known."""
     rank = len(shape)
     if "convolution" in name or "batch_norm" in name or "group_norm" in name:
         return 1 if rank > 1 else None

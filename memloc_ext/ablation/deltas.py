@@ -43,12 +43,7 @@ class Slab:
         return self.start[:, None] + torch.arange(self.width, device=self.start.device)
 
     def of(self, unchanged: Tensor, rows: Tensor) -> Tensor:
-        """Return the values that the unchanged network has there.
-
-        Args:
-            unchanged: ``[examples, *shape]``.
-            rows: Example of each row.
-        """
+        """Return what ``unchanged``, ``[examples, *shape]``, has there for the example of each row."""
         picked = unchanged.movedim(self.dim + 1, 1)[rows[:, None], self.indices()]
         return picked.movedim(1, self.dim + 1)
 
@@ -80,7 +75,7 @@ def run_slab(
     rows: Tensor,
     dense: Callable[[int], bool],
 ) -> list[Slab] | None:
-    """Run a call on slabs if its outputs are slabs too.
+    """Run a call on slabs if its outputs are slabs too, else return None.
 
     Args:
         call: That reads a slab.
@@ -89,9 +84,6 @@ def run_slab(
         unchanged: Value to what it is in the unchanged network, ``[examples, *shape]``.
         rows: Example of each row.
         dense: Whether a value differs all over.
-
-    Returns:
-        A slab per output, or None if they are none.
     """
     refs = call.refs
     own = [slabs[ref] for ref in refs if ref in slabs]

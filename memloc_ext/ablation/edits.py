@@ -26,12 +26,7 @@ Unit = tuple[str, int]
 
 
 class AppliedAblation:
-    """Units that are switched off; see `apply_ablation`.
-
-    Args:
-        model: That it is about.
-        edits: What is done at its sites.
-    """
+    """Units of a model that are switched off by edits at its sites; see `apply_ablation`."""
 
     def __init__(self, model: nn.Module, edits: Sequence[_Edit]) -> None:
         self.model, self.edits, self._watch = model, edits, _Watch(model, edits)
@@ -119,11 +114,7 @@ def apply_ablation(
 class SiteHook:
     """Changes what a module returns, or for a site of heads what its attention returns, each time it is called.
 
-    Args:
-        site: Name of the site.
-
-    Attributes:
-        runs: How often it was called.
+    ``runs`` counts the calls.
     """
 
     def __init__(self, site: str) -> None:
@@ -251,13 +242,7 @@ class _Watch:
 
 
 def hooked(model: nn.Module, hooks: Sequence[SiteHook], watch: _Watch | None = None) -> list[RemovableHandle]:
-    """Install hooks at their sites.
-
-    Args:
-        model: That has the sites.
-        hooks: One per site.
-        watch: Sees every module that has a site, or is one.
-    """
+    """Install a hook at each site; a watch sees every module of the model that has a site, or is one."""
     modules, handles = dict(model.named_modules()), []
     if watch is not None:
         parts = [hook.site.removesuffix(HEADS).split(".") for hook in hooks]

@@ -19,14 +19,7 @@ Edit = Callable[[Tensor, Tensor, Callable[[int], Tensor]], Tensor]
 
 
 class Graph:
-    """What a model computes, example by example.
-
-    Args:
-        recording: Of the model.
-
-    Attributes:
-        kept: Whether the recording is of an earlier call.
-    """
+    """What a model computes, example by example; ``kept`` says whether its recording is of an earlier call."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.kept = recording, False
@@ -39,11 +32,8 @@ class Graph:
 
         Args:
             inputs: As of `Recording.inputs`, for every example: ``[examples, *]``.
-            keep: Values to return, besides the outputs.
-            edits: Value to what is done to it, once it is computed.
-
-        Returns:
-            Value to ``[examples, *shape]``; for one of ``keep`` that is edited also ``~value`` to what it was before.
+            keep: Values to return, besides the outputs: ``[examples, *shape]`` each.
+            edits: Value to what is done to it, once it is computed; ``~value`` of one to keep is what it was before.
         """
         keep, edits = {*keep, *self.recording.outputs}, edits or {}
         rows = torch.arange(len(inputs[0]), device=inputs[0].device)
@@ -71,12 +61,9 @@ class MissingValueError(LookupError):
 
 
 class Suffix:
-    """The part of a network that depends on a site.
+    """The part of a network that depends on a site, the values of one per call of the module.
 
-    Args:
-        graph: The network.
-        site: Its values, one per call of the module.
-        whole: Values that `run` may be given edits of.
+    ``whole`` are values that `run` may be given edits of.
 
     Attributes:
         needed: Values of the unchanged network that `run` read so far.
@@ -117,13 +104,10 @@ class Suffix:
         """Return the outputs of each row, ``[rows, *shape]``.
 
         Args:
-            unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``.
+            unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``; else MissingValueError.
             rows: Example of each row.
             slab: What replaces the site's units in each row.
             edits: Those that ``unchanged`` was computed with.
-
-        Raises:
-            MissingValueError: If ``unchanged`` lacks a value, which is `needed` from then on.
         """
         states = self._run(self.steps, unchanged, rows, slab, edits or {})
         values = _Values(states, unchanged, rows, self.needed)
@@ -188,14 +172,7 @@ class Suffix:
 
 @dataclass(frozen=True)
 class _Values:
-    """Reads values of a suffix that is running.
-
-    Attributes:
-        states: Of the values that depend on the site.
-        others: See ``unchanged`` of `Suffix.run`.
-        rows: Example of each row.
-        needed: Takes note of what is read of ``others``.
-    """
+    """Reads values of a suffix that is running, and notes which it `Suffix.needed` of the unchanged network."""
 
     states: dict[int, State]
     others: dict[int, Tensor]

@@ -30,20 +30,11 @@ _kept: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Any]]] = 
 def ask(
     model: nn.Module, given: Sequence[Tensor], signature: Signature, question: Question, use: Callable[[Network], T]
 ) -> T:
-    """Return what ``use`` returns for the recorded network of a model.
+    """Return what ``use`` returns for the recorded network of a model that is called with the tensors of a batch.
 
     A network that is kept is used if the model is what it was, all but the values of its tensors. If it turns out to
-    disagree with the model, it is made anew and ``use`` called again.
-
-    Args:
-        model: To record.
-        given: The tensors of a batch.
-        signature: How the model is called with them.
-        question: What is asked of the model.
-        use: May raise UnsupportedError.
-
-    Raises:
-        UnsupportedError: If the model cannot be recorded, or ``use`` raises it.
+    disagree with the model, it is made anew and ``use`` called again. UnsupportedError says that the model cannot be
+    recorded, or comes from ``use``.
     """
     network = _network(model, given, signature, question)
     if network.graph.kept:

@@ -85,12 +85,7 @@ def find_layer(
 ) -> Layer | None:
     """Return the layer that begins at a call, with as much of what follows as belongs to it alone.
 
-    Args:
-        recording: Of the model.
-        readers: See `Recording.readers`.
-        position: Of a call.
-        taken: Calls that belong to another layer.
-        whole: Values that must be there.
+    Calls that are taken belong to another layer; values that must be ``whole`` end one.
     """
     call = recording.calls[position]
     layer = _plain(recording, call, position)

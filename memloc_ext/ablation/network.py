@@ -45,14 +45,7 @@ class Question:
 
 
 class Network:
-    """A model as a graph, its sites, and how much memory running it takes.
-
-    Args:
-        model: In any mode; run in evaluation mode.
-        graph: Of it.
-        given: The tensors of a batch, at least one example.
-        signature: How the model is called with them.
-        question: What is asked of it.
+    """A model as a graph, its sites, and how much memory running it takes, given a batch of at least one example.
 
     Raises:
         UnsupportedError: If the graph cannot be run for many examples.
@@ -88,11 +81,7 @@ class Network:
         return judge(self.task, self.output(values), y)
 
     def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return what each site's units are replaced by, ``[units]``.
-
-        Args:
-            inputs: Tensors of the examples of whose activations ``how="mean"`` takes the mean.
-        """
+        """Return what each site's units are replaced by, ``[units]``; for ``how="mean"`` their mean over examples."""
         if self.how == "mean":
             with torch.no_grad():
                 return self._means(inputs)
@@ -104,13 +93,7 @@ class Network:
         return out
 
     def slab(self, index: int, units: Tensor, baseline: Tensor) -> Slab:
-        """Return the units of a site switched off, one per row.
-
-        Args:
-            index: Of the site.
-            units: ``[rows]``, int64.
-            baseline: ``[units]``.
-        """
+        """Return units of a site, ``[rows]``, switched off to their baselines, ``[units]``, one per row."""
         place = self.places[index]
         shape = list(self.graph.recording.shapes[place.values[0]])
         shape[place.dim] = 1
@@ -168,13 +151,7 @@ class Network:
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
     def check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Raise UnsupportedError if the model itself gives something else for a batch: examples meet in it.
-
-        Args:
-            model: The model itself.
-            given: The tensors of the batch.
-            outputs: The recorded ones for it, ``[batch, 1, *]``.
-        """
+        """Raise UnsupportedError if a model gives other than the recorded ``[batch, 1, *]``: examples meet in it."""
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
             few = 1 if self.graph.kept else 2  # a number in a call may still be that of the examples

@@ -26,16 +26,12 @@ def record(
 ) -> Recording:
     """Record the forward pass of the first example of a batch in evaluation mode; the model stays as it was.
 
-    Args:
-        model: In any mode.
-        given: The tensors of a batch, ``[batch, *]`` each.
-        signature: How the model is called with them.
-        task: Of what the model returns, values are what it reads.
-        strict: Whether the recording must be one that can be run again; one that cannot still tells what is where.
+    What the task reads of what the model returns are the outputs. A recording that is not ``strict`` may be one that
+    cannot be run again, but still tells what is where.
 
     Raises:
-        UnsupportedError: If it must, and the model reads a value of an activation into Python, or writes into a view
-            that it reads in another way later.
+        UnsupportedError: If it is strict, and the model reads a value of an activation into Python, or writes into a
+            view that it reads in another way later.
         ValueError: If the model returns no logits; see `logits_of`.
     """
     with evaluating(model), uncompiled(), without_fast_path(), contextlib.ExitStack() as stack:
@@ -55,11 +51,7 @@ def record(
 
 
 class Recorder(TorchDispatchMode):
-    """Records the calls that depend on the tensors it was given by `put`.
-
-    Args:
-        strict: Whether what cannot be run again raises UnsupportedError.
-    """
+    """Records the calls that depend on the tensors it was given by `put`; if strict, only what can be run again."""
 
     _unrecorded = frozenset(("memory_format",))  # keyword arguments; rows have a format of their own
 
@@ -93,11 +85,7 @@ class Recorder(TorchDispatchMode):
         return self._values.get(id(t)) if isinstance(t, Tensor) else None
 
     def output(self, t: Tensor) -> int:
-        """Return the value of a tensor that the model returns.
-
-        Raises:
-            UnsupportedError: If it depends on no example, or has no batch.
-        """
+        """Return the value of a tensor that the model returns; if strict, it has a batch and depends on examples."""
         value = self.value(t)
         if value is None:
             self.refuse("the model must return tensors that depend on its input")

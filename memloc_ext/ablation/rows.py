@@ -20,17 +20,10 @@ _ATTENTION = {f"_scaled_dot_product_{k}" for k in ("flash_attention_for_cpu", "f
 
 
 def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
-    """Run a call as if for each row on its own.
+    """Run a call that was recorded for one example as if for each row on its own.
 
-    Args:
-        call: That was recorded for one example.
-        read: Value to ``[rows, *shape]``.
-
-    Returns:
-        Its outputs, ``[rows, *shape]``; None for what is not a tensor.
-
-    Raises:
-        UnsupportedError: If PyTorch has no way to run it so.
+    Values are read, and outputs returned, as ``[rows, *shape]``; None for what is not a tensor. UnsupportedError says
+    that PyTorch has no way to run it so.
     """
     leaves = list(call.leaves)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]

@@ -71,18 +71,11 @@ def gradients(
     edits: dict[int, Edit],
     keep: Iterable[int] = (),
 ) -> tuple[list[Tensor], Sequence[Tensor | None], dict[int, Tensor]]:
-    """Differentiate a loss with respect to values of a network.
-
-    Args:
-        network: The network.
-        inputs: As of `Graph.examples`.
-        loss: What the model returns to a number.
-        values: To differentiate with respect to, as they are after their edits.
-        edits: As of `Graph.examples`.
-        keep: Values to return besides.
+    """Differentiate what a loss makes of a network's output with respect to values, as they are after their edits.
 
     Returns:
-        The values; their gradients, None of what the loss does not depend on; and those of ``keep``.
+        The values; their gradients, None of what the loss does not depend on; and the values of ``keep``, see
+        `Graph.examples`.
     """
     seen: dict[int, list[Tensor]] = {value: [] for value in values}  # of some examples each
 
@@ -113,12 +106,7 @@ def _joined(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor |
 
 
 class Switched:
-    """Each example's set of switched-off units.
-
-    Args:
-        network: Whose units they are.
-        baselines: See `Network.baselines`.
-        masks: Per site ``[examples, units]``, bool.
+    """Each example's set of switched-off units, as masks ``[examples, units]`` per site.
 
     Attributes:
         starts: Number of each site's first unit when they are numbered through all sites, then how many there are.

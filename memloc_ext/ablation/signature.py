@@ -19,16 +19,10 @@ _HOLE = torch.empty(0)
 
 
 class Signature:
-    """How a model is called with the tensors of a batch.
+    """How a model is called with the tensors of a batch, ``[batch, *]``; of equal ``key`` if in the same way.
 
-    Args:
-        x: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments; each tensor in it is
-            ``[batch, *]``.
-        named: Whether the ids of the examples follow these tensors.
-
-    Attributes:
-        key: Equal for what is called in the same way.
-        named: See above.
+    ``x`` is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments; if ``named``, the ids
+    of the examples follow its tensors.
     """
 
     def __init__(self, x: Any, named: bool) -> None:

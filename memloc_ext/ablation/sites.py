@@ -85,12 +85,7 @@ def default_sites(model: nn.Module, recording: Recording) -> list[str]:
 
 
 class _Flow:
-    """Follows values through operators on single elements.
-
-    Args:
-        recording: Of the model.
-        names: Of the modules that return some of the values.
-    """
+    """Follows values through operators on single elements; knows the names of modules that return some of them."""
 
     def __init__(self, recording: Recording, names: dict[int, str]) -> None:
         self.recording, self.names = recording, names

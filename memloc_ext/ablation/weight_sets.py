@@ -28,12 +28,8 @@ class _Entries(NamedTuple):
 class ChangedWeights:
     """Each example's set of changed weights, with the interface of `Switched`.
 
-    Args:
-        network: With ``how="filter"`` and ``weights=True``.
-        filters: Of its sites.
-        step_size: A unit's weights take one gradient step of this size; None sets them to zero.
-        examples: Which examples' sets these are.
-        entries: The sets, of all examples.
+    The network has ``how="filter"`` and ``weights=True``, and the filters are those of its sites. A unit's weights take
+    one gradient step of a size; without one they are set to zero. The entries are of all examples.
     """
 
     def __init__(

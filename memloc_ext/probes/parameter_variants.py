@@ -86,12 +86,7 @@ class ParameterVariants:
 
 @contextlib.contextmanager
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters and buffers other values inside the ``with``, in place, and then their own back.
-
-    Args:
-        model: Any model.
-        tensors: Name to a tensor of the same shape.
-    """
+    """Give parameters and buffers other values of their shape inside the ``with``, in place, then their own."""
     own = _tensors(model)
     kept = [(own[name], own[name].detach().clone()) for name in tensors]
     try:
@@ -106,12 +101,7 @@ def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 class _Program:
-    """The recorded pass of a batch.
-
-    Args:
-        recording: Its inputs are the batch, the ids of its examples if there are any, and the model's tensors.
-        names: The model's tensors, in the order of the inputs.
-    """
+    """The recorded pass of a batch; the recording's inputs are the batch, then the model's tensors of these names."""
 
     def __init__(self, recording: Recording, names: Sequence[str]) -> None:
         self._calls, self._output = recording.calls, recording.outputs[0]

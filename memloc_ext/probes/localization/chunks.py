@@ -75,15 +75,15 @@ def search_in_chunks(
     """Do what `localize` does for chunks of examples, whose results depend on neither each other nor the processes.
 
     Args:
-        model: As for `localize`.
+        model: As for `localize`, as are the settings.
         data: Holds all examples, on the device of ``model``.
         chosen: Kind to the examples to search the units of, rows of the data, ``[*]``; at least one example.
         reference: Those that stand for the population, ``[*]``; none for no population.
         named: Whether the model is told the examples' numbers, for example-tied dropout.
-        sites: See `localize`, as for ``task``, ``max_units`` and ``seed``.
-        task: Of the model.
-        max_units: Of an example.
-        seed: Of the noise.
+        sites: See `localize`.
+        task: See `localize`.
+        max_units: See `localize`.
+        seed: See `localize`.
         parts: Where the results of the chunks are kept; None keeps none.
     """
     chunks = [(kind, rows) for kind, every in chosen.items() for rows in every.split(CHUNK) if len(rows)]

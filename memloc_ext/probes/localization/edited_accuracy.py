@@ -43,14 +43,8 @@ def edited_accuracy(
 ) -> tuple[EditedAccuracy, list[EditedAccuracy]]:
     """Switch the units of each example off one after another, and evaluate the model after each.
 
-    Several processes share the examples: call it in each of them.
-
-    Args:
-        model: In the dropout mode it is in; left as it was.
-        evaluation: What it is evaluated on.
-        edits: The units of each example in their order; at least one example.
-        channel_dims: Site to the dimension of its units, see `Localization`.
-        parts: Where the results of single examples are kept; None keeps none.
+    Several processes share the examples, of which there is at least one: call it in each of them. The model stays in
+    its dropout mode. ``channel_dims`` is that of `Localization`; results of single examples are kept as ``parts``.
 
     Returns:
         The accuracy with all units of an example off, mean over the examples; and the curve: the accuracy after the

@@ -19,15 +19,7 @@ Sets = Switched | ChangedWeights
 
 
 def verify(network: Network, candidates: Candidates, sets: Sets, inputs: Sequence[Tensor], y: Tensor) -> Judged:
-    """Return what the examples are worth with each candidate off too, ``[examples, candidates]``; losses in float64.
-
-    Args:
-        network: To run.
-        candidates: Of the examples.
-        sets: What is off already.
-        inputs: As of `Graph.examples`.
-        y: Their labels.
-    """
+    """Return what the examples are worth with each candidate off too, ``[examples, candidates]``; losses in float64."""
     edits = sets.edits()
     shape, device = candidates.units.shape, y.device
     found = Judged(
@@ -52,16 +44,9 @@ def verify(network: Network, candidates: Candidates, sets: Sets, inputs: Sequenc
 
 
 class Population:
-    """The reference examples, whose mean loss is not to rise.
+    """The reference examples, whose mean loss is not to rise from that of the unchanged network, ``loss``.
 
-    Args:
-        network: To run.
-        reference: See `localize`.
-        nothing: The set of one example of which nothing is off.
-
-    Attributes:
-        loss: Mean of the unchanged network.
-        effect: Of units on it, see `Switched.total`.
+    ``effect`` is that of units on it, see `Switched.total`; ``nothing`` is one example's set of which nothing is off.
     """
 
     def __init__(self, network: Network, reference: Sequence[Tensor], nothing: Sets) -> None:
@@ -69,11 +54,9 @@ class Population:
         self.effect, self.loss = self._total(nothing, torch.ones(len(self.y), device=self.y.device))
 
     def refreshed(self, own: Sets, without: Sequence[Tensor]) -> Tensor:
-        """Return the effect of units where some are off already.
+        """Return the effect of units where those of one example's set are off already.
 
-        Args:
-            own: Which: the set of one example.
-            without: Inputs and label of an example that does not count where it is among the reference; of none none.
+        ``without``: inputs and label of an example that does not count where it is among the reference; of none none.
         """
         weights = torch.ones(len(self.y), device=self.y.device)
         if without:
@@ -97,12 +80,7 @@ class Population:
         return torch.stack(means)
 
     def _total(self, own: Sets, weights: Tensor) -> tuple[Tensor, float]:
-        """Return the effect of units on the loss, and the loss.
-
-        Args:
-            own: Units of one example, that are off in all of the reference.
-            weights: Of the reference examples in the sum over them, that is divided by their number.
-        """
+        """Return the effect of units on the weighted loss over all of them, and it, with one example's set off."""
         totals, value, step = [], 0.0, self.network.gradients_at_once
         for begin in range(0, len(self.y), step):
             part = slice(begin, begin + step)
@@ -133,13 +111,9 @@ def reference_inputs(network: Network, x: Any, y: Tensor, ids: Tensor | None = N
 
 
 def noisy_copies(x: Tensor, copies: int, noise: float, seeds: Sequence[int]) -> Tensor:
-    """Return copies, with Gaussian noise on them if they are floating, ``[examples * copies, *]``.
+    """Return copies of examples, ``[examples * copies, *]``, with Gaussian noise on them if they are floating.
 
-    Args:
-        x: Of examples, ``[examples, *]``.
-        copies: Of each.
-        noise: Norm of the noise over that of the example.
-        seeds: Of each example; the same draws wherever in a batch it is.
+    ``noise`` is its norm over that of the example; an example's seed gives the same draws wherever in a batch it is.
     """
     if noise == 0 or not x.is_floating_point():
         return x.repeat_interleave(copies, 0)

@@ -27,15 +27,7 @@ _BLOCK = 256  # examples that are searched at a time
 
 
 class NetworkSearch:
-    """A network that is searched.
-
-    Args:
-        model: Whose network it is.
-        network: Of it.
-        settings: Checked.
-        reference: See `localize`.
-        inputs: Tensors of some examples.
-    """
+    """A network of a model that is searched, with checked settings."""
 
     def __init__(
         self,

@@ -26,17 +26,10 @@ def rank(
 ) -> Tensor:
     """Return a score for every unit and example, ``[examples, units]``; the largest is switched off first.
 
-    Args:
-        network: Whose units are ranked.
-        baselines: What units are replaced by.
-        inputs: Of the examples.
-        y: Their labels.
-        method: ``activation``: mean absolute activation; ``gradient_activation``: activation less baseline, times the
-            gradient of the label's logit (of minus the loss for other tasks than classification), summed over
-            positions; ``integrated_gradients``: the same with the mean gradient along the straight line of the site's
-            activations from the baseline (Sundararajan et al., ICML 2017); ``random``: a permutation per seed, the
-            control.
-        seeds: Of each example.
+    ``activation``: mean absolute activation; ``gradient_activation``: activation less baseline, times the gradient of
+    the label's logit (of minus the loss for other tasks than classification), summed over positions;
+    ``integrated_gradients``: the same with the mean gradient along the straight line of the site's activations from
+    the baseline (Sundararajan et al., ICML 2017); ``random``: a permutation per example's seed, the control.
     """
     if method == "random":
         units = sum(map(len, baselines))

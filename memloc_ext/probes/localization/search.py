@@ -114,15 +114,7 @@ def localize(
 
 
 class Searches:
-    """What calls of `localize` for the same model, reference and settings have in common.
-
-    Args:
-        model: See `localize`.
-        settings: Checked.
-        reference: See `localize`.
-        sites: See `localize`.
-        memory_budget: See `localize`.
-    """
+    """What calls of `localize` for the same model, checked settings, reference and sites have in common."""
 
     def __init__(
         self,
