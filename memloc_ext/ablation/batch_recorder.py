@@ -29,10 +29,10 @@ class _BatchRecorder(Recorder):
     def _derive(self, *_: Any) -> None:
         """Note nothing: the tensors of the model are values."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func._schema.is_mutable and isinstance(args[0], Tensor) and storage_address(args[0]) in self._constants:
             raise UnsupportedError(f"{func} writes into a tensor that was read before")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().run(func, args, kwargs)
 
     def _keep(self, t: Tensor) -> None:
         number, address = id(t), storage_address(t)

@@ -55,18 +55,18 @@ class Channels:
 
 
 class FollowingChannels(TorchDispatchMode):
-    """Tells `Channels` what runs.
-
-    Attributes:
-        channels: Is told.
-    """
+    """Tells its ``channels`` what runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.channels = Channels()
 
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator."""
+        return func(*args, **kwargs)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         self.channels.follow(func, args, kwargs or {}, result)
         return result
 

@@ -142,7 +142,8 @@ class Suffix:
                     whole = edits[value](whole, rows, values.dense) if value in edits else whole
                     # of a copy: others may read the same memory as another value
                     states[value] = slab.written_into(whole.clone()) if value in self.site else whole
-            self.bytes_per_row = max(self.bytes_per_row, sum(map(_bytes, states.values())) // max(1, len(rows)))
+            tensors = [state.values if isinstance(state, Slab) else state for state in states.values()]
+            self.bytes_per_row = max(self.bytes_per_row, sum(t.nbytes for t in tensors) // max(1, len(rows)))
             for value in step.dead:
                 states.pop(value, None)
         return states
@@ -172,7 +173,7 @@ class Suffix:
 
 @dataclass(frozen=True)
 class _Values:
-    """Reads values of a suffix that is running, and notes which it `Suffix.needed` of the unchanged network."""
+    """Reads values of a suffix that is running, and notes which ones are the unchanged network's."""
 
     states: dict[int, State]
     others: dict[int, Tensor]
@@ -199,7 +200,7 @@ class _Values:
         """Return a value of every row, ``[rows, *shape]``."""
         state = self.states.get(value)
         if state is None:
-            return _pick(self.unchanged(value), self.rows)
+            return self.unchanged(value).index_select(0, self.rows)
         return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
 
 
@@ -215,12 +216,3 @@ def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:
             break
         factor *= numbers[0]
     return None, 1.0
-
-
-def _bytes(state: State) -> int:
-    t = state.values if isinstance(state, Slab) else state
-    return t.numel() * t.element_size()
-
-
-def _pick(t: Tensor, rows: Tensor) -> Tensor:
-    return t.index_select(0, rows)

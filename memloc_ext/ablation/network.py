@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,11 +131,11 @@ class Network:
             # what is a slab no longer where it is edited is read in another way, with one edit or with all of them
             slabs = sorted(suffix.slabs)
             for values in [*([value] for value in slabs), slabs] if slabs else []:
-                suffix.run(unchanged, row, slab, dict.fromkeys(values, _same))
+                suffix.run(unchanged, row, slab, dict.fromkeys(values, lambda t, *_: t))
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), recording.outputs)
         if question.weights:
             self.needed.update(producer(recording, site).refs[0] for site in self.sites)
-        sizes = {v: t.numel() * t.element_size() for v, t in unchanged.items()}
+        sizes = {v: t.nbytes for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
         example += sum(sizes[v] for place in self.places for v in place.values) if question.edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
@@ -172,11 +172,6 @@ def _agree(own: Tensor, found: Tensor, allowed: float) -> bool:
     if own.shape != found.shape or own.numel() == 0:
         return own.shape == found.shape
     return not bool(((own - found).abs() > allowed * own.abs().max() + 1e-5).any())
-
-
-def _same(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-    """Return what an edit is given."""
-    return t
 
 
 def _place(graph: Graph, site: Site, how: str) -> Site:

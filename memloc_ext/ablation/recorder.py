@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from memloc_ext.ablation.channels import Channels
+from memloc_ext.ablation.channels import FollowingChannels
 from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
 from memloc_ext.ablation.signature import Signature, opened
 from memloc_ext.borrowing import evaluating, uncompiled, without_fast_path
@@ -50,7 +49,7 @@ def record(
     return recorder.recording
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(FollowingChannels):
     """Records the calls that depend on the tensors it was given by `put`; if strict, only what can be run again."""
 
     _unrecorded = frozenset(("memory_format",))  # keyword arguments; rows have a format of their own
@@ -59,7 +58,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.strict = strict
         self.recording = Recording()
-        self.channels = Channels()
         self.modules: list[str] = [""]
         self.returned: list[Call] = []  # those of `give_back`
         self._values: dict[int, int] = {}  # id of a tensor to its value
@@ -108,12 +106,8 @@ class Recorder(TorchDispatchMode):
         self.returned.append(self.recording.calls[-1])
         return other
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._record(func, args, kwargs or {})
-        self.channels.follow(func, args, kwargs or {}, result)
-        return result
-
-    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator and record it."""
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func._opname
         if any(id(t) in self._stale for t in tensors):

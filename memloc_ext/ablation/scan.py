@@ -86,7 +86,7 @@ def ablation_losses(
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023: the neurons that flip an example.
     """
-    task, progress = task_of(task), progress or _nothing
+    task, progress = task_of(task), progress or (lambda _: None)
     check_examples("ablation_losses", task, x, y)
     if how not in HOWS:
         raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
@@ -103,10 +103,6 @@ def ablation_losses(
         reason = error
     others = x if reference is None else reference
     return AblationLosses(*one_by_one(model, x, y, question, others, reason, progress))
-
-
-def _nothing(_: int) -> None:
-    pass
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -70,13 +70,6 @@ def edited_accuracy(
 
 
 def _mean(units: float, results: Sequence[Accuracy]) -> EditedAccuracy:
-    return EditedAccuracy(
-        units,
-        len(results),
-        *(_mean_or_none(getattr(result, name) for result in results) for name in ("clean", "memorized", "test")),
-    )
-
-
-def _mean_or_none(values: Iterable[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
+    columns = ([getattr(result, name) for result in results] for name in ("clean", "memorized", "test"))
+    known = ([value for value in column if value is not None] for column in columns)
+    return EditedAccuracy(units, len(results), *(sum(shares) / len(shares) if shares else None for shares in known))

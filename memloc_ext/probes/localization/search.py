@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -113,42 +114,35 @@ def localize(
     return Searches(model, settings, reference, sites, memory_budget).run(x, y, progress)
 
 
+@dataclass
 class Searches:
     """What calls of `localize` for the same model, checked settings, reference and sites have in common."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        reference: tuple[Any, ...] | None,
-        sites: Sequence[str] | None = None,
-        memory_budget: int = 1 << 30,
-    ) -> None:
-        self.model, self.settings, self.reference = model, settings, reference
-        self.question = Question(settings.task, sites, settings.how, memory_budget, True, settings.changes_weights)
-        self._search: NetworkSearch | None = None
+    model: nn.Module
+    settings: Settings
+    reference: tuple[Any, ...] | None
+    sites: Sequence[str] | None = None
+    memory_budget: int = 1 << 30
+    _search: NetworkSearch | None = field(default=None, init=False)
 
     def run(self, x: Any, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
         """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
-        tensors, signature = given(x)
+        settings, (tensors, signature) = self.settings, given(x)
+        question = Question(settings.task, self.sites, settings.how, self.memory_budget, True, settings.changes_weights)
 
         def search(network: Network) -> Localization:
             if self._search is None or self._search.network is not network:
-                self._search = NetworkSearch(self.model, network, self.settings, self.reference, tensors)
-            return self._search.run(tensors, y, progress or _nothing)
+                self._search = NetworkSearch(self.model, network, settings, self.reference, tensors)
+            return self._search.run(tensors, y, progress or (lambda _: None))
 
         if self._search is not None and isinstance(self._search.network, ModelNetwork):
             return search(self._search.network)
         try:
-            return ask(self.model, tensors, signature, self.question, search)
+            return ask(self.model, tensors, signature, question, search)
         except UnsupportedError as error:
             if self._search is not None:  # the search raises it: examples meet
                 raise
-            check_how(self.settings.how, error)
+            check_how(settings.how, error)
             message = f"localize: {error}; running the model once per unit and example instead"
             warnings.warn(message, UserWarning, stacklevel=3)
-        return search(ModelNetwork(self.model, tensors, signature, self.question))
-
-
-def _nothing(_: int) -> None:
-    pass
+        return search(ModelNetwork(self.model, tensors, signature, question))
