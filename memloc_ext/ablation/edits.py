@@ -16,7 +16,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
 
 from memloc_ext.ablation.channels import FollowingChannels
 from memloc_ext.ablation.sites import HEADS
@@ -261,9 +260,6 @@ class _HeadMode(TorchFunctionMode):
     def __init__(self, hook: SiteHook) -> None:
         super().__init__()
         self._hook = hook
-
-    def __enter__(self) -> Self:
-        return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.multi_head_attention_forward:

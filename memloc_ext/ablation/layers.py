@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +117,6 @@ def find_layer(
 
 def _plain(recording: Recording, call: Call, position: int) -> Layer | None:
     refs = call.refs
-    weight: Any
     if len(refs) != 1:
         return None
     if call.name == "convolution" and isinstance(call.args[0], Ref):
@@ -127,11 +125,9 @@ def _plain(recording: Recording, call: Call, position: int) -> Layer | None:
             return None
         return Layer(call, refs[0], weight, bias, call.outputs[0], (position,))
     if call.name == "addmm" and isinstance(call.args[1], Ref) and not call.kwargs and call.args[0].dim() == 1:
-        weight = call.args[2]
-        return Layer(call, refs[0], weight.t(), call.args[0], call.outputs[0], (position,))
+        return Layer(call, refs[0], call.args[2].t(), call.args[0], call.outputs[0], (position,))
     if call.name == "mm" and isinstance(call.args[0], Ref):
-        weight = call.args[1]
-        return Layer(call, refs[0], weight.t(), None, call.outputs[0], (position,))
+        return Layer(call, refs[0], call.args[1].t(), None, call.outputs[0], (position,))
     return None
 
 

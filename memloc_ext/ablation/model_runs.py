@@ -151,19 +151,16 @@ class _ModelSuffix(Suffix):
     ) -> list[Tensor]:
         def changed(i: int) -> dict[int, Edit]:
             one, own = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim), edits or {}
-            return own | {value: _then(own.get(value), one) for value in self.site}
+
+            def then(edit: Edit | None) -> Edit:
+                return lambda t, *given: one.written_into((edit(t, *given) if edit else t).clone())
+
+            return own | {value: then(own.get(value)) for value in self.site}
 
         recording = self.model_graph.recording
         inputs = [unchanged[value][rows, 0] for value in recording.inputs]
         found = self.model_graph.rows(inputs, rows, (), changed)
         return [found[output] for output in recording.outputs]
-
-
-def _then(edit: Edit | None, slab: Slab) -> Edit:
-    def both(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-        return slab.written_into((t if edit is None else edit(t, rows, read)).clone())
-
-    return both
 
 
 class _Seen(SiteHook):

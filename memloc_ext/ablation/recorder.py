@@ -131,6 +131,9 @@ class Recorder(FollowingChannels):
             self.refuse(f"{func} reads an activation into Python")
         if func._schema.is_mutable:
             return self._write(func, name, args, kwargs)
+        return self._plain(func, args, kwargs)
+
+    def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
         refs = replaced((args, kwargs), self._ref)
         result = func(*args, **kwargs)
         self._call(func, refs, result)
@@ -144,10 +147,7 @@ class Recorder(FollowingChannels):
         functional = getattr(packet, func._overloadname, None)
         if not name.endswith("_") or functional is None or written != [func._schema.arguments[0].name]:
             self.refuse(f"{func} writes into its arguments")
-            refs = replaced((args, kwargs), self._ref)
-            result = func(*args, **kwargs)
-            self._call(func, refs, result)
-            return result
+            return self._plain(func, args, kwargs)
         old = target
         if self.value(target) is None:
             old = target.clone()

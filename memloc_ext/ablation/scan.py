@@ -105,17 +105,17 @@ def ablation_losses(
     return AblationLosses(*one_by_one(model, x, y, question, others, reason, progress))
 
 
-class _Progress:
-    """Tells how many units are done, of which each takes a pair with every example."""
+def _counted(tell: Callable[[int], object], examples: int) -> Callable[[int], None]:
+    """Return what counts pairs of a unit and an example, and tells how many units are done."""
+    done = 0
 
-    def __init__(self, tell: Callable[[int], object], examples: int) -> None:
-        self._tell, self._examples, self._pairs = tell, examples, 0
+    def count(pairs: int) -> None:
+        nonlocal done
+        before, done = done, done + pairs
+        if done // examples > before // examples:
+            tell(done // examples - before // examples)
 
-    def add(self, pairs: int) -> None:
-        """Count pairs that are done."""
-        before, self._pairs = self._pairs // self._examples, self._pairs + pairs
-        if self._pairs // self._examples > before:
-            self._tell(self._pairs // self._examples - before)
+    return count
 
 
 def _by_graph(
@@ -127,7 +127,7 @@ def _by_graph(
     progress: Callable[[int], object],
 ) -> AblationLosses:
     baselines = network.baselines(reference)
-    step, parts, base, done = network.examples_at_once, [], [], _Progress(progress, len(y))
+    step, parts, base, done = network.examples_at_once, [], [], _counted(progress, len(y))
     for begin in range(0, len(y), step):
         some, labels = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
         unchanged = network.graph.examples(some, network.needed)
@@ -141,7 +141,7 @@ def _by_graph(
 
 
 def _scan(
-    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: Callable[[int], None]
 ) -> Judged:
     """Return what the examples are worth without each unit of a site, ``[units, examples]``."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
@@ -149,12 +149,12 @@ def _scan(
     for rows, chosen in _grid(units, n, network.rows_at_once[index], y.device):
         slab = network.slab(index, chosen, baseline)
         parts.append(network.judge(suffix.run(unchanged, rows, slab), y[rows]))
-        done.add(len(rows))
+        done(len(rows))
     return Judged.joined(parts).map(lambda t: t.reshape(units, n))
 
 
 def _scan_features(
-    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: _Progress
+    network: Network, index: int, unchanged: dict[int, Tensor], y: Tensor, baseline: Tensor, done: Callable[[int], None]
 ) -> Judged:
     """Return the same where each unit changes one feature of the last linear layer."""
     units, n, suffix = network.sites[index].units, len(y), network.suffixes[index]
@@ -167,10 +167,10 @@ def _scan_features(
         assert state is not None
         changed[rows, state.start] = state.values.flatten().to(changed.dtype)
         feature[chosen] = state.start
-        done.add(len(rows))
+        done(len(rows))
     bias = None if head.bias is None else head.bias * suffix.factor
     loss, predicted = linear_ablation_loss(features, head.weight * suffix.factor, bias, y, changed)
-    return Judged(loss, predicted == y, predicted).map(lambda t: t[feature])
+    return Judged(loss[feature], (predicted == y)[feature], predicted[feature])
 
 
 def _grid(units: int, examples: int, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.localization.result import STATUSES
 from memloc_ext.probes.localization.search import Searches
 from memloc_ext.probes.localization.settings import Settings
-from memloc_ext.tasks import Task, identity
+from memloc_ext.tasks import identity
 
 CHUNK = 50
 """Examples of a chunk: fixed, since the rounding of a search may depend on which others are in the batch."""
@@ -64,34 +64,22 @@ def search_in_chunks(
     data: Examples,
     chosen: Mapping[str, Tensor],
     reference: Tensor,
+    settings: Settings,
     *,
     named: bool,
     sites: Sequence[str] | None,
-    task: Task,
-    max_units: int,
-    seed: int,
     parts: Parts | None,
 ) -> ChunkedSearch:
     """Do what `localize` does for chunks of examples, whose results depend on neither each other nor the processes.
 
-    Args:
-        model: As for `localize`, as are the settings.
-        data: Holds all examples, on the device of ``model``.
-        chosen: Kind to the examples to search the units of, rows of the data, ``[*]``; at least one example.
-        reference: Those that stand for the population, ``[*]``; none for no population.
-        named: Whether the model is told the examples' numbers, for example-tied dropout.
-        sites: See `localize`.
-        task: See `localize`.
-        max_units: See `localize`.
-        seed: See `localize`.
-        parts: Where the results of the chunks are kept; None keeps none.
+    ``data`` holds all examples, on the model's device. ``chosen`` maps kinds to the rows of those to search, ``[*]``,
+    at least one; ``reference`` are the rows of those that stand for the population, ``[*]``, none for no population.
+    ``named``: whether the model is told the examples' numbers, for example-tied dropout. ``parts`` keep the results.
     """
     chunks = [(kind, rows) for kind, every in chosen.items() for rows in every.split(CHUNK) if len(rows)]
     population = tuple(data.batch(reference))[: 3 if named else 2] if len(reference) else None
     first = data.batch(chunks[0][1])  # the same in every process
-    settings = Settings(
-        max_units=max_units, population=None if population is None else "first_order", seed=seed, task=task
-    )
+    settings.population = None if population is None else "first_order"
     if not any(t.is_floating_point() for t in tensors_of(first.x)):
         settings.noise, settings.eot = 0, 1
     settings.check(first.x, first.y, population)
@@ -110,7 +98,8 @@ def search_in_chunks(
         sizes = [(name, units, result.channel_dims[name]) for name, units in result.sites.items()]
         return asdict(ChunkedSearch(found, sizes, time.perf_counter() - start))
 
-    common = fingerprint(__version__, model.state_dict(), population, named, sites, max_units, seed, identity(task))
+    how = (named, sites, settings.max_units, settings.seed, identity(settings.task))
+    common = fingerprint(__version__, model.state_dict(), population, how)
     work = {
         f"search_{place:04d}_{fingerprint(common, kind, data.batch(rows))}": (kind, rows)
         for place, (kind, rows) in enumerate(chunks)

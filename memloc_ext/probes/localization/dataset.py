@@ -22,6 +22,7 @@ from memloc_ext.probes.evaluation import Evaluation
 from memloc_ext.probes.localization.chunks import LocalizedExample, search_in_chunks
 from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
+from memloc_ext.probes.localization.settings import Settings
 from memloc_ext.tasks import Task, TaskName, task_of
 
 KINDS = ("memorized", "clean")
@@ -219,8 +220,8 @@ def localize_dataset(
             raise ValueError("localize_dataset: data must hold at least one example, got none")
         others = rows["clean"][localized:]
         reference = _drawn(others if len(others) else rows["clean"], REFERENCE, generator)
-        options: Any = {"sites": sites, "task": whole.task, "max_units": max_units, "seed": seed, "parts": parts}
-        search = search_in_chunks(model, train, chosen, reference, named=bool(tied), **options)
+        how = Settings(max_units=max_units, seed=seed, task=whole.task)
+        search = search_in_chunks(model, train, chosen, reference, how, named=bool(tied), sites=sites, parts=parts)
         found_sites = [
             LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
             if name in tied
