@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import memloc_ext
 from memloc_ext import ablation_losses
+from memloc_ext.ops import _checks
 
 B = 3
 
@@ -118,6 +120,15 @@ def test_example_tied_dropout(mode: str | None) -> None:
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     with memloc_ext.example_ids(torch.tensor([5, 1, 7])):
         check(model.train(), images(), ["0", "1", "2", "3", "4"], count=8)
+
+
+def test_a_recording_does_not_read_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA `example_ids` reads the ids it is given, which a recording would refuse."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), memloc_ext.nn.ExampleTiedDropout(0.3, 0.4), nn.Linear(4, 3))
+    monkeypatch.setattr(_checks, "readable", lambda ids: True)
+    with memloc_ext.example_ids(torch.tensor([5, 1, 7])), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ablation_losses(model, images(), labels(B), ["1"])
 
 
 # sizes
