@@ -200,9 +200,9 @@ def test_what_does_not_depend_on_the_variant_runs_once(monkeypatch: pytest.Monke
     ran: list[list[str]] = []
     run = parameter_variants._run
 
-    def noted(steps, values, shared) -> None:
+    def noted(steps, values) -> None:
         ran.append([step.run.name for step in steps])
-        run(steps, values, shared)
+        run(steps, values)
 
     monkeypatch.setattr(parameter_variants, "_run", noted)
     model = nn.Sequential(*(nn.Sequential(line(), nn.ReLU()) for _ in range(3)))
