@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ def _plain(recording: Recording, call: Call, position: int) -> Layer | None:
     if call.name == "addmm" and isinstance(call.args[1], Ref) and not call.kwargs and call.args[0].dim() == 1:
         return Layer(call, refs[0], call.args[2].t(), call.args[0], call.outputs[0], (position,))
     if call.name == "mm" and isinstance(call.args[0], Ref):
-        return Layer(call, refs[0], call.args[1].t(), None, call.outputs[0], (position,))
+        weight: Any = call.args[1]
+        return Layer(call, refs[0], weight.t(), None, call.outputs[0], (position,))
     return None
 
 

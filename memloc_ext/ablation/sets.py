@@ -38,11 +38,11 @@ class Candidates(NamedTuple):
     @staticmethod
     def cat(parts: Sequence[Candidates], dim: int = 0) -> Candidates:
         """Join the candidates of different examples, or along dimension 1 different candidates of the same."""
-        *joined, changes = zip(*parts, strict=True)
-        return Candidates(*(torch.cat(t, dim) for t in joined), None if changes[0] is None else torch.cat(changes, dim))
+        columns = zip(*parts, strict=True)
+        return Candidates._make(None if t[0] is None else torch.cat(t, dim) for t in columns)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Candidates:
-        return Candidates(*(None if t is None else change(t) for t in self))  # pyright: ignore[reportArgumentType]
+        return Candidates._make(None if t is None else change(t) for t in self)
 
     def pick(self, columns: Tensor) -> Candidates:
         """Return those of some columns, ``[examples, *]``."""
