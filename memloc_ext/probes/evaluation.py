@@ -47,9 +47,9 @@ class Accuracy:
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"Accuracy: {name} must be in [0, 1], got {share}")
 
-    def shares(self) -> dict[str, float | None]:
-        """Return the four shares by name."""
-        return {part: getattr(self, part) for part in PARTS}
+    def shares(self, parts: Sequence[str] = PARTS) -> dict[str, float | None]:
+        """Return shares by name."""
+        return {part: getattr(self, part) for part in parts}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row per part: ``part``, ``share`` in ``[0, 1]`` or None, and ``count``, the examples it is of."""

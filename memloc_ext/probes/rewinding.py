@@ -62,10 +62,7 @@ class GroupRewinding:
 
     def at(self, epoch: int) -> RewoundAccuracy:
         """Return what comes of putting the group back to an epoch; KeyError if that was not done."""
-        for found in self.epochs:
-            if found.epoch == epoch:
-                return found
-        raise KeyError(epoch)
+        return {found.epoch: found for found in self.epochs}[epoch]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Rewinding:
             for found in result.epochs:
                 ways = {False: found.without_buffers, True: found.with_buffers}
                 for buffers, share in ways.items() if result.has_buffers else [(None, found.with_buffers)]:
-                    shares = {"clean": share.clean, "memorized": share.memorized, "test": share.test}
+                    shares = share.shares(("clean", "memorized", "test"))
                     rows.append({"group": group, "epoch": found.epoch, "buffers": buffers, **shares})
         return rows
 
@@ -131,13 +128,12 @@ def rewind(
         states: Epoch to state dict or path; or a folder of checkpoints, of this package, of Hugging Face or of
             Lightning, see `memloc_ext.probes.states.found_states`.
         data: Training examples, at least one; see `memloc_ext.examples`.
-        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
-            says, or none.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
         test: Test examples.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
-        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
-            `memloc_ext.models.layer_groups`; by default all of these.
+        groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
+            default all of these.
         epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
             .. 14, before its last checkpoint, or all before it if none is the paper's or the last is of epoch 3 or
             less.
