@@ -115,20 +115,8 @@ def conv2d_grad_sqnorm_groups(
 ) -> tuple[Tensor, Tensor]:
     r"""Return the norms of `conv2d_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
 
-    As `linear_grad_sqnorm_groups`; the last five arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of
-    channels.
-
-    Args:
-        input: What the layer was given, ``[batch, in, height, width]``; any of four float dtypes, any strides.
-        grad_output: Gradient of the loss by what it returned, ``[batch, out, rows, columns]``, of the same dtype.
-        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``; or
-            `Groups`, checked before.
-        num_groups: At least 1; not for `Groups`. A group without examples has the sum 0.
-        kernel_size: Two numbers, at least 1.
-        stride: Two numbers, at least 1.
-        padding: Two numbers, at least 0; the padding is zeros.
-        dilation: Two numbers, at least 1.
-        groups: Divides ``in`` and ``out``.
+    One pass on the CPU where that is cheaper, as `linear_grad_sqnorm_groups`, of which are ``group_ids`` and
+    ``num_groups``. The other arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of channels.
 
     Returns:
         ``[batch]`` and ``[num_groups, out, in / groups, *kernel_size]``; float64 for float64 inputs, else float32.
