@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from memloc_ext.examples import Data
 from memloc_ext.marks import Marks
 from memloc_ext.nn import dropout_mode
-from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
 from memloc_ext.probes.evaluation import Evaluation
@@ -251,7 +250,7 @@ def localize_dataset(
             parts=parts,
         )
         found_sites = [
-            LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
+            LocalizedSite(name, units, units - tied[name].num_generalization(units), tied[name].p_mem)
             if name in tied
             else LocalizedSite(name, units)
             for name, units in search.sites.items()
