@@ -36,34 +36,27 @@ class Examples(Protocol):
     @property
     def device(self) -> torch.device:
         """Where batches are."""
-        ...
 
     @property
     def indices(self) -> Tensor:
         """Number of the example in each row, ``[N]``, int64."""
-        ...
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        ...
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the examples in some rows, ``[B]`` int64."""
-        ...
 
     def batches(
         self, batch_size: int | Sequence[int], generator: torch.Generator | None = None, *, shard: Shard = (0, 1)
     ) -> Iterator[Batch]:
         """Iterate once over all examples, see `row_batches`."""
-        ...
 
     def subset(self, rows: Tensor) -> Examples:
         """Return the examples in some rows, ``[B]`` int64, which keep their numbers."""
-        ...
 
     def to(self, device: torch.device) -> Examples:
         """Return the same with batches on another device."""
-        ...
 
 
 def examples(
@@ -71,10 +64,10 @@ def examples(
 ) -> Examples:
     """Return data as examples.
 
-    A data set that has the methods of `Examples` is taken as it is. Another one is read by a ``DataLoader``. A
-    ``DataLoader`` or iterable is read in its own order and batches, whatever ``batch_size`` says. Where its examples
-    are shuffled or picked, a ``DataLoader`` lends its data set, ``collate_fn`` and workers; what another iterable
-    yields is then held in memory.
+    A data set that has the methods of `Examples` is taken as it is. Another one, also an ``IterableDataset``, is read
+    by a ``DataLoader``. A ``DataLoader`` or iterable is read in its own order and batches, whatever ``batch_size``
+    says. Where its examples are shuffled or picked, a ``DataLoader`` lends its data set, ``collate_fn`` and workers;
+    what another iterable yields is then held in memory.
 
     Args:
         function: Named in errors.
@@ -92,14 +85,12 @@ def examples(
     map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if map_style and not isinstance(data, list | tuple | dict | IterableDataset):  # a list holds batches
         return _Items(function, data, torch.arange(len(data)), device, num_workers)
-    if isinstance(data, IterableDataset):
-        data = DataLoader(data, _PASS, num_workers=num_workers, generator=torch.Generator())
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
         raise TypeError(
             f"{function}: data must be a map-style data set, a DataLoader or an iterable that can be iterated again, "
             f"got {type(data).__name__}; make a list of the batches of a generator"
         )
-    return _Passes(function, data, device, numbered)
+    return _Passes(function, data, device, numbered, num_workers)
 
 
 def digest(data: Examples) -> str:
@@ -201,12 +192,13 @@ class _Items:
 
 @dataclass(eq=False)
 class _Passes:
-    """Batches as an iterable yields them."""
+    """Batches as an iterable yields them, or the items of a stream in batches of any size."""
 
     function: str
     data: Iterable[Any]
     device: torch.device
     numbered: bool
+    num_workers: int
 
     def __len__(self) -> int:
         return len(self._by_row)
@@ -223,7 +215,7 @@ class _Passes:
     ) -> Iterator[Batch]:
         if generator is not None or isinstance(batch_size, Sequence):
             return self._by_row.batches(batch_size, generator, shard=shard)
-        return self._pass(shard)
+        return self._pass(batch_size, shard)
 
     def subset(self, rows: Tensor) -> Examples:
         return self._by_row.subset(rows)
@@ -231,9 +223,14 @@ class _Passes:
     def to(self, device: torch.device) -> _Passes:
         return replace(self, device=device)
 
-    def _pass(self, shard: Shard = (0, 1)) -> Iterator[Batch]:
+    def _loader(self, batch_size: int = _PASS) -> Iterable[Any]:
+        if isinstance(self.data, IterableDataset):
+            return DataLoader(self.data, batch_size, num_workers=self.num_workers, generator=torch.Generator())
+        return self.data
+
+    def _pass(self, batch_size: int = _PASS, shard: Shard = (0, 1)) -> Iterator[Batch]:
         seen, unnumbered = 0, self._unnumbered
-        for batch in self.data:
+        for batch in self._loader(batch_size):
             count = _size(self.function, batch)
             whole = _numbered(self.function, batch, torch.arange(seen, seen + count), unnumbered, self.device)
             seen += count
@@ -243,14 +240,9 @@ class _Passes:
 
     @cached_property
     def _by_row(self) -> Examples:
-        loader = self.data
-        # without a batch sampler, the items of a loader are batches
-        if (
-            isinstance(loader, DataLoader)
-            and loader.batch_sampler is not None
-            and not isinstance(loader.dataset, IterableDataset)
-        ):
-            rows = torch.tensor(sorted(row for batch in loader.batch_sampler for row in batch), dtype=torch.int64)
+        loader, sampler = self.data, getattr(self.data, "batch_sampler", None)  # without, a loader's items are batches
+        if isinstance(loader, DataLoader) and sampler is not None and not isinstance(loader.dataset, IterableDataset):
+            rows = torch.tensor(sorted(row for batch in sampler for row in batch), dtype=torch.int64)
             settings = (self.device, loader.num_workers, loader.collate_fn, self._unnumbered)
             return _Items(self.function, loader.dataset, rows, *settings)
         held = _Held([with_each_tensor(batch, Tensor.cpu) for batch in self._pass()])
@@ -259,7 +251,7 @@ class _Passes:
     @property
     def _unnumbered(self) -> str | None:
         """Why positions in a pass are not the numbers of the examples; None if they are, or if nobody asks."""
-        loader = self.data
+        loader = self._loader()
         if not self.numbered or not isinstance(loader, DataLoader):
             return None
         if isinstance(loader.dataset, IterableDataset):
