@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memloc_ext.files import read_bytes
+from memloc_ext.tensor_files import load_archive
 from memloc_ext.training import list_checkpoints, load_checkpoint
-from memloc_ext.training.checkpoint import _check_archive
 
 State = str | Path | Mapping[str, Any]
 """A state dict, the path of a file that holds one, or the folder of a Hugging Face checkpoint."""
@@ -105,9 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
         from safetensors.torch import load
 
         return load(read_bytes(path))
-    data = read_bytes(path)
-    _check_archive(data)
-    stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    stored = load_archive(read_bytes(path))
     inner = [stored[name] for name in _INNER if isinstance(stored, dict) and isinstance(stored.get(name), dict)]
     state = inner[0] if inner else stored
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
