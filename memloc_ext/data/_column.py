@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 from collections.abc import Collection, Iterable, Sequence
@@ -194,16 +195,12 @@ def _chosen(names: Sequence[str] | None, rows: Sequence[_Row], width: int) -> tu
 def _parsed(cells: Sequence[tuple[int, str]]) -> np.ndarray:
     texts = [text.strip().lower() for _, text in cells]
     if set(texts) <= {"true", "false"}:
-        return np.array([text == "true" for text in texts], dtype=bool)
-    try:
-        return np.array([int(text) for text in texts], dtype=np.int64)
-    except (ValueError, OverflowError):
-        pass  # not all are integers
-    try:
-        return np.array([float(text) for text in texts])
-    except ValueError:
-        line, text = next(cell for cell in cells if not _is_number(cell[1]))
-        raise ValueError(f"line {line}: must hold true, false or a number, got {text!r}") from None
+        return np.array(texts) == "true"
+    for kind, dtype in ((int, np.int64), (float, np.float64)):
+        with contextlib.suppress(ValueError, OverflowError):  # not all are integers
+            return np.array([kind(text) for text in texts], dtype=dtype)
+    line, text = next(cell for cell in cells if not _is_number(cell[1]))
+    raise ValueError(f"line {line}: must hold true, false or a number, got {text!r}")
 
 
 def _integers(texts: Iterable[str]) -> np.ndarray | None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.images import LazyImages, fits, opened
-from memloc_ext.data.split import Split
+from memloc_ext.data.split import Dataset, Split
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

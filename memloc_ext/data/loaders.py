@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from memloc_ext._torchvision import import_torchvision
-from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.folder import folder
-from memloc_ext.data.split import Normalization, Split
+from memloc_ext.data.split import Dataset, Normalization, Split
 from memloc_ext.files import read_bytes
 
 DIGITS_SEED = 0

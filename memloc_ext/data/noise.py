@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from memloc_ext.data.dataset import Dataset
+from memloc_ext.data.split import Dataset
 
 NoiseKind = Literal["uniform", "repo"]
 
