@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,17 +186,9 @@ def _(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) ->
 
 @torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm_groups")
 def _(
-    input: Tensor,
-    grad_output: Tensor,
-    group_ids: Tensor,
-    num_groups: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int, kernel_size: Sequence[int], *geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    channels = input.shape[1], grad_output.shape[1]
+    channels, groups = (input.shape[1], grad_output.shape[1]), geometry[-1]
     if groups < 1 or channels[0] % groups or channels[1] % groups:  # meta tensors bring unchecked numbers here
         raise ValueError(
             "conv2d_grad_sqnorm_groups: groups must divide the "
