@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 
-from memloc_ext.batches import Batch, first_tensor, read_batch, with_each_tensor
+from memloc_ext.batches import Batch, read_batch, tensors_in, with_each_tensor
 
 Data: TypeAlias = Any
 """A map-style data set, a ``DataLoader``, or what yields the same batches whenever it is iterated."""
@@ -104,7 +104,8 @@ def digest(data: Examples) -> str:
     else:
         whole = data.subset(torch.arange(len(data))).batches(_PASS)  # by row, which a pass may shuffle
     for _, y, ids in whole:
-        with_each_tensor((y, ids), lambda t: sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes()) or t)
+        for t in tensors_in((y, ids)):
+            sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -187,7 +188,7 @@ class _Items:
             generator=torch.Generator(),  # or it draws from the global one
         )
         for rows, batch in zip(chosen, loader, strict=True):
-            yield _numbered(self.function, batch, rows, self.unnumbered, self.device)
+            yield _numbered(self.function, read_batch(self.function, batch), rows, self.unnumbered, self.device)
 
 
 @dataclass(eq=False)
@@ -231,8 +232,9 @@ class _Passes:
     def _pass(self, batch_size: int = _PASS, shard: Shard = (0, 1)) -> Iterator[Batch]:
         seen, unnumbered = 0, self._unnumbered
         for batch in self._loader(batch_size):
-            count = _size(self.function, batch)
-            whole = _numbered(self.function, batch, torch.arange(seen, seen + count), unnumbered, self.device)
+            read = read_batch(self.function, batch)
+            count = len(next(tensors_in(read[1])))
+            whole = _numbered(self.function, read, torch.arange(seen, seen + count), unnumbered, self.device)
             seen += count
             rows = torch.arange(count, device=self.device).tensor_split(shard[1])[shard[0]]
             if len(rows):
@@ -246,7 +248,7 @@ class _Passes:
             settings = (self.device, loader.num_workers, loader.collate_fn, self._unnumbered)
             return _Items(self.function, loader.dataset, rows, *settings)
         held = _Held([with_each_tensor(batch, Tensor.cpu) for batch in self._pass()])
-        return _Items(self.function, held, torch.arange(len(held)), self.device, collate=_as_it_is)
+        return _Items(self.function, held, torch.arange(len(held)), self.device, collate=lambda batch: batch)
 
     @property
     def _unnumbered(self) -> str | None:
@@ -267,10 +269,7 @@ class _Held:
     """Batches as one data set, in memory."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        columns: list[list[Tensor]] = []
-        for batch in batches:
-            columns.append([])
-            with_each_tensor(batch, lambda t, column=columns[-1]: column.append(t) or t)
+        columns = [list(tensors_in(batch)) for batch in batches]
         joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
         self._batch = with_each_tensor(batches[0], lambda _: next(joined)) if batches else None
 
@@ -283,21 +282,14 @@ class _Held:
     __getitem__ = __getitems__
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _numbered(function: str, batch: Any, positions: Tensor, unnumbered: str | None, device: torch.device) -> Batch:
-    """Read a batch, whose examples have these positions unless they say otherwise."""
-    x, y, ids = read_batch(function, batch)
+def _numbered(
+    function: str, read: tuple[Any, Any, Tensor | None], positions: Tensor, unnumbered: str | None, device: torch.device
+) -> Batch:
+    """Return what was read of a batch, whose examples have these positions unless they say otherwise."""
+    x, y, ids = read
     if ids is None and unnumbered is not None:
         raise ValueError(
             f"{function}: the numbers of the examples cannot be known: {unnumbered}; have each item give its own, as "
             "(x, y, index) or under the key 'index'"
         )
     return with_each_tensor(Batch(x, y, positions if ids is None else ids), lambda t: t.to(device, non_blocking=True))
-
-
-def _size(function: str, batch: Any) -> int:
-    target = first_tensor(read_batch(function, batch)[1])
-    return 0 if target is None else len(target)

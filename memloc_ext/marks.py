@@ -49,13 +49,7 @@ def marked(function: str, memorized: Marks | None, data: Any) -> Lookup | None:
 
 
 def truth(function: str, labels: Any | None, data: Any) -> Lookup | None:
-    """Return what gives examples' labels before any noise; None where they are not known.
-
-    Args:
-        function: Named in errors.
-        labels: ``[N, *]`` by number; None for what the data set itself says.
-        data: See `memloc_ext.examples`.
-    """
+    """Return what gives examples' labels before any noise, ``[N, *]`` by number, or as the data set itself says."""
     if labels is None:
         return _own("true_labels", data)
     return ByNumber(f"{function}: true_labels", torch.as_tensor(_array(labels)))

@@ -126,8 +126,8 @@ def linear_ablation_loss(
         ValueError: If a shape, device or target breaks the above.
         TypeError: If a dtype or a type does.
     """
-    tensors = features, weight, bias, targets, baseline
-    return call_without_graph(_ops.linear_ablation_loss.default, "linear_ablation_loss", *tensors)
+    arguments = features, weight, bias, targets, baseline
+    return call_without_graph(_ops.linear_ablation_loss.default, "linear_ablation_loss", *arguments)
 
 
 @torch.library.register_fake("memloc_ext::conv2d_ablation")

@@ -32,8 +32,7 @@ def accuracy(
         model: Any model.
         data: Training examples: a map-style data set, a ``DataLoader`` or an iterable of batches, each ``(x, y)``,
             ``(x, y, index)`` or a mapping with ``labels``; see `memloc_ext.examples`.
-        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
-            says, or none.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
         test: Test examples. They are left out in dropout mode ``train``, where they have no masks.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
@@ -53,15 +52,7 @@ def accuracy(
 
 
 def accuracy_by_mode(model: nn.Module, data: Data, **settings: Any) -> dict[str, Accuracy]:
-    """Evaluate a model with example-tied dropout in each of its modes; its own mode is put back.
-
-    Args:
-        model: As for `accuracy`.
-        data: Training examples.
-        **settings: As for `accuracy`.
-
-    Returns:
-        Mode to `Accuracy`.
+    """Return the accuracy, as by `accuracy`, in each mode of example-tied dropout; the model's own is put back.
 
     Raises:
         ValueError: If the model has no `ExampleTiedDropout`.

@@ -139,17 +139,10 @@ class Evaluation:
     def judged(
         self, outputs: Callable[[Any], Sequence[Any]], models: int, data: Examples, truth: Lookup | None = None
     ) -> dict[str, Tensor]:
-        """Return about which examples models are right.
+        """Return about which examples models are right, as for `accuracies`; several processes share the batches.
 
-        Args:
-            outputs: Returns what each model returns for a batch.
-            models: Their number.
-            data: The examples; several processes share the batches.
-            truth: Their labels before any noise, by number.
-
-        Returns:
-            ``ids``, ``[N]``; ``right``, ``[models, N]``, bool; ``truly``, likewise, by the true labels, if these are
-            known; ``tokens``, ``[models, N, 2]``, the numbers of right and of labelled tokens, if there are tokens.
+        Under ``ids``, ``[N]``; ``right``, ``[models, N]``, bool; ``truly``, likewise, by the true labels, if these are
+        known; ``tokens``, ``[models, N, 2]``, the numbers of right and of labelled tokens, if there are tokens.
         """
         world = world_size()
 

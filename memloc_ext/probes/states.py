@@ -43,12 +43,7 @@ def read_state(function: str, source: State, model: nn.Module) -> dict[str, Tens
     """Return the values of a model's parameters and buffers at another time, on the CPU if they are read from a file.
 
     Files are ``.safetensors``, or what ``torch.save`` wrote, of which only tensors and plain values are read. A prefix
-    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off.
-
-    Args:
-        function: Named in errors.
-        source: A state dict, or a path.
-        model: Not compiled.
+    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off. The model is not compiled.
 
     Raises:
         ValueError: If a file is damaged, or it is the state of another model.
