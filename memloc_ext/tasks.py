@@ -104,10 +104,7 @@ _NAMED: dict[str, Task] = {"classification": Classification(), "tokens": Tokens(
 
 
 def task_of(task: TaskName | Task) -> Task:
-    """Return a task by its name, or one that is given.
-
-    Args:
-        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``, see `Task`.
+    """Return a task by its name, or one that is given, which needs ``loss`` and ``right``, see `Task`.
 
     Raises:
         ValueError: If there is no task of that name.

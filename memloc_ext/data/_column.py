@@ -46,11 +46,7 @@ class Column:
 
 
 def read_column(path: Path, lengths: Collection[int]) -> Column:
-    """Read the values of a file.
-
-    Args:
-        path: Ends in one of `SUFFIXES`.
-        lengths: How many values are expected; tells a header that looks like a number.
+    """Read the values of a file; how many are expected tells a header that looks like a number.
 
     Raises:
         FileNotFoundError: If there is no such file.

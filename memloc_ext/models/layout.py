@@ -111,14 +111,11 @@ def _holds_blocks(module: nn.Module) -> bool:
 def dropout_sites(model: nn.Module) -> list[str]:
     """Name the modules after which example-tied dropout goes unless told otherwise.
 
-    Args:
-        model: A model with a ``layout`` that has sites.
-
     Returns:
         Module names as in ``named_modules``, from input to output.
 
     Raises:
-        ValueError: If the model has no such layout.
+        ValueError: If the model has no ``layout`` with sites.
     """
     layout = _layout(model)
     if layout is None or not layout.sites:

@@ -123,13 +123,8 @@ class ExampleTiedDropout(TiedChannels):
                     "`with memloc_ext.example_ids(ids):`, or pass example_ids to this module"
                 )
             return call(x, ids.to(x.device), *settings)
-        if mode == "test":
-            factors = (1.0, self.p_mem)
-        elif mode == "drop":
-            factors = (self._rescale_factor(), 0.0)
-        else:
-            factors = (0.0, 1.0)
-        return _scale_pools(x, kept, *factors, dim)
+        factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
+        return _scale_pools(x, kept, *factors[mode], dim)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":

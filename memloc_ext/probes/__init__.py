@@ -8,8 +8,7 @@ from memloc_ext.probes.account_epoch import (
     account_epoch,
     roc_auc,
 )
-from memloc_ext.probes.accuracy import accuracy, accuracy_by_mode
-from memloc_ext.probes.evaluation import Accuracy
+from memloc_ext.probes.accuracy import Accuracy, accuracy, accuracy_by_mode
 from memloc_ext.probes.localization import DatasetLocalization, Found, Localization, localize, localize_dataset
 from memloc_ext.probes.retraining import GroupRetraining, RetrainedEpoch, Retraining, retrain
 from memloc_ext.probes.rewinding import GroupRewinding, Rewinding, RewoundAccuracy, rewind

@@ -1,7 +1,4 @@
-"""Layer retraining: does one layer group, trained anew on clean examples alone, bring the memorized labels back?
-
-Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer retraining.
-"""
+"""Layer retraining: does one layer group, trained anew on clean examples alone, bring the memorized labels back?"""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
 from memloc_ext.nn import ExampleTiedDropout
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.states import State, read_state
 from memloc_ext.tasks import Task, TaskName

@@ -1,7 +1,4 @@
-"""Layer rewinding: what a trained model still predicts with one layer group put back to an earlier epoch.
-
-Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer rewinding.
-"""
+"""Layer rewinding: what a trained model still predicts with one layer group put back to an earlier epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from memloc_ext.examples import Data
 from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
 from memloc_ext.probes.states import State, found_states, read_state

@@ -118,7 +118,9 @@ def _without_prefix(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _hugging_face(folder: Path) -> dict[int, Path]:
-    steps = _numbered(folder, r"checkpoint-(\d+)")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII), folder / name) for name in names]
+    steps = {int(match[1]): path for match, path in found if match}
     epochs = [_epoch(path) for path in steps.values()]
     whole = {int(epoch): path for epoch, path in zip(epochs, steps.values(), strict=True) if epoch == int(epoch)}
     return whole if len(whole) == len(steps) else steps
@@ -136,8 +138,3 @@ def _lightning(folder: Path) -> dict[int, Path]:
     found = [(path, re.search(r"epoch=(\d+)(?:.*step=(\d+))?", path.name)) for path in sorted(folder.glob("*.ckpt"))]
     told = [(int(match[2] or -1), int(match[1]), path) for path, match in found if match]
     return {epoch: path for _, epoch, path in sorted(told)}
-
-
-def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return {int(match[1]): folder / name for name in names if (match := re.fullmatch(pattern, name, re.ASCII))}

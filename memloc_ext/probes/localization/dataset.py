@@ -17,7 +17,7 @@ from memloc_ext.marks import Marks
 from memloc_ext.nn import dropout_mode
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
-from memloc_ext.probes.evaluation import Evaluation
+from memloc_ext.probes.accuracy import Evaluation
 from memloc_ext.probes.localization.chunks import search_in_chunks
 from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
