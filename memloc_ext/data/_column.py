@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import io
+import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,8 @@ def _unpacked(stored: bytes) -> np.ndarray:
 
 
 def _decoded(stored: bytes) -> str:
-    encoding = "utf-8-sig"
-    if stored.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in stored[:2]:  # without the mark that tells
-        encoding = "utf-16-be" if stored[0] == 0 else "utf-16-le"
     try:
-        return stored.decode(encoding)
+        return stored.decode(json.detect_encoding(stored))
     except UnicodeDecodeError as error:
         line = stored[: error.start].count(b"\n") + 1
         raise ValueError(f"line {line}: cannot be read: {error}") from None

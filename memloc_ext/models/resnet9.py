@@ -75,8 +75,5 @@ class Residual(nn.Module):
 def _conv(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1
 ) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())

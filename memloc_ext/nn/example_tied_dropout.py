@@ -1,4 +1,4 @@
-"""Example-tied dropout as a module, with the modes in which the paper evaluates it."""
+"""Example-tied dropout as a module, with the modes in which the paper evaluates it; and its control, a fixed mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("train", "test", "drop", "drop_gen")
 RESCALES = ("none", "authors", "expectation")
 
 
-class TiedChannels(nn.Module):
+class _TiedChannels(nn.Module):
     """The settings of `ExampleTiedDropout` and `FixedDropout`, checked."""
 
     def __init__(
@@ -43,7 +43,7 @@ class TiedChannels(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-class ExampleTiedDropout(TiedChannels):
+class ExampleTiedDropout(_TiedChannels):
     r"""Dropout whose mask belongs to the example, so that what is memorized goes into channels known beforehand.
 
     Of ``C`` channels the first ``floor(p_gen * C)`` are *generalization* channels, kept for every example. Each other
@@ -164,6 +164,22 @@ class ExampleTiedDropout(TiedChannels):
     def extra_repr(self) -> str:
         """Show the settings and the mode in force."""
         return f"{super().extra_repr()}, rescale={self.rescale!r}, mode={self.mode!r}"
+
+
+class FixedDropout(_TiedChannels):
+    """Keep the same channels for every example, in training and in evaluation.
+
+    The mask is that of example 0 under `ExampleTiedDropout` with the same settings, so as many channels are active as
+    each example has there. Kept activations are not rescaled. Shapes and errors are as there.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, baselines.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero the channels outside the mask."""
+        dim, kept = self.dim_and_kept(x)
+        ids = torch.zeros(1, dtype=torch.int64, device=x.device).expand(x.shape[0])
+        return call(x, ids, kept, self.p_mem, self.seed, self.site, dim)
 
 
 def set_dropout_mode(model: nn.Module, mode: str | None) -> None:

@@ -88,7 +88,7 @@ def linear_grad_sqnorm_groups(
         TypeError: If a dtype or a type does.
     """
     name, x, g = "linear_grad_sqnorm_groups", input, grad_output
-    if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
+    if _may_compose(x, g) and not (x.is_cpu and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
         return norms, linear_group_grad(x.detach(), g.detach(), _groups(name, x, group_ids, num_groups))
     return call_without_graph(_linear, name, x, g, *_ids(group_ids, num_groups))
@@ -128,7 +128,7 @@ def conv2d_grad_sqnorm_groups(
     """
     name, x, g = "conv2d_grad_sqnorm_groups", input, grad_output
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
-    if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
+    if _may_compose(x, g) and not (x.is_cpu and _conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         by = _groups(name, x, group_ids, num_groups)
         sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
@@ -154,10 +154,6 @@ def _may_compose(x: Tensor, g: Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(g, Tensor):
         return False
     return x.ndim == g.ndim >= 2 and 0 not in (x.numel(), g.numel())
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 def _ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:

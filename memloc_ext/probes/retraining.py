@@ -132,8 +132,7 @@ def retrain(
         seed: In [0, 2**63); names the order of the examples and the draws of standard dropout.
         batch_size: Examples at a time where a data set is evaluated, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
-        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
-            arguments goes on from there.
+        parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
 
     Returns:
         The accuracy of the model as it is, and of each group's copy before its training and after each epoch, as by

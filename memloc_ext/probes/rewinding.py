@@ -136,8 +136,7 @@ def rewind(
             less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
-        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
-            arguments goes on from there.
+        parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
 
     Returns:
         The accuracy of the model as it is, and of each group at each epoch, with the group's batch-norm statistics as
