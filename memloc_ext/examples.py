@@ -154,12 +154,8 @@ class _Items:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def indices(self) -> Tensor:
-        return self._ids
-
     @cached_property
-    def _ids(self) -> Tensor:
+    def indices(self) -> Tensor:
         return torch.cat([self.rows[:0].to(self.device), *(batch.ids for batch in self.batches(_PASS))])
 
     def batch(self, rows: Tensor) -> Batch:

@@ -56,13 +56,7 @@ def truth(function: str, labels: Any | None, data: Any) -> Lookup | None:
 
 
 class ByNumber:
-    """Values of examples by number, or by row beside the number of each row.
-
-    Args:
-        name: For errors.
-        values: ``[N, *]``.
-        numbers: Number of each row, ``[N]``; None if it is the row.
-    """
+    """Values of examples, ``[N, *]``, by number, or by row beside the number of each row, ``[N]``."""
 
     def __init__(self, name: str, values: Tensor, numbers: Tensor | None = None) -> None:
         self._name, self._values, self._order = name, values, None

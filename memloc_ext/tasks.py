@@ -125,17 +125,13 @@ def task_of(task: TaskName | Task) -> Task:
 def example_losses(task: Task, output: Any, y: Any, batch: int) -> Tensor:
     """Return the loss of each of ``batch`` examples; ValueError if the task returns something else."""
     losses = task.loss(output, y)
-    if not isinstance(losses, Tensor) or losses.shape != (batch,) or not losses.is_floating_point():
-        raise ValueError(f"task: loss must return floating point [{batch}], one per example, got {_shown(losses)}")
-    return losses
+    return _each("loss", losses, batch, "floating point", isinstance(losses, Tensor) and losses.is_floating_point())
 
 
 def right_examples(task: Task, output: Any, y: Any, batch: int) -> Tensor:
     """Return whether the model is right about each of ``batch`` examples; ValueError if the task returns otherwise."""
     right = task.right(output, y)
-    if not isinstance(right, Tensor) or right.shape != (batch,) or right.dtype != torch.bool:
-        raise ValueError(f"task: right must return bool [{batch}], one per example, got {_shown(right)}")
-    return right
+    return _each("right", right, batch, "bool", isinstance(right, Tensor) and right.dtype == torch.bool)
 
 
 def mean_loss(task: Task, output: Any, y: Any, batch: int) -> Tensor:
@@ -173,5 +169,8 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _shown(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _each(method: str, value: Any, batch: int, kind: str, of_kind: bool) -> Tensor:
+    if not of_kind or value.shape != (batch,):
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"task: {method} must return {kind} [{batch}], one per example, got {got}")
+    return value
