@@ -175,14 +175,9 @@ class _Items:
         return replace(self, device=device)
 
     def _load(self, chosen: Sequence[Tensor], num_workers: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            self.data,
-            batch_sampler=[rows.tolist() for rows in chosen],
-            collate_fn=self.collate,
-            num_workers=num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it draws from the global one
-        )
+        sampler, generator = [rows.tolist() for rows in chosen], torch.Generator()  # or it draws from the global one
+        how: dict[str, Any] = {"collate_fn": self.collate, "num_workers": num_workers, "generator": generator}
+        loader = DataLoader(self.data, batch_sampler=sampler, pin_memory=self.device.type == "cuda", **how)
         for rows, batch in zip(chosen, loader, strict=True):
             yield _numbered(self.function, read_batch(self.function, batch), rows, self.unnumbered, self.device)
 

@@ -98,9 +98,8 @@ def _memorized(
             raise ValueError(f"scores must be numbers, got NaN for example {examples[place]} in {column.places[place]}")
         rule, marked = (f"below {below}", values < below) if below is not None else (f"above {above}", values > above)
         return f"scores of {of}, memorized {rule}", examples[torch.from_numpy(marked)]
-    of_examples = count in (num_examples, len(rows)) or (
-        numbers is not None and not np.array_equal(numbers, np.arange(count))
-    )
+    numbered = numbers is not None and not np.array_equal(numbers, np.arange(count))
+    of_examples = numbered or count in (num_examples, len(rows))
     if values.dtype.kind == "b" or (of_examples and count and np.isin(values, (0, 1)).all()):
         return f"a mask of {of}", _examples(column, num_examples, rows)[torch.from_numpy(values == 1)]
     if values.dtype.kind == "f":
@@ -115,10 +114,8 @@ def _examples(column: Column, num_examples: int, rows: Tensor) -> Tensor:
     if numbers is None:
         if count not in (num_examples, len(rows)):
             chosen = f" or of the {len(rows)} chosen" if len(rows) < num_examples else ""
-            raise ValueError(
-                f"must hold one value for each of the {num_examples} examples{chosen}, got {count}"
-                f"{_source(column, num_examples, rows)}"
-            )
+            got = f"{count}{_source(column, num_examples, rows)}"
+            raise ValueError(f"must hold one value for each of the {num_examples} examples{chosen}, got {got}")
         return torch.arange(num_examples) if count == num_examples else rows
     _check_numbers("example numbers", numbers, column, num_examples)
     examples = torch.from_numpy(numbers)

@@ -119,21 +119,15 @@ def dropout_sites(model: nn.Module) -> list[str]:
     """
     layout = _layout(model)
     if layout is None or not layout.sites:
-        raise ValueError(
-            f"dropout_sites: model must have a layout with sites, got {type(model).__name__} without; "
-            "name the sites yourself"
-        )
+        got = f"{type(model).__name__} without; name the sites yourself"
+        raise ValueError(f"dropout_sites: model must have a layout with sites, got {got}")
     return list(layout.sites)
 
 
 def channel_dim(model: nn.Module) -> int:
-    """Dimension of the channels in the output of the model's dropout sites.
+    """Return the dimension of the channels in the output of the model's dropout sites.
 
-    Args:
-        model: Any module; one without a ``layout`` is taken to follow PyTorch's ``[batch, channels, ...]``.
-
-    Returns:
-        1 for ``[batch, channels, ...]``, -1 for ``[batch, tokens, channels]``.
+    1 for ``[batch, channels, ...]``, also of a model without a ``layout``; -1 for ``[batch, tokens, channels]``.
     """
     layout = _layout(model)
     return layout.channel_dim if layout else 1

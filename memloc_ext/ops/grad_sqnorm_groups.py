@@ -186,10 +186,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     channels, groups = (input.shape[1], grad_output.shape[1]), geometry[-1]
     if groups < 1 or channels[0] % groups or channels[1] % groups:  # meta tensors bring unchecked numbers here
-        raise ValueError(
-            "conv2d_grad_sqnorm_groups: groups must divide the "
-            f"{channels[0]} input and {channels[1]} output channels, got {groups}"
-        )
+        rule = f"divide the {channels[0]} input and {channels[1]} output channels"
+        raise ValueError(f"conv2d_grad_sqnorm_groups: groups must {rule}, got {groups}")
     sizes = (num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return _results("conv2d_grad_sqnorm_groups", input, grad_output, group_ids, sizes)
 

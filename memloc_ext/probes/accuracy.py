@@ -152,11 +152,10 @@ class Evaluation:
         train = self.judged(outputs, models, self.train, self._truth)
         ids, right = train["ids"], train["right"]
         memorized = torch.zeros_like(ids, dtype=torch.bool) if self.memorized is None else self.memorized(ids)
-        parts = {"clean": right[:, ~memorized], "memorized": right[:, memorized]}
+        kinds = {"clean": ~memorized, "memorized": memorized}
+        parts = {part: right[:, kind] for part, kind in kinds.items()}
         parts["memorized_true"] = train["truly"][:, memorized] if "truly" in train else right[:, :0]
-        tokens = {}
-        if "tokens" in train:
-            tokens = {"clean": train["tokens"][:, ~memorized], "memorized": train["tokens"][:, memorized]}
+        tokens = {part: train["tokens"][:, kind] for part, kind in kinds.items() if "tokens" in train}
         if self.test is not None:
             test = self.judged(outputs, models, self.test)
             parts["test"] = test["right"]

@@ -190,9 +190,7 @@ def _retrain_group(
     network = copy.deepcopy(model)
     parameters = _isolated(network, state, group)
     modules = list(_modules(network, group))
-    optimizer = torch.optim.SGD(
-        parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.SGD(parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(clean.device.type, enabled=False)
     records, fitted = [RetrainedEpoch(0, None, evaluation.accuracy(network))], 0
     for epoch in range(1, config.epochs + 1):
