@@ -116,13 +116,11 @@ def cifar10(root: str | Path = "data", download: bool = False) -> Dataset:
 def svhn(root: str | Path = "data", download: bool = False) -> Dataset:
     """Return the cropped Street View House Numbers, ``[3, 32, 32]``: 73,257 to train on, 26,032 to test.
 
+    Errors are those of `cifar10`.
+
     Args:
         root: Folder that holds ``train_32x32.mat`` and ``test_32x32.mat``.
         download: Fetch what is missing.
-
-    Raises:
-        FileNotFoundError: If files are missing or damaged.
-        ImportError: If torchvision is not installed.
     """
     make = import_torchvision("datasets").SVHN
     files = {make.split_list[split][1]: make.split_list[split][2] for split in ("train", "test")}
