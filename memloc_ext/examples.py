@@ -36,27 +36,34 @@ class Examples(Protocol):
     @property
     def device(self) -> torch.device:
         """Where batches are."""
+        ...
 
     @property
     def indices(self) -> Tensor:
         """Number of the example in each row, ``[N]``, int64."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of examples."""
+        ...
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the examples in some rows, ``[B]`` int64."""
+        ...
 
     def batches(
         self, batch_size: int | Sequence[int], generator: torch.Generator | None = None, *, shard: Shard = (0, 1)
     ) -> Iterator[Batch]:
         """Iterate once over all examples, see `row_batches`."""
+        ...
 
     def subset(self, rows: Tensor) -> Examples:
         """Return the examples in some rows, ``[B]`` int64, which keep their numbers."""
+        ...
 
     def to(self, device: torch.device) -> Examples:
         """Return the same with batches on another device."""
+        ...
 
 
 def examples(
@@ -154,8 +161,12 @@ class _Items:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @property
     def indices(self) -> Tensor:
+        return self._ids
+
+    @cached_property
+    def _ids(self) -> Tensor:
         return torch.cat([self.rows[:0].to(self.device), *(batch.ids for batch in self.batches(_PASS))])
 
     def batch(self, rows: Tensor) -> Batch:

@@ -25,9 +25,11 @@ class Task(Protocol):
             output: What the model returned, as it returned it; see `logits_of`.
             y: The targets of the batch, on the model's device.
         """
+        ...
 
     def right(self, output: Any, y: Any) -> Tensor:
         """Return whether the model is right about each example, ``[batch]``, bool."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ class ExampleTiedDropout(_TiedChannels):
                 )
             return call(x, ids.to(x.device), *settings)
         factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
-        return _scale_pools(x, kept, *factors[mode], dim)
+        generalization, memorization = factors[mode]
+        return _scale_pools(x, kept, generalization, memorization, dim)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":
