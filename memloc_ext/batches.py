@@ -67,9 +67,8 @@ def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
         return x, y, None
     ids = torch.as_tensor(ids)
     if ids.shape != target.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"{function}: index must be integers [{len(target)}], one per example, got {ids.dtype} {list(ids.shape)}"
-        )
+        rule = f"integers [{len(target)}], one per example"
+        raise ValueError(f"{function}: index must be {rule}, got {ids.dtype} {list(ids.shape)}")
     return x, y, ids.long()
 
 

@@ -36,15 +36,11 @@ def marked(function: str, memorized: Marks | None, data: Any) -> Lookup | None:
         return ByNumber(f"{function}: memorized", values)
     numbers = values.long() if values.numel() == 0 else values
     if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers < 0).any():
-        raise ValueError(
-            f"{function}: memorized must be a mask, bool [N] by number, or the numbers of examples, at least 0, got "
-            f"{values.dtype} {list(values.shape)}"
-        )
+        rule = "a mask, bool [N] by number, or the numbers of examples, at least 0"
+        raise ValueError(f"{function}: memorized must be {rule}, got {values.dtype} {list(values.shape)}")
     if len(numbers.unique()) < len(numbers):
-        raise ValueError(
-            f"{function}: integers in memorized are the numbers of examples and must differ, got one twice; write a "
-            "mask as bool"
-        )
+        rule = "integers in memorized are the numbers of examples and must differ"
+        raise ValueError(f"{function}: {rule}, got one twice; write a mask as bool")
     return lambda ids: torch.isin(ids, numbers.to(ids.device))
 
 

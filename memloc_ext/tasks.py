@@ -94,10 +94,8 @@ class Tokens:
     def _aligned(self, output: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(output)
         if logits.dim() != 3 or y.shape != logits.shape[:2]:
-            raise ValueError(
-                "task 'tokens' needs logits [batch, tokens, classes] and labels [batch, tokens], got "
-                f"{list(logits.shape)} and {list(y.shape)}"
-            )
+            needed = "logits [batch, tokens, classes] and labels [batch, tokens]"
+            raise ValueError(f"task 'tokens' needs {needed}, got {list(logits.shape)} and {list(y.shape)}")
         return (logits[:, :-1], y[:, 1:]) if self.shift else (logits, y)
 
 
@@ -118,9 +116,8 @@ def task_of(task: TaskName | Task) -> Task:
         return _NAMED[task]
     if isinstance(task, type) or not all(callable(getattr(task, name, None)) for name in ("loss", "right")):
         got = f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
-        raise TypeError(
-            f"task must be one of {', '.join(_NAMED)} or an object with loss(output, y) and right(output, y), got {got}"
-        )
+        rule = f"one of {', '.join(_NAMED)} or an object with loss(output, y) and right(output, y)"
+        raise TypeError(f"task must be {rule}, got {got}")
     return task
 
 

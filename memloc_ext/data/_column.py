@@ -108,7 +108,7 @@ def _from_text(text: str, lengths: Collection[int]) -> Column:
         if len(cells) != width:
             raise ValueError(f"line {line}: must have {width} columns as other lines do, got {len(cells)}")
     names = None
-    if not all(map(_is_value, first[1])):
+    if not all(_is_number(cell) or cell.strip().lower() in ("true", "false") for cell in first[1]):
         names = [cell.strip() for cell in first[1]]
     elif first[1] == [str(n) for n in range(width)] and _is_header(rows, lengths):
         names = first[1]
@@ -208,7 +208,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_value(text: str) -> bool:
-    return _is_number(text) or text.strip().lower() in ("true", "false")

@@ -75,10 +75,8 @@ def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = 
     for group, prefixes in given.items():
         for prefix in prefixes:
             if not any(_within(name, prefix) for name in names):
-                raise ValueError(
-                    f"layer_groups: groups must hold names of parameters of the model, or of modules that have some, "
-                    f"got {prefix!r} in {group!r}"
-                )
+                rule = "names of parameters of the model, or of modules that have some"
+                raise ValueError(f"layer_groups: groups must hold {rule}, got {prefix!r} in {group!r}")
         if not found[group]:
             raise ValueError(f"layer_groups: groups must hold parameters, got {group!r} without")
     return found

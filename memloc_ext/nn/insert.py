@@ -81,9 +81,8 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
             raise ValueError(f"insert: {name!r} already has a dropout behind it")
         taken.add(id(module))
         if not _runs_children_in_order(module) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            raise ValueError(
-                f"insert: {name!r} is a {type(module).__name__} that may run each of its children; name one of those"
-            )
+            got = f"{name!r} is a {type(module).__name__}"
+            raise ValueError(f"insert: {got} that may run each of its children; name one of those")
     new = [make(site) for site in range(len(after))]
     for name, dropout in zip(after, new, strict=True):
         module = modules[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,8 @@ def rewind(
     unchanged = evaluation.accuracy(model)
     if unchanged.counts["clean"] + unchanged.counts["memorized"] == 0:
         raise ValueError("rewind: data must hold at least one training example, got none")
-    variants = ParameterVariants(model, _reading(evaluation.task))
+    known = isinstance(evaluation.task, Classification | Tokens)  # to read nothing but the logits
+    variants = ParameterVariants(model, logits_of if known else lambda output: output)
 
     def one(group: LayerGroup) -> dict[str, Any]:
         return asdict(_rewind_group(variants, evaluation, group, past, device_of(model)))
@@ -198,11 +199,6 @@ def _rewind_group(
     step = len(ways)
     pairs = zip(states, found[::step], found[step - 1 :: step], strict=True)
     return GroupRewinding(bool(group.buffers), [RewoundAccuracy(epoch, full, bare) for epoch, bare, full in pairs])
-
-
-def _reading(task: Task) -> Callable[[Any], Any]:
-    """Return what a task reads of what a model returns: all of it, unless it is known to be the logits."""
-    return logits_of if isinstance(task, Classification | Tokens) else lambda output: output
 
 
 def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[str, Tensor]:

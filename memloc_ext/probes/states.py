@@ -73,9 +73,8 @@ def checked_state(where: str, state: Mapping[str, Any], model: nn.Module) -> dic
         there = state.get(name if name in state else tied.get(value.data_ptr(), name))
         if not isinstance(there, Tensor) or (there.dtype, there.shape) != (value.dtype, value.shape):
             what = f"as {there.dtype} {list(there.shape)}" if isinstance(there, Tensor) else "not there"
-            raise ValueError(
-                f"{where} must be of this model, whose {name} is {value.dtype} {list(value.shape)}, got it {what}"
-            )
+            own_kind = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"{where} must be of this model, whose {name} is {own_kind}, got it {what}")
         found[name] = there
     for name in state:
         if name not in own and not name.endswith("_extra_state"):
