@@ -89,7 +89,12 @@ class ParameterVariants:
 
 @contextlib.contextmanager
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters and buffers, by name, other values inside the ``with``, in place, and then their own back."""
+    """Give parameters and buffers other values inside the ``with``, in place, and then their own back.
+
+    Args:
+        model: Any model.
+        tensors: Name to a tensor of the same shape.
+    """
     own = _tensors(model)
     kept = [(own[name], own[name].detach().clone()) for name in tensors]
     try:
@@ -104,10 +109,16 @@ def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 class _Program:
-    """The recorded pass of a batch, whose last inputs are the model's tensors, in the order of ``names``."""
+    """The recorded pass of a batch.
+
+    Args:
+        recording: Its inputs are the batch, the ids of its examples if there are any, and the model's tensors.
+        names: The model's tensors, in the order of the inputs.
+    """
 
     def __init__(self, recording: Recording, names: Sequence[str]) -> None:
-        self._calls, self._inputs, self._output = recording.calls, recording.inputs, recording.outputs[0]
+        self._calls, self._output = recording.calls, recording.outputs[0]
+        self._inputs = recording.inputs
         self._value = dict(zip(names, recording.inputs[-len(names) :], strict=True)) if names else {}
         self._plans: dict[frozenset[str], tuple[list[Step], list[Step]]] = {}
 
