@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from memloc_ext import GradientAccountant, models
 from memloc_ext.models.vit import Block
-from memloc_ext.ops.grad_sqnorm import plan
+from memloc_ext.ops import Plan, plan_conv2d, plan_linear
 
 Step = Callable[[], dict[str, Any]]
 """A forward and backward pass; returns squared norms ``[batch]`` by the name of a parameter."""
@@ -77,6 +78,50 @@ class Workload:
             "norms only": 1 + (sum(norms) - sum(weights)) / step,
             "norms + two groups": 1 + direct / step,
         }
+
+
+def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
+    """Return the way that ``auto`` takes on the CPU for a layer.
+
+    A `torch.nn.Conv1d` is a convolution over images of one row. Padding other than zeros is thought of as part of the
+    input, which then has none.
+
+    Args:
+        layer: A linear layer, or a convolution over one or two dimensions.
+        input_shape: Shape of what it is given, the batch dimension included.
+
+    Raises:
+        ValueError: If the layer is of another kind, or the shape does not go with it.
+    """
+    shape = tuple(input_shape)
+    if isinstance(layer, nn.Linear):
+        if len(shape) < 2 or shape[-1] != layer.in_features:
+            raise ValueError(f"plan: input_shape must be [batch, *, {layer.in_features}], got {list(shape)}")
+        return plan_linear(prod(shape[1:-1]), layer.in_features, layer.out_features)
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        raise ValueError(f"plan: {type(layer).__name__} is not covered; linear layers, Conv1d and Conv2d are")
+    axes = len(layer.kernel_size)
+    if len(shape) != axes + 2 or shape[1] != layer.in_channels:
+        sizes = "length" if axes == 1 else "height, width"
+        raise ValueError(f"plan: input_shape must be [batch, {layer.in_channels}, {sizes}], got {list(shape)}")
+    sides = layer._reversed_padding_repeated_twice  # low and high of the last axis first, numbers for "same" too
+    size, padding = list(shape[2:]), [0] * axes
+    for axis, (low, high) in enumerate(zip(sides[-2::-2], sides[::-2], strict=True)):
+        if layer.padding_mode == "zeros" and low == high:
+            padding[axis] = low
+        else:
+            size[axis] += low + high
+    row = [1] * (2 - axes)
+    geometry = (row + list(layer.kernel_size), row + list(layer.stride))
+    return plan_conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        row + size,
+        *geometry,
+        [0] * (2 - axes) + padding,
+        row + list(layer.dilation),
+        layer.groups,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,7 @@ _declared: list[torch.library.Library] = []  # a Library takes its operators awa
 
 
 def import_torchvision(submodule: str = "") -> ModuleType:
-    """Return ``torchvision`` or one of its submodules, mending the import only where it would fail.
-
-    Args:
-        submodule: Name below ``torchvision``, for example ``"models"``; empty for the package itself.
+    """Return ``torchvision`` or a submodule, such as ``"models"``, mending the import only where it would fail.
 
     Raises:
         ImportError: If torchvision is not installed.

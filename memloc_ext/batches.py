@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,18 +38,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
-    """Take a batch apart.
+    """Take a batch apart into x, y, and the examples' numbers, ``[batch]`` int64, or None without.
 
-    Args:
-        function: Named in errors.
-        batch: ``(x, y)``, ``(x, y, index)``, or a mapping of which ``labels`` is y, ``index`` (if it is there) the
-            numbers and the rest x.
-
-    Returns:
-        x, y, and the numbers, ``[batch]`` int64, or None without.
-
-    Raises:
-        ValueError: If it is none of these, or the numbers are not integers, one per example.
+    It is ``(x, y)``, ``(x, y, index)``, or a mapping of which ``labels`` is y, ``index`` (if it is there) the numbers
+    and the rest x. ValueError, which names ``function``, if it is none of these, or numbers are not integers, one per
+    example.
     """
     if isinstance(batch, Mapping):
         x: Any = dict(batch)
@@ -62,9 +55,9 @@ def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise ValueError(f"{function}: a batch must be (x, y), (x, y, index) or a mapping with labels, got {got}")
     x = tuple(x) if isinstance(x, list) else x  # which a DataLoader makes of a tuple
-    if first_tensor(x) is None:
+    if next(tensors_in(x), None) is None:
         raise ValueError(f"{function}: x must be a tensor, or a tuple or mapping of tensors, got {type(x).__name__}")
-    target = first_tensor(y)
+    target = next(tensors_in(y), None)
     if target is None or target.dim() == 0:
         raise ValueError(
             f"{function}: a batch must hold a tensor of targets, one per example, got {type(y).__name__}; where data "
@@ -74,18 +67,18 @@ def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
         return x, y, None
     ids = torch.as_tensor(ids)
     if ids.shape != target.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"{function}: index must be integers [{len(target)}], one per example, got {ids.dtype} {list(ids.shape)}"
-        )
+        rule = f"integers [{len(target)}], one per example"
+        raise ValueError(f"{function}: index must be {rule}, got {ids.dtype} {list(ids.shape)}")
     return x, y, ids.long()
 
 
-def first_tensor(tree: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings, or None."""
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
-        return tree
-    inner = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
-    return next((found for found in map(first_tensor, inner) if found is not None), None)
+        yield tree
+    elif isinstance(tree, Mapping | tuple | list):
+        for inner in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_in(inner)
 
 
 def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:

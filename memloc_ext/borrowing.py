@@ -49,11 +49,7 @@ def generator_states(device: torch.device) -> list[Tensor]:
 
 
 class SharedContext:
-    """A context that is entered with the first thread inside, and left with the last.
-
-    Args:
-        make: Makes the context.
-    """
+    """A context that is entered with the first thread inside, and left with the last."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
         self._make, self._lock = make, threading.Lock()

@@ -29,10 +29,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, with gloo on the CPU and NCCL on GPUs; without torchrun, do nothing.
 
     An error is passed on at once, after a line that names the process: let it end this process, and torchrun ends the
-    others, wherever they wait.
-
-    Args:
-        device: Where this process computes, or ``cuda`` for its `own_device`.
+    others, wherever they wait. This one computes on ``device``, or for ``cuda`` on its `own_device`.
 
     Raises:
         ValueError: See `own_device`.
@@ -71,9 +68,8 @@ def own_device(device: torch.device) -> torch.device:
     if device.index is not None and processes > 1:
         raise ValueError(f"device must be cuda without a number under torchrun, whose processes share {device} else")
     if processes > torch.cuda.device_count():
-        raise ValueError(
-            f"--nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got {processes}"
-        )
+        count = torch.cuda.device_count()
+        raise ValueError(f"--nproc-per-node must be at most the number of GPUs, {count}, got {processes}")
     return torch.device("cuda", local_rank()) if device.index is None else device
 
 
@@ -148,11 +144,7 @@ def spread(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor over all processes, the same bits in each; all travel as one message.
 
-    Args:
-        tensors: Of the same shapes and dtypes in every process, on the device of the process.
-
-    Returns:
-        New tensors, or without other processes the given ones.
+    Shapes and dtypes are the same in every process. Without other processes the tensors are the given ones, else new.
     """
     if world_size() == 1 or not tensors:
         return list(tensors)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 
-from memloc_ext.batches import Batch, first_tensor, read_batch, with_each_tensor
+from memloc_ext.batches import Batch, read_batch, tensors_in, with_each_tensor
 
 Data: TypeAlias = Any
 """A map-style data set, a ``DataLoader``, or what yields the same batches whenever it is iterated."""
@@ -71,10 +71,10 @@ def examples(
 ) -> Examples:
     """Return data as examples.
 
-    A data set that has the methods of `Examples` is taken as it is. Another one is read by a ``DataLoader``. A
-    ``DataLoader`` or iterable is read in its own order and batches, whatever ``batch_size`` says. Where its examples
-    are shuffled or picked, a ``DataLoader`` lends its data set, ``collate_fn`` and workers; what another iterable
-    yields is then held in memory.
+    A data set that has the methods of `Examples` is taken as it is. Another one, also an ``IterableDataset``, is read
+    by a ``DataLoader``. A ``DataLoader`` or iterable is read in its own order and batches, whatever ``batch_size``
+    says. Where its examples are shuffled or picked, a ``DataLoader`` lends its data set, ``collate_fn`` and workers;
+    what another iterable yields is then held in memory.
 
     Args:
         function: Named in errors.
@@ -92,14 +92,12 @@ def examples(
     map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if map_style and not isinstance(data, list | tuple | dict | IterableDataset):  # a list holds batches
         return _Items(function, data, torch.arange(len(data)), device, num_workers)
-    if isinstance(data, IterableDataset):
-        data = DataLoader(data, _PASS, num_workers=num_workers, generator=torch.Generator())
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
         raise TypeError(
             f"{function}: data must be a map-style data set, a DataLoader or an iterable that can be iterated again, "
             f"got {type(data).__name__}; make a list of the batches of a generator"
         )
-    return _Passes(function, data, device, numbered)
+    return _Passes(function, data, device, numbered, num_workers)
 
 
 def digest(data: Examples) -> str:
@@ -113,7 +111,8 @@ def digest(data: Examples) -> str:
     else:
         whole = data.subset(torch.arange(len(data))).batches(_PASS)  # by row, which a pass may shuffle
     for _, y, ids in whole:
-        with_each_tensor((y, ids), lambda t: sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes()) or t)
+        for t in tensors_in((y, ids)):
+            sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -187,26 +186,22 @@ class _Items:
         return replace(self, device=device)
 
     def _load(self, chosen: Sequence[Tensor], num_workers: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            self.data,
-            batch_sampler=[rows.tolist() for rows in chosen],
-            collate_fn=self.collate,
-            num_workers=num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it draws from the global one
-        )
+        sampler, generator = [rows.tolist() for rows in chosen], torch.Generator()  # or it draws from the global one
+        how: dict[str, Any] = {"collate_fn": self.collate, "num_workers": num_workers, "generator": generator}
+        loader = DataLoader(self.data, batch_sampler=sampler, pin_memory=self.device.type == "cuda", **how)
         for rows, batch in zip(chosen, loader, strict=True):
-            yield _numbered(self.function, batch, rows, self.unnumbered, self.device)
+            yield _numbered(self.function, read_batch(self.function, batch), rows, self.unnumbered, self.device)
 
 
 @dataclass(eq=False)
 class _Passes:
-    """Batches as an iterable yields them."""
+    """Batches as an iterable yields them, or the items of a stream in batches of any size."""
 
     function: str
     data: Iterable[Any]
     device: torch.device
     numbered: bool
+    num_workers: int
 
     def __len__(self) -> int:
         return len(self._by_row)
@@ -223,7 +218,7 @@ class _Passes:
     ) -> Iterator[Batch]:
         if generator is not None or isinstance(batch_size, Sequence):
             return self._by_row.batches(batch_size, generator, shard=shard)
-        return self._pass(shard)
+        return self._pass(batch_size, shard)
 
     def subset(self, rows: Tensor) -> Examples:
         return self._by_row.subset(rows)
@@ -231,11 +226,17 @@ class _Passes:
     def to(self, device: torch.device) -> _Passes:
         return replace(self, device=device)
 
-    def _pass(self, shard: Shard = (0, 1)) -> Iterator[Batch]:
+    def _loader(self, batch_size: int = _PASS) -> Iterable[Any]:
+        if isinstance(self.data, IterableDataset):
+            return DataLoader(self.data, batch_size, num_workers=self.num_workers, generator=torch.Generator())
+        return self.data
+
+    def _pass(self, batch_size: int = _PASS, shard: Shard = (0, 1)) -> Iterator[Batch]:
         seen, unnumbered = 0, self._unnumbered
-        for batch in self.data:
-            count = _size(self.function, batch)
-            whole = _numbered(self.function, batch, torch.arange(seen, seen + count), unnumbered, self.device)
+        for batch in self._loader(batch_size):
+            read = read_batch(self.function, batch)
+            count = len(next(tensors_in(read[1])))
+            whole = _numbered(self.function, read, torch.arange(seen, seen + count), unnumbered, self.device)
             seen += count
             rows = torch.arange(count, device=self.device).tensor_split(shard[1])[shard[0]]
             if len(rows):
@@ -243,23 +244,18 @@ class _Passes:
 
     @cached_property
     def _by_row(self) -> Examples:
-        loader = self.data
-        # without a batch sampler, the items of a loader are batches
-        if (
-            isinstance(loader, DataLoader)
-            and loader.batch_sampler is not None
-            and not isinstance(loader.dataset, IterableDataset)
-        ):
-            rows = torch.tensor(sorted(row for batch in loader.batch_sampler for row in batch), dtype=torch.int64)
+        loader, sampler = self.data, getattr(self.data, "batch_sampler", None)  # without, a loader's items are batches
+        if isinstance(loader, DataLoader) and sampler is not None and not isinstance(loader.dataset, IterableDataset):
+            rows = torch.tensor(sorted(row for batch in sampler for row in batch), dtype=torch.int64)
             settings = (self.device, loader.num_workers, loader.collate_fn, self._unnumbered)
             return _Items(self.function, loader.dataset, rows, *settings)
         held = _Held([with_each_tensor(batch, Tensor.cpu) for batch in self._pass()])
-        return _Items(self.function, held, torch.arange(len(held)), self.device, collate=_as_it_is)
+        return _Items(self.function, held, torch.arange(len(held)), self.device, collate=lambda batch: batch)
 
     @property
     def _unnumbered(self) -> str | None:
         """Why positions in a pass are not the numbers of the examples; None if they are, or if nobody asks."""
-        loader = self.data
+        loader = self._loader()
         if not self.numbered or not isinstance(loader, DataLoader):
             return None
         if isinstance(loader.dataset, IterableDataset):
@@ -275,10 +271,7 @@ class _Held:
     """Batches as one data set, in memory."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        columns: list[list[Tensor]] = []
-        for batch in batches:
-            columns.append([])
-            with_each_tensor(batch, lambda t, column=columns[-1]: column.append(t) or t)
+        columns = [list(tensors_in(batch)) for batch in batches]
         joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
         self._batch = with_each_tensor(batches[0], lambda _: next(joined)) if batches else None
 
@@ -291,21 +284,14 @@ class _Held:
     __getitem__ = __getitems__
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _numbered(function: str, batch: Any, positions: Tensor, unnumbered: str | None, device: torch.device) -> Batch:
-    """Read a batch, whose examples have these positions unless they say otherwise."""
-    x, y, ids = read_batch(function, batch)
+def _numbered(
+    function: str, read: tuple[Any, Any, Tensor | None], positions: Tensor, unnumbered: str | None, device: torch.device
+) -> Batch:
+    """Return what was read of a batch, whose examples have these positions unless they say otherwise."""
+    x, y, ids = read
     if ids is None and unnumbered is not None:
         raise ValueError(
             f"{function}: the numbers of the examples cannot be known: {unnumbered}; have each item give its own, as "
             "(x, y, index) or under the key 'index'"
         )
     return with_each_tensor(Batch(x, y, positions if ids is None else ids), lambda t: t.to(device, non_blocking=True))
-
-
-def _size(function: str, batch: Any) -> int:
-    target = first_tensor(read_batch(function, batch)[1])
-    return 0 if target is None else len(target)

@@ -36,39 +36,23 @@ def marked(function: str, memorized: Marks | None, data: Any) -> Lookup | None:
         return ByNumber(f"{function}: memorized", values)
     numbers = values.long() if values.numel() == 0 else values
     if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers < 0).any():
-        raise ValueError(
-            f"{function}: memorized must be a mask, bool [N] by number, or the numbers of examples, at least 0, got "
-            f"{values.dtype} {list(values.shape)}"
-        )
+        rule = "a mask, bool [N] by number, or the numbers of examples, at least 0"
+        raise ValueError(f"{function}: memorized must be {rule}, got {values.dtype} {list(values.shape)}")
     if len(numbers.unique()) < len(numbers):
-        raise ValueError(
-            f"{function}: integers in memorized are the numbers of examples and must differ, got one twice; write a "
-            "mask as bool"
-        )
+        rule = "integers in memorized are the numbers of examples and must differ"
+        raise ValueError(f"{function}: {rule}, got one twice; write a mask as bool")
     return lambda ids: torch.isin(ids, numbers.to(ids.device))
 
 
 def truth(function: str, labels: Any | None, data: Any) -> Lookup | None:
-    """Return what gives examples' labels before any noise; None where they are not known.
-
-    Args:
-        function: Named in errors.
-        labels: ``[N, *]`` by number; None for what the data set itself says.
-        data: See `memloc_ext.examples`.
-    """
+    """Return what gives examples' labels before any noise, ``[N, *]`` by number, or as the data set itself says."""
     if labels is None:
         return _own("true_labels", data)
     return ByNumber(f"{function}: true_labels", torch.as_tensor(_array(labels)))
 
 
 class ByNumber:
-    """Values of examples by number, or by row beside the number of each row.
-
-    Args:
-        name: For errors.
-        values: ``[N, *]``.
-        numbers: Number of each row, ``[N]``; None if it is the row.
-    """
+    """Values of examples, ``[N, *]``, by number, or by row beside the number of each row, ``[N]``."""
 
     def __init__(self, name: str, values: Tensor, numbers: Tensor | None = None) -> None:
         self._name, self._values, self._order = name, values, None

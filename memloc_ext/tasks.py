@@ -94,10 +94,8 @@ class Tokens:
     def _aligned(self, output: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(output)
         if logits.dim() != 3 or y.shape != logits.shape[:2]:
-            raise ValueError(
-                "task 'tokens' needs logits [batch, tokens, classes] and labels [batch, tokens], got "
-                f"{list(logits.shape)} and {list(y.shape)}"
-            )
+            needed = "logits [batch, tokens, classes] and labels [batch, tokens]"
+            raise ValueError(f"task 'tokens' needs {needed}, got {list(logits.shape)} and {list(y.shape)}")
         return (logits[:, :-1], y[:, 1:]) if self.shift else (logits, y)
 
 
@@ -106,10 +104,7 @@ _NAMED: dict[str, Task] = {"classification": Classification(), "tokens": Tokens(
 
 
 def task_of(task: TaskName | Task) -> Task:
-    """Return a task by its name, or one that is given.
-
-    Args:
-        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``, see `Task`.
+    """Return a task by its name, or one that is given, which needs ``loss`` and ``right``, see `Task`.
 
     Raises:
         ValueError: If there is no task of that name.
@@ -121,9 +116,8 @@ def task_of(task: TaskName | Task) -> Task:
         return _NAMED[task]
     if isinstance(task, type) or not all(callable(getattr(task, name, None)) for name in ("loss", "right")):
         got = f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
-        raise TypeError(
-            f"task must be one of {', '.join(_NAMED)} or an object with loss(output, y) and right(output, y), got {got}"
-        )
+        rule = f"one of {', '.join(_NAMED)} or an object with loss(output, y) and right(output, y)"
+        raise TypeError(f"task must be {rule}, got {got}")
     return task
 
 
@@ -147,17 +141,13 @@ def identity(value: Any, holders: tuple[int, ...] = ()) -> Any:
 def example_losses(task: Task, output: Any, y: Any, batch: int) -> Tensor:
     """Return the loss of each of ``batch`` examples; ValueError if the task returns something else."""
     losses = task.loss(output, y)
-    if not isinstance(losses, Tensor) or losses.shape != (batch,) or not losses.is_floating_point():
-        raise ValueError(f"task: loss must return floating point [{batch}], one per example, got {_shown(losses)}")
-    return losses
+    return _each("loss", losses, batch, "floating point", isinstance(losses, Tensor) and losses.is_floating_point())
 
 
 def right_examples(task: Task, output: Any, y: Any, batch: int) -> Tensor:
     """Return whether the model is right about each of ``batch`` examples; ValueError if the task returns otherwise."""
     right = task.right(output, y)
-    if not isinstance(right, Tensor) or right.shape != (batch,) or right.dtype != torch.bool:
-        raise ValueError(f"task: right must return bool [{batch}], one per example, got {_shown(right)}")
-    return right
+    return _each("right", right, batch, "bool", isinstance(right, Tensor) and right.dtype == torch.bool)
 
 
 def mean_loss(task: Task, output: Any, y: Any, batch: int) -> Tensor:
@@ -195,5 +185,8 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _shown(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _each(method: str, value: Any, batch: int, kind: str, of_kind: bool) -> Tensor:
+    if not of_kind or value.shape != (batch,):
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"task: {method} must return {kind} [{batch}], one per example, got {got}")
+    return value

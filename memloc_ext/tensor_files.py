@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from memloc_ext.files import parsed, plain, read_bytes, write_atomically
+from memloc_ext.files import open_archive, parsed, plain, read_bytes, write_atomically
 from memloc_ext.parts import fingerprint
 
 T = TypeVar("T")
@@ -66,6 +67,27 @@ def load_tensors(path: str | Path, kind: type[T]) -> tuple[dict[str, Tensor], T]
         return tensors, parsed(kind, header.about)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be loaded as {kind.__name__}: {error}") from error
+
+
+def load_archive(stored: bytes, device: str | torch.device = "cpu") -> Any:
+    """Return what ``torch.save`` wrote, if it is a zip archive of tensors and plain values.
+
+    Nothing in it can run code or take more memory than the file is large.
+
+    Raises:
+        ValueError: If it is no such archive or damaged.
+        pickle.UnpicklingError: If it holds something else.
+    """
+    if not stored.startswith(b"PK\3\4"):  # or torch.load takes it for something else
+        raise ValueError("it is no zip archive")
+    with open_archive(stored) as archive:
+        damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        pickles = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".pkl")]
+        if any(b"bytearray\n" in stream for stream in pickles):  # torch.load calls it, with any number
+            raise ValueError("it holds a bytearray, which could fill the memory")
+    return torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Any) -> str:

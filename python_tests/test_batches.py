@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
+import memloc_ext
 from memloc_ext.batches import Batch, call, device_of, read_batch
 from memloc_ext.data import Split
 from memloc_ext.examples import Examples, examples
@@ -281,3 +282,19 @@ def test_true_labels_are_by_number() -> None:
     told = truth("probe", [[1, 2], [3, 4]], None)
     assert told is not None
     assert told(torch.tensor([1, 0, 1])).tolist() == [[3, 4], [1, 2], [3, 4]]
+
+
+def test_a_stream_comes_in_batches_of_the_size_that_is_asked_for() -> None:
+    source = examples("probe", Streamed(), CPU)
+    for size, sizes in ((3, [3, 3, 1]), (512, [7])):
+        batches = list(source.batches(size))
+        assert [len(batch.ids) for batch in batches] == sizes
+        assert torch.equal(torch.cat([batch.ids for batch in batches]), torch.arange(7))
+        assert torch.equal(torch.cat([batch.x for batch in batches]), X)
+    slices = [batch.ids.tolist() for batch in source.batches(4, shard=(1, 2))]
+    assert slices == [[2, 3], [6]]
+    seen = []
+    model = torch.nn.Linear(2, 3)
+    model.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    memloc_ext.accuracy(model, Streamed(), batch_size=2)
+    assert seen == [2, 2, 2, 1]

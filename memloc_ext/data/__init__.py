@@ -5,13 +5,12 @@ mislabelling some of them (`with_label_noise`), or by a file that tells the atyp
 `with_memorized`).
 """
 
-from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.folder import folder
 from memloc_ext.data.images import LazyImages
 from memloc_ext.data.loaders import cifar10, digits, load, mnist, svhn
 from memloc_ext.data.memorized import memorized_mask, with_memorized
 from memloc_ext.data.noise import NoiseKind, label_noise, with_label_noise
-from memloc_ext.data.split import Split
+from memloc_ext.data.split import Dataset, Split
 
 __all__ = [
     "Dataset",

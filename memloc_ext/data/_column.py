@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import csv
 import io
+import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,7 @@ class Column:
 
 
 def read_column(path: Path, lengths: Collection[int]) -> Column:
-    """Read the values of a file.
-
-    Args:
-        path: Ends in one of `SUFFIXES`.
-        lengths: How many values are expected; tells a header that looks like a number.
+    """Read the values of a file; how many are expected tells a header that looks like a number.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -97,13 +94,8 @@ def _unpacked(stored: bytes) -> np.ndarray:
 
 
 def _decoded(stored: bytes) -> str:
-    encoding = "utf-8-sig"
-    if stored.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in stored[:2]:  # without the mark that tells
-        encoding = "utf-16-be" if stored[0] == 0 else "utf-16-le"
     try:
-        return stored.decode(encoding)
+        return stored.decode(json.detect_encoding(stored))
     except UnicodeDecodeError as error:
         line = stored[: error.start].count(b"\n") + 1
         raise ValueError(f"line {line}: cannot be read: {error}") from None
@@ -116,7 +108,7 @@ def _from_text(text: str, lengths: Collection[int]) -> Column:
         if len(cells) != width:
             raise ValueError(f"line {line}: must have {width} columns as other lines do, got {len(cells)}")
     names = None
-    if not all(map(_is_value, first[1])):
+    if not all(_is_number(cell) or cell.strip().lower() in ("true", "false") for cell in first[1]):
         names = [cell.strip() for cell in first[1]]
     elif first[1] == [str(n) for n in range(width)] and _is_header(rows, lengths):
         names = first[1]
@@ -194,16 +186,12 @@ def _chosen(names: Sequence[str] | None, rows: Sequence[_Row], width: int) -> tu
 def _parsed(cells: Sequence[tuple[int, str]]) -> np.ndarray:
     texts = [text.strip().lower() for _, text in cells]
     if set(texts) <= {"true", "false"}:
-        return np.array([text == "true" for text in texts], dtype=bool)
-    try:
-        return np.array([int(text) for text in texts], dtype=np.int64)
-    except (ValueError, OverflowError):
-        pass  # not all are integers
-    try:
-        return np.array([float(text) for text in texts])
-    except ValueError:
-        line, text = next(cell for cell in cells if not _is_number(cell[1]))
-        raise ValueError(f"line {line}: must hold true, false or a number, got {text!r}") from None
+        return np.array(texts) == "true"
+    for kind, dtype in ((int, np.int64), (float, np.float64)):
+        with contextlib.suppress(ValueError, OverflowError):  # not all are integers
+            return np.array([kind(text) for text in texts], dtype=dtype)
+    line, text = next(cell for cell in cells if not _is_number(cell[1]))
+    raise ValueError(f"line {line}: must hold true, false or a number, got {text!r}")
 
 
 def _integers(texts: Iterable[str]) -> np.ndarray | None:
@@ -220,7 +208,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_value(text: str) -> bool:
-    return _is_number(text) or text.strip().lower() in ("true", "false")

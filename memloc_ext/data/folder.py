@@ -9,10 +9,8 @@ from pathlib import Path
 
 import torch
 
-from memloc_ext.data._memory import fits
-from memloc_ext.data.dataset import Dataset
-from memloc_ext.data.images import LazyImages, opened
-from memloc_ext.data.split import Split
+from memloc_ext.data.images import LazyImages, fits, opened
+from memloc_ext.data.split import Dataset, Split
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -46,7 +44,8 @@ def folder(path: str | Path, image_size: int | None = None) -> Dataset:
     for part in ("train", "test"):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"folder: {path} must hold train/<class>/ and test/<class>/, but has no {part}")
-        found = {name: _images(path / part / name) for name in sorted(_shown_folders(path / part))}
+        folders = sorted(e.name for e in os.scandir(path / part) if e.is_dir() and not e.name.startswith("."))
+        found = {name: _images(path / part / name) for name in folders}
         listed.append({name: files for name, files in found.items() if files})
         if not listed[-1]:
             raise FileNotFoundError(f"folder: {path / part} must hold images, but none was found")
@@ -69,10 +68,6 @@ def folder(path: str | Path, image_size: int | None = None) -> Dataset:
         labels = torch.arange(len(part)).repeat_interleave(counts)
         splits.append(Split.clean(lazy[torch.arange(len(labels))] if whole else lazy, labels))
     return Dataset(f"folder:{path}", splits[0], splits[1], tuple(train))
-
-
-def _shown_folders(place: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _images(place: Path) -> list[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from memloc_ext._torchvision import import_torchvision
-from memloc_ext.data.dataset import Dataset
 from memloc_ext.data.folder import folder
-from memloc_ext.data.idx import read_idx
-from memloc_ext.data.split import Normalization, Split
+from memloc_ext.data.split import Dataset, Normalization, Split
+from memloc_ext.files import read_bytes
 
 DIGITS_SEED = 0
 """Names the division of the digits into train and test."""
@@ -68,12 +70,23 @@ def mnist(root: str | Path = "data", download: bool = False) -> Dataset:
 
 
 def _mnist_split(images: Path, labels: Path) -> Split:
-    pixels, classes = read_idx(images, 3), read_idx(labels, 1).long()
+    pixels, classes = _read_idx(images, 3), _read_idx(labels, 1).long()
     if pixels.shape[1:] != (28, 28):
         raise ValueError(f"{images}: must hold images of 28 x 28 pixels, got {list(pixels.shape)}")
     if len(classes) != len(pixels) or (classes >= len(_TEN_DIGITS)).any():
         raise ValueError(f"{labels}: must hold a label below 10 for each of the {len(pixels)} images")
     return Split.clean(pixels.unsqueeze(1), classes)
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an array of uint8: two zeros, its type, its dimensions, a big-endian int32 for each, then its elements."""
+    stored, start = read_bytes(path), 4 + 4 * dimensions
+    if stored[:4] != bytes([0, 0, 8, dimensions]) or len(stored) < start:
+        raise ValueError(f"{path}: must be an idx file of bytes in {dimensions} dimensions, got {stored[:4].hex()}")
+    shape = struct.unpack_from(f">{dimensions}I", stored, 4)
+    if len(stored) - start != math.prod(shape):
+        raise ValueError(f"{path}: must hold {shape} bytes, got {len(stored) - start}")
+    return torch.from_numpy(np.frombuffer(stored, np.uint8, offset=start).reshape(shape).copy())
 
 
 def cifar10(root: str | Path = "data", download: bool = False) -> Dataset:
@@ -103,13 +116,11 @@ def cifar10(root: str | Path = "data", download: bool = False) -> Dataset:
 def svhn(root: str | Path = "data", download: bool = False) -> Dataset:
     """Return the cropped Street View House Numbers, ``[3, 32, 32]``: 73,257 to train on, 26,032 to test.
 
+    Errors are those of `cifar10`.
+
     Args:
         root: Folder that holds ``train_32x32.mat`` and ``test_32x32.mat``.
         download: Fetch what is missing.
-
-    Raises:
-        FileNotFoundError: If files are missing or damaged.
-        ImportError: If torchvision is not installed.
     """
     make = import_torchvision("datasets").SVHN
     files = {make.split_list[split][1]: make.split_list[split][2] for split in ("train", "test")}
@@ -142,21 +153,17 @@ def load(
         FileNotFoundError: If files are missing.
         ImportError: If a package is missing.
     """
-    return _load(name, root, download, image_size).normalized(normalization)
-
-
-def _load(name: str, root: str | Path, download: bool, image_size: int | None) -> Dataset:
     kind, _, path = name.partition(":")
-    if kind == "folder" and path:
-        return folder(path, image_size)
-    if image_size is not None:
-        raise ValueError(f"load: image_size is for folder:PATH only, got {image_size} for {name!r}")
-    if name == "digits":
-        return digits()
     by_name = {"mnist": mnist, "cifar10": cifar10, "svhn": svhn}
-    if name not in by_name:
+    if kind == "folder" and path:
+        dataset = folder(path, image_size)
+    elif image_size is not None:
+        raise ValueError(f"load: image_size is for folder:PATH only, got {image_size} for {name!r}")
+    elif name not in ("digits", *by_name):
         raise ValueError(f"load: name must be one of digits, {', '.join(by_name)} or folder:PATH, got {name!r}")
-    return by_name[name](root, download)
+    else:
+        dataset = digits() if name == "digits" else by_name[name](root, download)
+    return dataset.normalized(normalization)
 
 
 @contextmanager
@@ -166,9 +173,8 @@ def _complete(name: str, place: Path, files: Mapping[str, str | None], download:
         yield
     except (RuntimeError, ValueError) as error:
         if download:
-            raise OSError(
-                f"{name}: the download failed: {error}; put {', '.join(files)} into {place} by hand"
-            ) from error
+            by_hand = f"put {', '.join(files)} into {place} by hand"
+            raise OSError(f"{name}: the download failed: {error}; {by_hand}") from error
         raise FileNotFoundError(
             f"{name}: no complete copy in {place}; pass --download (download=True) or put "
             f"{', '.join(_damaged(place, files))} there, which are missing or damaged"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.data._column import Column, read_column
-from memloc_ext.data.dataset import Dataset
+from memloc_ext.data.split import Dataset
 
 
 def memorized_mask(
@@ -63,12 +63,11 @@ def memorized_mask(
     rows = torch.arange(num_examples) if part is None else part
     column = read_column(path, (num_examples, len(rows)))
     try:
-        if below is None and above is None:
-            kind, mask = _without_threshold(column, num_examples, rows)
-        else:
-            kind, mask = _from_scores(column, num_examples, rows, below, above)
+        kind, examples = _memorized(column, num_examples, rows, below, above)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    mask = torch.zeros(num_examples, dtype=torch.bool)
+    mask[examples] = True
     say(f"{path}: read as {kind}{_source(column, num_examples, rows)}: {int(mask.sum())} memorized")
     return mask
 
@@ -83,35 +82,30 @@ def with_memorized(dataset: Dataset, mask: Tensor) -> Dataset:
     return replace(dataset, train=replace(dataset.train, memorized=mask.to(dataset.train.device)))
 
 
-def _from_scores(
+def _memorized(
     column: Column, num_examples: int, rows: Tensor, below: float | None, above: float | None
 ) -> tuple[str, Tensor]:
-    values = column.values
-    if values.dtype.kind == "b":
-        raise ValueError(f"holds a mask, which takes no threshold, got below={below}, above={above}")
-    examples = _examples(column, num_examples, rows)
-    missing = np.flatnonzero(np.isnan(values))
-    if missing.size:
-        place = missing[0]
-        raise ValueError(f"scores must be numbers, got NaN for example {examples[place]} in {column.places[place]}")
-    name, marked = ("below", values < below) if below is not None else ("above", values > above)
-    kind = f"scores of {_count(column, num_examples, rows)}, memorized {name} {below if above is None else above}"
-    return kind, _marked(num_examples, examples[torch.from_numpy(marked)])
-
-
-def _without_threshold(column: Column, num_examples: int, rows: Tensor) -> tuple[str, Tensor]:
-    values, numbers = column.values, column.numbers
-    of_examples = len(values) in (num_examples, len(rows)) or (
-        numbers is not None and not np.array_equal(numbers, np.arange(len(numbers)))
-    )
-    if values.dtype.kind == "b" or (of_examples and values.size and np.isin(values, (0, 1)).all()):
+    """Return what the values were taken for, and the memorized examples."""
+    values, numbers, count = column.values, column.numbers, len(column.values)
+    of = f"the {count} examples chosen" if count == len(rows) < num_examples else f"{count} examples"
+    if below is not None or above is not None:
+        if values.dtype.kind == "b":
+            raise ValueError(f"holds a mask, which takes no threshold, got below={below}, above={above}")
         examples = _examples(column, num_examples, rows)
-        kind = f"a mask of {_count(column, num_examples, rows)}"
-        return kind, _marked(num_examples, examples[torch.from_numpy(values == 1)])
+        missing = np.flatnonzero(np.isnan(values))
+        if missing.size:
+            place = missing[0]
+            raise ValueError(f"scores must be numbers, got NaN for example {examples[place]} in {column.places[place]}")
+        rule, marked = (f"below {below}", values < below) if below is not None else (f"above {above}", values > above)
+        return f"scores of {of}, memorized {rule}", examples[torch.from_numpy(marked)]
+    numbered = numbers is not None and not np.array_equal(numbers, np.arange(count))
+    of_examples = numbered or count in (num_examples, len(rows))
+    if values.dtype.kind == "b" or (of_examples and count and np.isin(values, (0, 1)).all()):
+        return f"a mask of {of}", _examples(column, num_examples, rows)[torch.from_numpy(values == 1)]
     if values.dtype.kind == "f":
         raise ValueError("holds scores, which need a threshold: give below or above")
     _check_numbers("indices", values, column, num_examples)
-    return f"the indices of {len(values)} examples", _marked(num_examples, torch.from_numpy(values.astype(np.int64)))
+    return f"the indices of {count} examples", torch.from_numpy(values.astype(np.int64))
 
 
 def _examples(column: Column, num_examples: int, rows: Tensor) -> Tensor:
@@ -120,10 +114,8 @@ def _examples(column: Column, num_examples: int, rows: Tensor) -> Tensor:
     if numbers is None:
         if count not in (num_examples, len(rows)):
             chosen = f" or of the {len(rows)} chosen" if len(rows) < num_examples else ""
-            raise ValueError(
-                f"must hold one value for each of the {num_examples} examples{chosen}, got {count}"
-                f"{_source(column, num_examples, rows)}"
-            )
+            got = f"{count}{_source(column, num_examples, rows)}"
+            raise ValueError(f"must hold one value for each of the {num_examples} examples{chosen}, got {got}")
         return torch.arange(num_examples) if count == num_examples else rows
     _check_numbers("example numbers", numbers, column, num_examples)
     examples = torch.from_numpy(numbers)
@@ -150,12 +142,6 @@ def _check_numbers(name: str, numbers: np.ndarray, column: Column, num_examples:
         )
 
 
-def _marked(num_examples: int, examples: Tensor) -> Tensor:
-    mask = torch.zeros(num_examples, dtype=torch.bool)
-    mask[examples] = True
-    return mask
-
-
 def _numbers_chosen(column: Column, num_examples: int, rows: Tensor) -> bool:
     """Whether the numbers count the examples that were chosen, and not those of the split."""
     numbers, count = column.numbers, len(column.values)
@@ -168,8 +154,3 @@ def _source(column: Column, num_examples: int, rows: Tensor) -> str:
         of = "those chosen" if _numbers_chosen(column, num_examples, rows) else "all"
         names.append(f"numbered among {of} in column {column.numbers_name or 1!r}")
     return f" ({', '.join(names)})" if names else ""
-
-
-def _count(column: Column, num_examples: int, rows: Tensor) -> str:
-    count = len(column.values)
-    return f"the {count} examples chosen" if count == len(rows) < num_examples else f"{count} examples"

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from memloc_ext.data.dataset import Dataset
+from memloc_ext.data.split import Dataset
 
 NoiseKind = Literal["uniform", "repo"]
 
@@ -52,14 +52,11 @@ def label_noise(
     count = math.floor(Fraction(repr(float(fraction))) * num)
     fewest = 2 if kind == "uniform" else 3
     if count > 0 and num_classes < fewest:
-        raise ValueError(
-            f"label_noise: num_classes must be at least {fewest} for kind {kind!r}, got {num_classes}; "
-            "give fraction 0 (--noise 0) for none"
-        )
+        got = f"{num_classes}; give fraction 0 (--noise 0) for none"
+        raise ValueError(f"label_noise: num_classes must be at least {fewest} for kind {kind!r}, got {got}")
     if labels.numel() and not (labels.min() >= 0 and labels.max() < num_classes):
-        raise ValueError(
-            f"label_noise: labels must be in [0, {num_classes}), got {int(labels.min())} .. {int(labels.max())}"
-        )
+        got = f"{int(labels.min())} .. {int(labels.max())}"
+        raise ValueError(f"label_noise: labels must be in [0, {num_classes}), got {got}")
     noisy, mask = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
     if count == 0:
         return noisy, mask

@@ -1,4 +1,4 @@
-"""One part of a data set: images, labels, and which examples count as memorized."""
+"""A data set and its splits: images, labels, and which examples count as memorized."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch.utils.data
 from torch import Tensor
 
 from memloc_ext.batches import Batch
-from memloc_ext.data._memory import fits
-from memloc_ext.data.images import LazyImages
+from memloc_ext.data.images import LazyImages, fits
 from memloc_ext.examples import Shard, row_batches
 
 Normalization: TypeAlias = "Literal['paper', 'imagenet'] | tuple[tuple[float, ...], tuple[float, ...]]"
@@ -22,6 +21,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "paper": ((0.5,), (0.5,)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+_COLUMNS = {"labels": torch.int64, "true_labels": torch.int64, "memorized": torch.bool, "indices": torch.int64}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,15 +67,13 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"Split: inputs must be [N, channels, height, width], got {list(self.inputs.shape)}")
         if self.inputs.dtype != torch.uint8 and not self.inputs.dtype.is_floating_point:
             raise TypeError(f"Split: inputs must be uint8 or floating point, got {self.inputs.dtype}")
-        for name in ("labels", "true_labels", "memorized", "indices"):
+        for name, dtype in _COLUMNS.items():
             column = getattr(self, name)
-            dtype = torch.bool if name == "memorized" else torch.int64
             if column.dtype != dtype:
                 raise TypeError(f"Split: {name} must be {dtype}, got {column.dtype}")
             if column.shape != self.inputs.shape[:1]:
-                raise ValueError(
-                    f"Split: {name} must be [{self.inputs.shape[0]}] like inputs, got {list(column.shape)}"
-                )
+                rule = f"[{self.inputs.shape[0]}] like inputs"
+                raise ValueError(f"Split: {name} must be {rule}, got {list(column.shape)}")
             if column.device != self.device:
                 raise ValueError(f"Split: {name} must be on {self.device} like labels, got {column.device}")
             if (column < 0).any():
@@ -136,14 +135,7 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         inputs = self.inputs
         inputs = inputs.subset(rows) if isinstance(inputs, LazyImages) else inputs[rows.to(inputs.device)]
         rows = rows.to(self.device)
-        return replace(
-            self,
-            inputs=inputs,
-            labels=self.labels[rows],
-            true_labels=self.true_labels[rows],
-            memorized=self.memorized[rows],
-            indices=self.indices[rows],
-        )
+        return replace(self, inputs=inputs, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
     def to(self, device: torch.device | str) -> Split:
         """Return the split with its batches on ``device``.
@@ -155,27 +147,79 @@ class Split(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
         inputs = self.inputs
         if isinstance(inputs, Tensor) and fits(inputs.nbytes, device):
             inputs = inputs.to(device)
-        return replace(
-            self,
-            inputs=inputs,
-            labels=self.labels.to(device),
-            true_labels=self.true_labels.to(device),
-            memorized=self.memorized.to(device),
-            indices=self.indices.to(device),
-        )
+        return replace(self, inputs=inputs, **{name: getattr(self, name).to(device) for name in _COLUMNS})
 
     def _positions(self, function: str, rows: Tensor) -> Tensor:
         if rows.dtype == torch.bool and rows.shape == self.labels.shape:
             return rows.nonzero()[:, 0]
         if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise TypeError(
-                f"{function}: rows must be int64 [B] or bool [{len(self)}], got {rows.dtype} {list(rows.shape)}"
-            )
+            got = f"{rows.dtype} {list(rows.shape)}"
+            raise TypeError(f"{function}: rows must be int64 [B] or bool [{len(self)}], got {got}")
         if rows.numel():
-            low, high = (int(bound) for bound in rows.aminmax())
+            low, high = map(int, rows.aminmax())
             if low < 0 or high >= len(self):
                 raise IndexError(f"{function}: rows must be in [0, {len(self)}), got {low if low < 0 else high}")
         return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Two splits of equally sized images with the same classes.
+
+    Attributes:
+        name: What `memloc_ext.data.load` calls it.
+        train: Examples to train on.
+        test: Examples to evaluate on.
+        classes: Name of each class; a label is a position in it.
+
+    Raises:
+        ValueError: If the images of the splits differ in shape, or a label has no class.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        train, test = (list(split.inputs.shape[1:]) for split in (self.train, self.test))
+        if train != test:
+            raise ValueError(f"{self.name}: train and test images must have one shape, got {train} and {test}")
+        for split in (self.train, self.test):
+            for labels in (split.labels, split.true_labels):
+                if labels.numel() and labels.max() >= self.num_classes:
+                    raise ValueError(f"{self.name}: labels must be in [0, {self.num_classes}), got {int(labels.max())}")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.train.inputs.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels.
+
+        Raises:
+            ValueError: If the images are not square.
+        """
+        height, width = self.train.inputs.shape[2:]
+        if height != width:
+            raise ValueError(f"{self.name}: images must be square here, got height {height} and width {width}")
+        return height
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """Return the data set with both splits moved as in `Split.to`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def normalized(self, normalization: Normalization) -> Dataset:
+        """Return the data set with inputs normalised otherwise, see `Split`."""
+        train, test = (replace(split, normalization=normalization) for split in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
 
 def _scale(normalization: Normalization, channels: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:

@@ -50,18 +50,12 @@ def build(
         ValueError: If ``name`` is unknown, or the model cannot have that ``image_size`` or ``width``.
         ImportError: If the model needs torchvision and it is not installed.
     """
-    if name != "resnet9" and name in NAMES and width != 1.0:
+    if name not in NAMES:
+        raise ValueError(f"build: name must be one of {', '.join(NAMES)}, got {name!r}")
+    if name == "resnet9":
+        return ResNet9(num_classes, in_channels, image_size, width)
+    if width != 1.0:
         raise ValueError(f"build: width must be 1 for {name}, only resnet9 can be scaled, got {width}")
-    match name:
-        case "lenet":
-            return LeNet(num_classes, in_channels, image_size)
-        case "resnet9":
-            return ResNet9(num_classes, in_channels, image_size, width)
-        case "resnet18":
-            return resnet18(num_classes, in_channels)
-        case "resnet50":
-            return resnet50(num_classes, in_channels)
-        case "vit":
-            return ViT(num_classes, in_channels, image_size)
-        case _:
-            raise ValueError(f"build: name must be one of {', '.join(NAMES)}, got {name!r}")
+    if name in ("lenet", "vit"):
+        return (LeNet if name == "lenet" else ViT)(num_classes, in_channels, image_size)
+    return (resnet18 if name == "resnet18" else resnet50)(num_classes, in_channels)

@@ -75,10 +75,8 @@ def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = 
     for group, prefixes in given.items():
         for prefix in prefixes:
             if not any(_within(name, prefix) for name in names):
-                raise ValueError(
-                    f"layer_groups: groups must hold names of parameters of the model, or of modules that have some, "
-                    f"got {prefix!r} in {group!r}"
-                )
+                rule = "names of parameters of the model, or of modules that have some"
+                raise ValueError(f"layer_groups: groups must hold {rule}, got {prefix!r} in {group!r}")
         if not found[group]:
             raise ValueError(f"layer_groups: groups must hold parameters, got {group!r} without")
     return found
@@ -111,32 +109,23 @@ def _holds_blocks(module: nn.Module) -> bool:
 def dropout_sites(model: nn.Module) -> list[str]:
     """Name the modules after which example-tied dropout goes unless told otherwise.
 
-    Args:
-        model: A model with a ``layout`` that has sites.
-
     Returns:
         Module names as in ``named_modules``, from input to output.
 
     Raises:
-        ValueError: If the model has no such layout.
+        ValueError: If the model has no ``layout`` with sites.
     """
     layout = _layout(model)
     if layout is None or not layout.sites:
-        raise ValueError(
-            f"dropout_sites: model must have a layout with sites, got {type(model).__name__} without; "
-            "name the sites yourself"
-        )
+        got = f"{type(model).__name__} without; name the sites yourself"
+        raise ValueError(f"dropout_sites: model must have a layout with sites, got {got}")
     return list(layout.sites)
 
 
 def channel_dim(model: nn.Module) -> int:
-    """Dimension of the channels in the output of the model's dropout sites.
+    """Return the dimension of the channels in the output of the model's dropout sites.
 
-    Args:
-        model: Any module; one without a ``layout`` is taken to follow PyTorch's ``[batch, channels, ...]``.
-
-    Returns:
-        1 for ``[batch, channels, ...]``, -1 for ``[batch, tokens, channels]``.
+    1 for ``[batch, channels, ...]``, also of a model without a ``layout``; -1 for ``[batch, tokens, channels]``.
     """
     layout = _layout(model)
     return layout.channel_dim if layout else 1

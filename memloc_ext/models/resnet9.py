@@ -33,10 +33,7 @@ class ResNet9(nn.Module):
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, and the code of its authors.
     """
 
-    layout = Layout(
-        groups={layer: (layer,) for layer in _LAYERS},
-        sites=("conv1", "conv2", "res1", "conv3", "res2", "conv4"),
-    )
+    layout = Layout({layer: (layer,) for layer in _LAYERS}, ("conv1", "conv2", "res1", "conv3", "res2", "conv4"))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0) -> None:
         super().__init__()
@@ -63,11 +60,7 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """``x + f(x)`` where ``f`` is two convolutions that keep the shape.
-
-    Args:
-        channels: Channels of ``x``.
-    """
+    """``x + f(x)`` where ``f`` is two convolutions that keep the shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,8 +75,5 @@ class Residual(nn.Module):
 def _conv(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1
 ) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())

@@ -72,15 +72,7 @@ class ViT(nn.Module):
 class Embedding(nn.Module):
     """Patches of an image, projected, behind a class token, plus learned positions.
 
-    Args:
-        in_channels: Channels of the image.
-        grid: Patches along a side of the image.
-        patch: Side of a patch in pixels.
-        dim: Channels of a token.
-        dropout: Probability of zeroing an activation.
-
-    Shape:
-        ``[batch, in_channels, grid * patch, grid * patch]`` to ``[batch, 1 + grid ** 2, dim]``.
+    ``[batch, in_channels, grid * patch, grid * patch]`` to ``[batch, 1 + grid ** 2, dim]``; else as `ViT`.
     """
 
     def __init__(self, in_channels: int, grid: int, patch: int, dim: int, dropout: float) -> None:
@@ -98,17 +90,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each normalised at its input and added to it.
-
-    Args:
-        dim: Channels of a token.
-        heads: Attention heads.
-        mlp: Hidden units of the MLP.
-        dropout: Probability of zeroing an activation.
-
-    Shape:
-        ``[batch, tokens, dim]`` to the same.
-    """
+    """Attention and an MLP, each normalised at its input and added to it; ``[batch, tokens, dim]`` to the same."""
 
     def __init__(self, dim: int, heads: int, mlp: int, dropout: float) -> None:
         super().__init__()
@@ -124,16 +106,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
-
-    Args:
-        dim: Channels of a token, a multiple of ``heads``.
-        heads: Attention heads.
-        dropout: Probability of zeroing an output.
-
-    Shape:
-        ``[batch, tokens, dim]`` to the same.
-    """
+    """Multi-head self-attention, with dropout at its output; ``[batch, tokens, dim]`` to the same."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -151,15 +124,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers; the output of ``act`` is the hidden units, ``[batch, tokens, hidden]``.
+    """Two linear layers, with dropout after each; ``[batch, tokens, dim]`` to the same.
 
-    Args:
-        dim: Channels of a token.
-        hidden: Hidden units.
-        dropout: Probability of zeroing a hidden unit or an output.
-
-    Shape:
-        ``[batch, tokens, dim]`` to the same.
+    The output of ``act`` is the hidden units, ``[batch, tokens, hidden]``.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:

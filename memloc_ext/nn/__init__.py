@@ -1,8 +1,14 @@
 """Modules: thin shells over `memloc_ext.ops`, and ways to put them into a model."""
 
 from memloc_ext.nn.example_ids import current_example_ids, example_ids
-from memloc_ext.nn.example_tied_dropout import MODES, RESCALES, ExampleTiedDropout, dropout_mode, set_dropout_mode
-from memloc_ext.nn.fixed_dropout import FixedDropout
+from memloc_ext.nn.example_tied_dropout import (
+    MODES,
+    RESCALES,
+    ExampleTiedDropout,
+    FixedDropout,
+    dropout_mode,
+    set_dropout_mode,
+)
 from memloc_ext.nn.insert import insert_after, insert_example_tied_dropout
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Example-tied dropout as a module, with the modes in which the paper evaluates it."""
+"""Example-tied dropout as a module, with the modes in which the paper evaluates it; and its control, a fixed mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,32 @@ MODES = ("train", "test", "drop", "drop_gen")
 RESCALES = ("none", "authors", "expectation")
 
 
-class ExampleTiedDropout(nn.Module):
+class _TiedChannels(nn.Module):
+    """The settings of `ExampleTiedDropout` and `FixedDropout`, checked."""
+
+    def __init__(
+        self, p_gen: float = 0.2, p_mem: float = 0.1, *, seed: int = 0, site: int = 0, channel_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        _check_settings(p_gen, p_mem, seed, site, channel_dim)
+        self.p_gen, self.p_mem, self.seed, self.site, self.channel_dim = p_gen, p_mem, seed, site, channel_dim
+
+    def dim_and_kept(self, x: Tensor) -> tuple[int, int]:
+        """Return the dimension of the channels, and how many are generalization channels."""
+        dim = _checked_channel_dim(x, self.channel_dim)
+        return dim, self.num_generalization(x.shape[dim])
+
+    def num_generalization(self, channels: int) -> int:
+        """Return how many of so many channels are generalization channels: ``floor(p_gen * channels)``."""
+        return math.floor(self.p_gen * channels)
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        names = ("p_gen", "p_mem", "seed", "site", "channel_dim")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class ExampleTiedDropout(_TiedChannels):
     r"""Dropout whose mask belongs to the example, so that what is memorized goes into channels known beforehand.
 
     Of ``C`` channels the first ``floor(p_gen * C)`` are *generalization* channels, kept for every example. Each other
@@ -65,16 +90,10 @@ class ExampleTiedDropout(nn.Module):
         channel_dim: int | None = None,
         rescale: str = "none",
     ) -> None:
-        super().__init__()
-        check_settings(p_gen, p_mem, seed, site, channel_dim)
+        super().__init__(p_gen, p_mem, seed=seed, site=site, channel_dim=channel_dim)
         if rescale not in RESCALES:
             raise ValueError(f"ExampleTiedDropout: rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
         _check_rescale(rescale, p_gen)
-        self.p_gen = p_gen
-        self.p_mem = p_mem
-        self.seed = seed
-        self.site = site
-        self.channel_dim = channel_dim
         self.rescale = rescale
         self._mode: str | None = None
 
@@ -91,8 +110,7 @@ class ExampleTiedDropout(nn.Module):
 
     def forward(self, x: Tensor, example_ids: Tensor | None = None) -> Tensor:
         """Apply the mode in force; only ``train`` needs ids, by default those of `memloc_ext.example_ids`."""
-        dim = checked_channel_dim(x, self.channel_dim)
-        kept = num_generalization(self.p_gen, x.shape[dim])
+        dim, kept = self.dim_and_kept(x)
         mode = self.mode
         if mode == "train":
             settings = (kept, self.p_mem, self.seed, self.site, dim)
@@ -105,13 +123,9 @@ class ExampleTiedDropout(nn.Module):
                     "`with memloc_ext.example_ids(ids):`, or pass example_ids to this module"
                 )
             return call(x, ids.to(x.device), *settings)
-        if mode == "test":
-            factors = (1.0, self.p_mem)
-        elif mode == "drop":
-            factors = (self._rescale_factor(), 0.0)
-        else:
-            factors = (0.0, 1.0)
-        return _scale_pools(x, kept, *factors, dim)
+        factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
+        generalization, memorization = factors[mode]
+        return _scale_pools(x, kept, generalization, memorization, dim)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":
@@ -133,7 +147,7 @@ class ExampleTiedDropout(nn.Module):
         try:
             values = json.loads(state.numpy(force=True).tobytes())
             p_gen, p_mem, seed, site = (values[name] for name in ("p_gen", "p_mem", "seed", "site"))
-            check_settings(p_gen, p_mem, seed, site, self.channel_dim)
+            _check_settings(p_gen, p_mem, seed, site, self.channel_dim)
             _check_rescale(self.rescale, p_gen)
             self.mode = values["mode"]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -150,10 +164,23 @@ class ExampleTiedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings and the mode in force."""
-        return (
-            f"p_gen={self.p_gen}, p_mem={self.p_mem}, seed={self.seed}, site={self.site}, "
-            f"channel_dim={self.channel_dim}, rescale={self.rescale!r}, mode={self.mode!r}"
-        )
+        return f"{super().extra_repr()}, rescale={self.rescale!r}, mode={self.mode!r}"
+
+
+class FixedDropout(_TiedChannels):
+    """Keep the same channels for every example, in training and in evaluation.
+
+    The mask is that of example 0 under `ExampleTiedDropout` with the same settings, so as many channels are active as
+    each example has there. Kept activations are not rescaled. Shapes and errors are as there.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, baselines.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero the channels outside the mask."""
+        dim, kept = self.dim_and_kept(x)
+        ids = torch.zeros(1, dtype=torch.int64, device=x.device).expand(x.shape[0])
+        return call(x, ids, kept, self.p_mem, self.seed, self.site, dim)
 
 
 def set_dropout_mode(model: nn.Module, mode: str | None) -> None:
@@ -175,12 +202,7 @@ def dropout_mode(model: nn.Module, mode: str | None) -> Iterator[None]:
             module.mode = own
 
 
-def num_generalization(p_gen: float, channels: int) -> int:
-    """Return how many of ``channels`` are generalization channels: ``floor(p_gen * channels)`` in floating point."""
-    return math.floor(p_gen * channels)
-
-
-def checked_channel_dim(x: Tensor, channel_dim: int | None) -> int:
+def _checked_channel_dim(x: Tensor, channel_dim: int | None) -> int:
     """Return ``channel_dim``, by default 1; raise unless ``x`` is a tensor whose channels are certainly there."""
     if not isinstance(x, Tensor):
         raise TypeError(f"dropout: x must be a tensor, got {type(x).__name__}")
@@ -192,14 +214,12 @@ def checked_channel_dim(x: Tensor, channel_dim: int | None) -> int:
             )
         channel_dim = 1
     if not -x.dim() < channel_dim < x.dim():
-        raise ValueError(
-            f"dropout: channel_dim must name a dimension of x after the batch, got {channel_dim} "
-            f"for shape {list(x.shape)}"
-        )
+        got = f"{channel_dim} for shape {list(x.shape)}"
+        raise ValueError(f"dropout: channel_dim must name a dimension of x after the batch, got {got}")
     return channel_dim
 
 
-def check_settings(p_gen: float, p_mem: float, seed: int, site: int, channel_dim: int | None) -> None:
+def _check_settings(p_gen: float, p_mem: float, seed: int, site: int, channel_dim: int | None) -> None:
     """Raise TypeError or ValueError unless the settings of a dropout are what its module asks for."""
     for name, value in (("p_gen", p_gen), ("p_mem", p_mem)):
         if isinstance(value, bool) or not isinstance(value, int | float):

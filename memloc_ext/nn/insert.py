@@ -50,18 +50,12 @@ def insert_example_tied_dropout(
     there = [module.site for module in model.modules() if isinstance(module, ExampleTiedDropout)]
     first = max(there, default=-1) + 1  # sites that shared a number would share their masks
     names = after if isinstance(after, str) else list(after)  # insert_after refuses a string
-    return insert_after(
-        model,
-        names,
-        lambda n: ExampleTiedDropout(
-            p_gen,
-            p_mem,
-            seed=seed,
-            site=first + n,
-            channel_dim=_known_channel_dim(model.get_submodule(names[n])) if channel_dim is None else channel_dim,
-            rescale=rescale,
-        ),
-    )
+
+    def make(n: int) -> nn.Module:
+        dim = _known_channel_dim(model.get_submodule(names[n])) if channel_dim is None else channel_dim
+        return ExampleTiedDropout(p_gen, p_mem, seed=seed, site=first + n, channel_dim=dim, rescale=rescale)
+
+    return insert_after(model, names, make)
 
 
 def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], nn.Module]) -> nn.Module:
@@ -87,9 +81,8 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
             raise ValueError(f"insert: {name!r} already has a dropout behind it")
         taken.add(id(module))
         if not _runs_children_in_order(module) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            raise ValueError(
-                f"insert: {name!r} is a {type(module).__name__} that may run each of its children; name one of those"
-            )
+            got = f"{name!r} is a {type(module).__name__}"
+            raise ValueError(f"insert: {got} that may run each of its children; name one of those")
     new = [make(site) for site in range(len(after))]
     for name, dropout in zip(after, new, strict=True):
         module = modules[name]

@@ -81,10 +81,8 @@ def check_devices(name: str, **tensors: Tensor | None) -> None:
         raise TypeError(f"{name}: {first} must be a tensor, got None")
     for argument, tensor in others:
         if tensor is not None and tensor.device != reference.device:
-            raise ValueError(
-                f"{name}: {argument} must be on the device of {first}; "
-                f"got {argument} on {tensor.device} and {first} on {reference.device}"
-            )
+            got = f"{argument} on {tensor.device} and {first} on {reference.device}"
+            raise ValueError(f"{name}: {argument} must be on the device of {first}; got {got}")
 
 
 def result_dtype(input: Tensor) -> torch.dtype:

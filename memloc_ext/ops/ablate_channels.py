@@ -53,18 +53,10 @@ def ablate_channels(
 def ablate_channels_(
     input: Tensor, offsets: Tensor, channels: Tensor, baseline: Tensor | None = None, channel_dim: int = 1
 ) -> Tensor:
-    """Switch channels off in place, as `ablate_channels`; only what changes is written.
+    """Switch channels off in place: as `ablate_channels` with as many rows as ``input`` has, which is returned.
 
-    Args:
-        input: As there, and not expanded; it is changed and returned. No gradient is recorded, so it must not require
-            one while gradients are.
-        offsets: As there, for as many rows as the input has.
-        channels: As there.
-        baseline: As there.
-        channel_dim: As there.
-
-    Returns:
-        ``input``.
+    Only what changes is written. ``input`` must not be expanded. No gradient is recorded, so it must not require one
+    while gradients are.
 
     Raises:
         ValueError: If a shape, device, offset, channel or ``channel_dim`` breaks the above, or input requires a

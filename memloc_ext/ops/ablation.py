@@ -70,9 +70,8 @@ def conv2d_ablation(
     """
     geometry = list(stride), list(padding), list(dilation)
     epilogue = scale, shift, residual, relu, examples
-    return call_without_graph(
-        _ops.conv2d_ablation.default, "conv2d_ablation", output, change, weight, channels, *geometry, *epilogue
-    )
+    arguments = output, change, weight, channels, *geometry, *epilogue
+    return call_without_graph(_ops.conv2d_ablation.default, "conv2d_ablation", *arguments)
 
 
 def linear_ablation(
@@ -88,27 +87,15 @@ def linear_ablation(
 ) -> Tensor:
     r"""Return a linear layer's result for many variants of its input, each of which has one feature changed.
 
-    ``y[k, b] = act(scale * (output[b] + change[k, b, ..., None] * weight[:, channels[k]]) + shift + residual)``. Other
-    arguments and errors are as of `conv2d_ablation`.
-
-    Args:
-        output: What the layer returned for the unchanged input, bias included, ``[batch, *, out]``.
-        change: New minus old values of the changed feature, ``[variants, batch, *]``.
-        weight: The layer's weight, ``[out, in]``.
-        channels: The feature that each variant changes, ``[variants]``, int64, in ``[0, in)``.
-        scale: A factor per output, ``[out]``, or None for 1.
-        shift: A term per output, ``[out]``, or None for 0.
-        residual: A term per result, shaped like ``output`` where variants share it, else like the result; or None.
-        relu: Whether a ReLU follows.
-        examples: As there.
+    ``y[k, b] = act(scale * (output[b] + change[k, b, ..., None] * weight[:, channels[k]]) + shift + residual)``.
+    Arguments and errors are as of `conv2d_ablation`, but for the shapes: ``output`` is ``[batch, *, out]``, ``change``
+    ``[variants, batch, *]``, and ``weight`` ``[out, in]``.
 
     Returns:
         ``[variants, batch, *, out]``, contiguous.
     """
-    epilogue = scale, shift, residual, relu, examples
-    return call_without_graph(
-        _ops.linear_ablation.default, "linear_ablation", output, change, weight, channels, *epilogue
-    )
+    arguments = output, change, weight, channels, scale, shift, residual, relu, examples
+    return call_without_graph(_ops.linear_ablation.default, "linear_ablation", *arguments)
 
 
 def linear_ablation_loss(
@@ -139,8 +126,8 @@ def linear_ablation_loss(
         ValueError: If a shape, device or target breaks the above.
         TypeError: If a dtype or a type does.
     """
-    tensors = features, weight, bias, targets, baseline
-    return call_without_graph(_ops.linear_ablation_loss.default, "linear_ablation_loss", *tensors)
+    arguments = features, weight, bias, targets, baseline
+    return call_without_graph(_ops.linear_ablation_loss.default, "linear_ablation_loss", *arguments)
 
 
 @torch.library.register_fake("memloc_ext::conv2d_ablation")

@@ -77,10 +77,8 @@ def check_example_ids(example_ids: Tensor) -> None:
 @torch.library.register_fake("memloc_ext::example_tied_dropout")
 def _(x: Tensor, example_ids: Tensor, *_: object) -> Tensor:
     if x.device != example_ids.device:  # a meta tensor brings even real ones here
-        raise ValueError(
-            "example_tied_dropout: example_ids must be on the device of x; "
-            f"got ids on {example_ids.device} and x on {x.device}"
-        )
+        got = f"ids on {example_ids.device} and x on {x.device}"
+        raise ValueError(f"example_tied_dropout: example_ids must be on the device of x; got {got}")
     return torch.empty_like(x)
 
 

@@ -6,10 +6,10 @@ import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memloc_ext.ops._checks import call, call_without_graph, check_devices, result_dtype
 
@@ -128,50 +128,6 @@ def plan_conv2d(
         raise ValueError(f"plan: groups must divide {in_channels} and {out_channels} channels, got {groups}")
     y, x = zip(size, kernel_size, stride, padding, dilation, strict=True)
     return _plan("shifted_gram", groups, in_channels // groups, out_channels // groups, y, x)
-
-
-def plan(layer: nn.Module, input_shape: Sequence[int]) -> Plan:
-    """Return the way that ``auto`` takes on the CPU for a layer.
-
-    A `torch.nn.Conv1d` is a convolution over images of one row. Padding other than zeros is thought of as part of the
-    input, which then has none.
-
-    Args:
-        layer: A linear layer, or a convolution over one or two dimensions.
-        input_shape: Shape of what it is given, the batch dimension included.
-
-    Raises:
-        ValueError: If the layer is of another kind, or the shape does not go with it.
-    """
-    shape = tuple(input_shape)
-    if isinstance(layer, nn.Linear):
-        if len(shape) < 2 or shape[-1] != layer.in_features:
-            raise ValueError(f"plan: input_shape must be [batch, *, {layer.in_features}], got {list(shape)}")
-        return plan_linear(prod(shape[1:-1]), layer.in_features, layer.out_features)
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        raise ValueError(f"plan: {type(layer).__name__} is not covered; linear layers, Conv1d and Conv2d are")
-    axes = len(layer.kernel_size)
-    if len(shape) != axes + 2 or shape[1] != layer.in_channels:
-        sizes = "length" if axes == 1 else "height, width"
-        raise ValueError(f"plan: input_shape must be [batch, {layer.in_channels}, {sizes}], got {list(shape)}")
-    sides = layer._reversed_padding_repeated_twice  # low and high of the last axis first, numbers for "same" too
-    size, padding = list(shape[2:]), [0] * axes
-    for axis, (low, high) in enumerate(zip(sides[-2::-2], sides[::-2], strict=True)):
-        if layer.padding_mode == "zeros" and low == high:
-            padding[axis] = low
-        else:
-            size[axis] += low + high
-    row = [1] * (2 - axes)
-    geometry = (row + list(layer.kernel_size), row + list(layer.stride))
-    return plan_conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        row + size,
-        *geometry,
-        [0] * (2 - axes) + padding,
-        row + list(layer.dilation),
-        layer.groups,
-    )
 
 
 def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def linear_grad_sqnorm_groups(
         TypeError: If a dtype or a type does.
     """
     name, x, g = "linear_grad_sqnorm_groups", input, grad_output
-    if _may_compose(x, g) and not (_on_cpu(x) and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
+    if _may_compose(x, g) and not (x.is_cpu and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
         return norms, linear_group_grad(x.detach(), g.detach(), _groups(name, x, group_ids, num_groups))
     return call_without_graph(_linear, name, x, g, *_ids(group_ids, num_groups))
@@ -115,20 +116,8 @@ def conv2d_grad_sqnorm_groups(
 ) -> tuple[Tensor, Tensor]:
     r"""Return the norms of `conv2d_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
 
-    As `linear_grad_sqnorm_groups`; the last five arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of
-    channels.
-
-    Args:
-        input: What the layer was given, ``[batch, in, height, width]``; any of four float dtypes, any strides.
-        grad_output: Gradient of the loss by what it returned, ``[batch, out, rows, columns]``, of the same dtype.
-        group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``input``; or
-            `Groups`, checked before.
-        num_groups: At least 1; not for `Groups`. A group without examples has the sum 0.
-        kernel_size: Two numbers, at least 1.
-        stride: Two numbers, at least 1.
-        padding: Two numbers, at least 0; the padding is zeros.
-        dilation: Two numbers, at least 1.
-        groups: Divides ``in`` and ``out``.
+    One pass on the CPU where that is cheaper, as `linear_grad_sqnorm_groups`, of which are ``group_ids`` and
+    ``num_groups``. The other arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of channels.
 
     Returns:
         ``[batch]`` and ``[num_groups, out, in / groups, *kernel_size]``; float64 for float64 inputs, else float32.
@@ -139,7 +128,7 @@ def conv2d_grad_sqnorm_groups(
     """
     name, x, g = "conv2d_grad_sqnorm_groups", input, grad_output
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
-    if _may_compose(x, g) and not (_on_cpu(x) and _conv2d_is_fused(x, g, *geometry, groups)):
+    if _may_compose(x, g) and not (x.is_cpu and _conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         by = _groups(name, x, group_ids, num_groups)
         sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
@@ -165,10 +154,6 @@ def _may_compose(x: Tensor, g: Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(g, Tensor):
         return False
     return x.ndim == g.ndim >= 2 and 0 not in (x.numel(), g.numel())
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 def _ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:
@@ -197,22 +182,12 @@ def _(input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int) ->
 
 @torch.library.register_fake("memloc_ext::conv2d_grad_sqnorm_groups")
 def _(
-    input: Tensor,
-    grad_output: Tensor,
-    group_ids: Tensor,
-    num_groups: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    input: Tensor, grad_output: Tensor, group_ids: Tensor, num_groups: int, kernel_size: Sequence[int], *geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    channels = input.shape[1], grad_output.shape[1]
+    channels, groups = (input.shape[1], grad_output.shape[1]), geometry[-1]
     if groups < 1 or channels[0] % groups or channels[1] % groups:  # meta tensors bring unchecked numbers here
-        raise ValueError(
-            "conv2d_grad_sqnorm_groups: groups must divide the "
-            f"{channels[0]} input and {channels[1]} output channels, got {groups}"
-        )
+        rule = f"divide the {channels[0]} input and {channels[1]} output channels"
+        raise ValueError(f"conv2d_grad_sqnorm_groups: groups must {rule}, got {groups}")
     sizes = (num_groups, grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return _results("conv2d_grad_sqnorm_groups", input, grad_output, group_ids, sizes)
 

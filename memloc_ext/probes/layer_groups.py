@@ -32,12 +32,7 @@ class LayerGroup:
 
 
 def chosen_groups(function: str, model: nn.Module, groups: Groups) -> dict[str, LayerGroup]:
-    """Return the layer groups to be probed.
-
-    Args:
-        function: Named in errors.
-        model: Not compiled.
-        groups: Which.
+    """Return the layer groups of a model, which is not compiled, that are to be probed.
 
     Raises:
         ValueError: If there is none, or a group or parameter is not the model's, is there twice, or a group is empty.
@@ -55,11 +50,9 @@ def chosen_groups(function: str, model: nn.Module, groups: Groups) -> dict[str, 
         chosen = {group: own[group] for group in groups}
     if not chosen:
         raise ValueError(f"{function}: groups must hold at least one layer group, got none")
-    state, buffers = model.state_dict(), [name for name, _ in model.named_buffers()]
-    kept = [name for name in buffers if name in state]
-    return {group: LayerGroup(tuple(names), _buffers(names, kept)) for group, names in chosen.items()}
-
-
-def _buffers(parameters: Sequence[str], buffers: Sequence[str]) -> tuple[str, ...]:
-    owners = {name.rpartition(".")[0] for name in parameters}
-    return tuple(name for name in buffers if name.rpartition(".")[0] in owners)
+    state, found = model.state_dict(), {}
+    kept = [name for name, _ in model.named_buffers() if name in state]
+    for group, names in chosen.items():
+        owners = {name.rpartition(".")[0] for name in names}
+        found[group] = LayerGroup(tuple(names), tuple(name for name in kept if name.rpartition(".")[0] in owners))
+    return found

@@ -1,7 +1,4 @@
-"""Layer retraining: does one layer group, trained anew on clean examples alone, bring the memorized labels back?
-
-Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer retraining.
-"""
+"""Layer retraining: does one layer group, trained anew on clean examples alone, bring the memorized labels back?"""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
 from memloc_ext.nn import ExampleTiedDropout
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.states import State, read_state
 from memloc_ext.tasks import Task, TaskName
@@ -79,17 +76,9 @@ class Retraining:
 
         The shares are ``clean``, ``memorized`` and ``test``; epoch 0 is before the training.
         """
-        return [
-            {
-                "group": group,
-                "epoch": record.epoch,
-                "clean": record.accuracy.clean,
-                "memorized": record.accuracy.memorized,
-                "test": record.accuracy.test,
-            }
-            for group, result in self.groups.items()
-            for record in result.epochs
-        ]
+        parts = ("clean", "memorized", "test")
+        records = [(group, record) for group, result in self.groups.items() for record in result.epochs]
+        return [{"group": group, "epoch": found.epoch, **found.accuracy.shares(parts)} for group, found in records]
 
 
 def retrain(
@@ -128,13 +117,12 @@ def retrain(
         state: Its state dict from before the first epoch, or the path of one; see `memloc_ext.probes.states`.
         data: Training examples, of which at least one is clean; see `memloc_ext.examples`. The memorized ones are
             evaluated only.
-        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
-            says, which must then say it.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, which must then say it.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
         test: Test examples.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
-        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
-            `memloc_ext.models.layer_groups`; by default all of these.
+        groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
+            default all of these.
         epochs: Largest number of passes over the clean examples, at least 1.
         learning_rate: Peak of the schedule, positive.
         train_batch_size: Examples in a batch of the training, at least 1.
@@ -144,8 +132,7 @@ def retrain(
         seed: In [0, 2**63); names the order of the examples and the draws of standard dropout.
         batch_size: Examples at a time where a data set is evaluated, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
-        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
-            arguments goes on from there.
+        parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
 
     Returns:
         The accuracy of the model as it is, and of each group's copy before its training and after each epoch, as by
@@ -173,10 +160,8 @@ def retrain(
     if len(clean) == 0:
         raise ValueError("retrain: data must hold at least one clean training example, got none")
     if world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ValueError(
-            "retrain: model must hold no SyncBatchNorm in several processes, each of which trains other groups; "
-            "call it in one process"
-        )
+        rule = "in several processes, each of which trains other groups; call it in one process"
+        raise ValueError(f"retrain: model must hold no SyncBatchNorm {rule}")
     initial = read_state("retrain", state, model)
 
     def one(group: LayerGroup) -> dict[str, Any]:
@@ -205,9 +190,7 @@ def _retrain_group(
     network = copy.deepcopy(model)
     parameters = _isolated(network, state, group)
     modules = list(_modules(network, group))
-    optimizer = torch.optim.SGD(
-        parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.SGD(parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(clean.device.type, enabled=False)
     records, fitted = [RetrainedEpoch(0, None, evaluation.accuracy(network))], 0
     for epoch in range(1, config.epochs + 1):
@@ -215,9 +198,8 @@ def _retrain_group(
         for module in modules:
             module.training = True
         with uncompiled(), torch.enable_grad(), epoch_rng(config.seed, epoch, clean.device) as generator:
-            trained = train_epoch(
-                network, clean, optimizer, scaler, config, epoch, generator, Backward(), evaluation.task
-            )
+            how = (config, epoch, generator, Backward(), evaluation.task)
+            trained = train_epoch(network, clean, optimizer, scaler, *how)
         records.append(RetrainedEpoch(epoch, trained["loss"], evaluation.accuracy(network)))
         fitted = fitted + 1 if records[-1].accuracy.clean == 1 else 0
         if fitted == patience:

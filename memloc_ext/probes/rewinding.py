@@ -1,11 +1,8 @@
-"""Layer rewinding: what a trained model still predicts with one layer group put back to an earlier epoch.
-
-Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer rewinding.
-"""
+"""Layer rewinding: what a trained model still predicts with one layer group put back to an earlier epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,7 @@ from memloc_ext.examples import Data
 from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
 from memloc_ext.probes.states import State, found_states, read_state
@@ -62,10 +59,7 @@ class GroupRewinding:
 
     def at(self, epoch: int) -> RewoundAccuracy:
         """Return what comes of putting the group back to an epoch; KeyError if that was not done."""
-        for found in self.epochs:
-            if found.epoch == epoch:
-                return found
-        raise KeyError(epoch)
+        return {found.epoch: found for found in self.epochs}[epoch]
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class Rewinding:
             for found in result.epochs:
                 ways = {False: found.without_buffers, True: found.with_buffers}
                 for buffers, share in ways.items() if result.has_buffers else [(None, found.with_buffers)]:
-                    shares = {"clean": share.clean, "memorized": share.memorized, "test": share.test}
+                    shares = share.shares(("clean", "memorized", "test"))
                     rows.append({"group": group, "epoch": found.epoch, "buffers": buffers, **shares})
         return rows
 
@@ -131,20 +125,18 @@ def rewind(
         states: Epoch to state dict or path; or a folder of checkpoints, of this package, of Hugging Face or of
             Lightning, see `memloc_ext.probes.states.found_states`.
         data: Training examples, at least one; see `memloc_ext.examples`.
-        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
-            says, or none.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
         test: Test examples.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
-        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
-            `memloc_ext.models.layer_groups`; by default all of these.
+        groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
+            default all of these.
         epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
             .. 14, before its last checkpoint, or all before it if none is the paper's or the last is of epoch 3 or
             less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
-        parts: Keeps what is finished, group by group, such as `memloc_ext.parts.PartFiles`; a call with the same
-            arguments goes on from there.
+        parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
 
     Returns:
         The accuracy of the model as it is, and of each group at each epoch, with the group's batch-norm statistics as
@@ -174,7 +166,8 @@ def rewind(
     unchanged = evaluation.accuracy(model)
     if unchanged.counts["clean"] + unchanged.counts["memorized"] == 0:
         raise ValueError("rewind: data must hold at least one training example, got none")
-    variants = ParameterVariants(model, _reading(evaluation.task))
+    known = isinstance(evaluation.task, Classification | Tokens)  # to read nothing but the logits
+    variants = ParameterVariants(model, logits_of if known else lambda output: output)
 
     def one(group: LayerGroup) -> dict[str, Any]:
         return asdict(_rewind_group(variants, evaluation, group, past, device_of(model)))
@@ -206,11 +199,6 @@ def _rewind_group(
     step = len(ways)
     pairs = zip(states, found[::step], found[step - 1 :: step], strict=True)
     return GroupRewinding(bool(group.buffers), [RewoundAccuracy(epoch, full, bare) for epoch, bare, full in pairs])
-
-
-def _reading(task: Task) -> Callable[[Any], Any]:
-    """Return what a task reads of what a model returns: all of it, unless it is known to be the logits."""
-    return logits_of if isinstance(task, Classification | Tokens) else lambda output: output
 
 
 def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[str, Tensor]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memloc_ext.files import read_bytes
+from memloc_ext.tensor_files import load_archive
 from memloc_ext.training import list_checkpoints, load_checkpoint
-from memloc_ext.training.checkpoint import _check_archive
 
 State = str | Path | Mapping[str, Any]
 """A state dict, the path of a file that holds one, or the folder of a Hugging Face checkpoint."""
@@ -45,12 +43,7 @@ def read_state(function: str, source: State, model: nn.Module) -> dict[str, Tens
     """Return the values of a model's parameters and buffers at another time, on the CPU if they are read from a file.
 
     Files are ``.safetensors``, or what ``torch.save`` wrote, of which only tensors and plain values are read. A prefix
-    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off.
-
-    Args:
-        function: Named in errors.
-        source: A state dict, or a path.
-        model: Not compiled.
+    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off. The model is not compiled.
 
     Raises:
         ValueError: If a file is damaged, or it is the state of another model.
@@ -80,9 +73,8 @@ def checked_state(where: str, state: Mapping[str, Any], model: nn.Module) -> dic
         there = state.get(name if name in state else tied.get(value.data_ptr(), name))
         if not isinstance(there, Tensor) or (there.dtype, there.shape) != (value.dtype, value.shape):
             what = f"as {there.dtype} {list(there.shape)}" if isinstance(there, Tensor) else "not there"
-            raise ValueError(
-                f"{where} must be of this model, whose {name} is {value.dtype} {list(value.shape)}, got it {what}"
-            )
+            own_kind = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"{where} must be of this model, whose {name} is {own_kind}, got it {what}")
         found[name] = there
     for name in state:
         if name not in own and not name.endswith("_extra_state"):
@@ -105,9 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
         from safetensors.torch import load
 
         return load(read_bytes(path))
-    data = read_bytes(path)
-    _check_archive(data)
-    stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    stored = load_archive(read_bytes(path))
     inner = [stored[name] for name in _INNER if isinstance(stored, dict) and isinstance(stored.get(name), dict)]
     state = inner[0] if inner else stored
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -127,7 +117,9 @@ def _without_prefix(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _hugging_face(folder: Path) -> dict[int, Path]:
-    steps = _numbered(folder, r"checkpoint-(\d+)")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII), folder / name) for name in names]
+    steps = {int(match[1]): path for match, path in found if match}
     epochs = [_epoch(path) for path in steps.values()]
     whole = {int(epoch): path for epoch, path in zip(epochs, steps.values(), strict=True) if epoch == int(epoch)}
     return whole if len(whole) == len(steps) else steps
@@ -145,8 +137,3 @@ def _lightning(folder: Path) -> dict[int, Path]:
     found = [(path, re.search(r"epoch=(\d+)(?:.*step=(\d+))?", path.name)) for path in sorted(folder.glob("*.ckpt"))]
     told = [(int(match[2] or -1), int(match[1]), path) for path, match in found if match]
     return {epoch: path for _, epoch, path in sorted(told)}
-
-
-def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return {int(match[1]): folder / name for name in names if (match := re.fullmatch(pattern, name, re.ASCII))}

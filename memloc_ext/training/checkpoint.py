@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.files import open_archive, parsed, read_bytes, shown
-from memloc_ext.tensor_files import load_tensors, save_tensors
+from memloc_ext.files import parsed, read_bytes, shown
+from memloc_ext.tensor_files import load_archive, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +127,7 @@ def _from_tensors(path: Path, device: str | torch.device) -> Checkpoint:
 def _from_pickle(path: Path, device: str | torch.device) -> Checkpoint:
     stored = read_bytes(path)
     try:
-        _check_archive(stored)
-        values = torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
+        values = load_archive(stored, device)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: is no checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:  # a damaged file can raise nearly anything
@@ -159,19 +157,6 @@ def is_dense(value: Any) -> bool:
         and value.layout == torch.strided
         and not (value.is_meta or value.is_quantized or value.is_nested)
     )
-
-
-def _check_archive(stored: bytes) -> None:
-    """Raise a ValueError unless a file is a zip archive that is whole and takes no more memory than it is large."""
-    if not stored.startswith(b"PK\3\4"):  # or torch.load takes it for something else
-        raise ValueError("it is no zip archive")
-    with open_archive(stored) as archive:
-        damaged = archive.testzip()  # torch.load does not compare checksums
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        pickles = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".pkl")]
-        if any(b"bytearray\n" in stream for stream in pickles):  # torch.load calls it, with any number
-            raise ValueError("it holds a bytearray, which could fill the memory")
 
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from memloc_ext._torchvision import import_torchvision
-from memloc_ext.data import LazyImages, _memory, folder, load, with_label_noise
+from memloc_ext.data import LazyImages, folder, load, with_label_noise
+from memloc_ext.data import images as image_files
 
 
 def write(path, size=(6, 6), mode="RGB"):
@@ -36,7 +37,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr(_memory, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(image_files, "free_bytes", lambda device: 100)
 
 
 def assert_holds(dataset, pixels):
@@ -88,7 +89,7 @@ def test_grey_and_transparent_images_become_rgb(images):
 @given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=5), side=st.integers(1, 9))
 def test_images_of_any_size_are_resized(memory, sizes, side):
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_memory, "free_bytes", lambda device: memory)
+        patch.setattr(image_files, "free_bytes", lambda device: memory)
         parts = ["train"] + ["test"] * (len(sizes) - 1)
         pixels = [
             write(Path(path, part, "cat", f"{row}.png"), size)
@@ -131,7 +132,7 @@ FILES = st.tuples(NAMES, st.lists(NAMES, max_size=2).map("/".join), st.sampled_f
 @given(files=st.sets(FILES, min_size=1))
 def test_files_are_listed_as_torchvision_does(files):
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_memory, "free_bytes", lambda device: 0)
+        patch.setattr(image_files, "free_bytes", lambda device: 0)
         Image.new("RGB", (1, 1)).save(png := io.BytesIO(), format="PNG")
         for part in ("train", "test"):
             for file in files:

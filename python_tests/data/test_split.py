@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from memloc_ext.data import Dataset, Split, _memory
+from memloc_ext.data import Dataset, Split
+from memloc_ext.data import images as image_files
 
 
 def make_split(num=10, size=(3, 4, 4)):
@@ -200,7 +201,7 @@ def test_inputs_move_as_a_whole_only_if_they_fit(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(tensor) or tensor)
     for free, whole in ((2 * split.inputs.nbytes, True), (2 * split.inputs.nbytes - 1, False)):
         moved.clear()
-        monkeypatch.setattr(_memory, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(image_files, "free_bytes", lambda device, free=free: free)
         split.to("cpu")
         assert any(tensor is split.inputs for tensor in moved) == whole
         assert any(tensor is split.labels for tensor in moved)
@@ -209,7 +210,7 @@ def test_inputs_move_as_a_whole_only_if_they_fit(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("free", [0, 1 << 30])
 def test_batches_arrive_on_the_device(monkeypatch, free):
-    monkeypatch.setattr(_memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(image_files, "free_bytes", lambda device: free)
     split = make_split()
     moved = split.to("cuda")
     assert moved.device.type == "cuda"
@@ -222,7 +223,7 @@ def test_batches_arrive_on_the_device(monkeypatch, free):
 
 
 def test_free_memory_of_the_host_is_plausible():
-    assert 1 << 20 < _memory.free_bytes(torch.device("cpu")) < 1 << 50
+    assert 1 << 20 < image_files.free_bytes(torch.device("cpu")) < 1 << 50
 
 
 def test_dataset_properties_and_errors():

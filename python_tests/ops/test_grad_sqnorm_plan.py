@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bench.workloads import plan
 from memloc_ext.ops import Plan, conv2d_grad_sqnorm, conv2d_grad_sqnorm_groups, grad_sqnorm, plan_conv2d, plan_linear
-from memloc_ext.ops.grad_sqnorm import plan
 
 op = torch.ops.memloc_ext.plan.default
 axes = st.tuples(st.integers(0, 70), st.integers(0, 8), st.integers(0, 9), st.integers(0, 4), st.integers(0, 4))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from memloc_ext.data import Dataset, Split
 from memloc_ext.nn import MODES, ExampleTiedDropout
 from memloc_ext.probes import Accuracy, accuracy, accuracy_by_mode
-from memloc_ext.probes.evaluation import Evaluation
+from memloc_ext.probes.accuracy import Evaluation
 
 
 class Oracle(nn.Module):

@@ -16,7 +16,7 @@ from memloc_ext import models
 from memloc_ext.data import Dataset
 from memloc_ext.nn import ExampleTiedDropout, dropout_mode, insert_example_tied_dropout
 from memloc_ext.probes import Accuracy, Rewinding, accuracy, rewinding
-from memloc_ext.probes.evaluation import masks_test_examples
+from memloc_ext.probes.accuracy import masks_test_examples
 from memloc_ext.training import Checkpoint, save_checkpoint
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from memloc_ext.examples import Data
 from memloc_ext.marks import Marks
 from memloc_ext.nn import dropout_mode
-from memloc_ext.nn.example_tied_dropout import num_generalization
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts
-from memloc_ext.probes.evaluation import Evaluation
+from memloc_ext.probes.accuracy import Evaluation
 from memloc_ext.probes.localization.chunks import LocalizedExample, search_in_chunks
 from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
@@ -223,7 +222,7 @@ def localize_dataset(
         how = Settings(max_units=max_units, seed=seed, task=whole.task)
         search = search_in_chunks(model, train, chosen, reference, how, named=bool(tied), sites=sites, parts=parts)
         found_sites = [
-            LocalizedSite(name, units, units - num_generalization(tied[name].p_gen, units), tied[name].p_mem)
+            LocalizedSite(name, units, units - tied[name].num_generalization(units), tied[name].p_mem)
             if name in tied
             else LocalizedSite(name, units)
             for name, units, _ in search.sites

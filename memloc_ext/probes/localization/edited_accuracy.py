@@ -12,7 +12,7 @@ from memloc_ext._version import __version__
 from memloc_ext.ablation import apply_ablation
 from memloc_ext.files import parsed
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.evaluation import Accuracy, Evaluation
+from memloc_ext.probes.accuracy import Accuracy, Evaluation
 
 
 @dataclass(frozen=True)

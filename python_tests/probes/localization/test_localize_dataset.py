@@ -16,7 +16,7 @@ from memloc_ext.ablation import apply_ablation
 from memloc_ext.data import Dataset, digits, with_label_noise
 from memloc_ext.nn import dropout_mode, example_ids, insert_example_tied_dropout
 from memloc_ext.probes import DatasetLocalization, accuracy, localize_dataset
-from memloc_ext.probes.evaluation import Evaluation
+from memloc_ext.probes.accuracy import Evaluation
 from memloc_ext.probes.localization import dataset as localizing
 from memloc_ext.probes.localization.edited_accuracy import edited_accuracy
 from memloc_ext.reference.example_tied_dropout import keep_mask

@@ -10,10 +10,11 @@ Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,22 +26,7 @@ from memloc_ext.examples import Data, examples
 from memloc_ext.marks import Lookup, Marks, marked
 from memloc_ext.nn import example_ids
 from memloc_ext.probes.layer_groups import Groups, chosen_groups
-from memloc_ext.probes.roc import roc_auc
 from memloc_ext.tasks import Classification, Task, TaskName, example_losses, mean_loss, task_of
-
-
-class BatchAccount(Protocol):
-    """What `memloc_ext.GradientAccountant` returns for a batch of B examples."""
-
-    @property
-    def sqnorm(self) -> Mapping[str, Tensor]:
-        """Parameter to the squared norm of the gradient of each example's own loss, ``[B]``."""
-        ...
-
-    @property
-    def group_grad(self) -> Mapping[str, Tensor]:
-        """Parameter to its gradient from the clean and from the memorized examples, ``[2, *shape]``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -61,24 +47,16 @@ class ParameterAccount:
 
 
 @dataclass(frozen=True)
-class GroupAccount:
-    """The gradients of several parameters over an epoch.
+class GroupAccount(ParameterAccount):
+    """The gradients of several parameters over an epoch: the sums of their norms, and the mean of their cosines.
 
     Attributes:
-        clean: Sum over the parameters of `ParameterAccount.clean`.
-        memorized: Likewise.
-        total: Likewise.
-        cosine: Mean over the parameters of `ParameterAccount.cosine`.
         auc: Area under the ROC curve of "memorized" predicted from the norm of the example's gradient; None where there
             is no memorized or no clean example.
         clean_example_norm: Norm of a clean example's gradient, mean over them; None where there is none.
         memorized_example_norm: Likewise.
     """
 
-    clean: float
-    memorized: float
-    total: float
-    cosine: float
     auc: float | None
     clean_example_norm: float | None
     memorized_example_norm: float | None
@@ -153,12 +131,12 @@ class GradientAccounting:
         """Return the kind of the examples with the given numbers, ``[B]``, int64: 0 is clean, 1 is memorized."""
         return torch.zeros_like(ids) if self._memorized is None else self._memorized(ids).long()
 
-    def add(self, account: BatchAccount, ids: Tensor, scale: float | Tensor | None = None, share: float = 1.0) -> None:
+    def add(self, account: Account, ids: Tensor, scale: float | Tensor | None = None, share: float = 1.0) -> None:
         """Add a batch to the account.
 
         Args:
-            account: Of the batch; ``group_grad`` with `kinds` as its groups and of the mean loss, as the paper's
-                ``g_clean`` and ``g_memorized``. A parameter that is missing in it got no gradient.
+            account: Of the batch's mean loss, with `kinds` as its groups, as the paper's ``g_clean`` and
+                ``g_memorized``. A parameter that is missing in ``group_grad`` got no gradient.
             ids: Numbers of its B examples, ``[B]``, int64.
             scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, in any of
                 the processes that share it, counts nothing, since its step is skipped. None for 1.
@@ -224,11 +202,10 @@ def account_epoch(
         model: Any model; if compiled, it runs as it was written.
         data: The examples, at least one; see `memloc_ext.examples`. A ``DataLoader`` may shuffle if its items give
             their numbers.
-        memorized: Which of them are memorized: bool ``[N]`` by number, or the numbers; by default what the data set
-            says, or none.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
-        groups: Layer group to names of parameters or of modules; or names of the model's own groups, see
-            `memloc_ext.models.layer_groups`; by default all of these. Parameters in no group are not accounted.
+        groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
+            default all of these. Parameters in no group are not accounted.
         optimizer: Makes the steps; None for none.
         batch_size: Examples in a batch of a data set, at least 1; a ``DataLoader`` has its own. The paper's sums over
             batches are proportional to their number; the norms of the single examples do not depend on it.
@@ -289,9 +266,7 @@ def _group_account(parameters: Sequence[ParameterAccount], norms: Tensor, memori
     counted = norms.isfinite()
     norms, memorized = norms[counted], memorized[counted]
     return GroupAccount(
-        clean=sum(parameter.clean for parameter in parameters),
-        memorized=sum(parameter.memorized for parameter in parameters),
-        total=sum(parameter.total for parameter in parameters),
+        **{name: sum(getattr(parameter, name) for parameter in parameters) for name in ("clean", "memorized", "total")},
         cosine=sum(parameter.cosine for parameter in parameters) / len(parameters),
         auc=roc_auc(norms, memorized),
         clean_example_norm=_mean(norms[~memorized]),
@@ -301,3 +276,26 @@ def _group_account(parameters: Sequence[ParameterAccount], norms: Tensor, memori
 
 def _mean(norms: Tensor) -> float | None:
     return norms.double().mean().item() if norms.numel() else None
+
+
+def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
+    """Return the area under the ROC curve of "positive" predicted from a score.
+
+    It is the probability that a positive example, drawn at random, has a higher score than a negative one; a tie counts
+    one half.
+
+    Args:
+        scores: ``[N]``, floating point, without NaN.
+        positive: The examples to be found, ``[N]``, bool.
+
+    Returns:
+        In ``[0, 1]``; None where there is no positive example or no negative one.
+    """
+    marked = positive.cpu().numpy()
+    num_positive = int(marked.sum())
+    pairs = num_positive * (len(marked) - num_positive)
+    if pairs == 0:
+        return None
+    _, place, counts = np.unique(scores.cpu().numpy(), return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # equal scores share the mean of their ranks, which start at 1
+    return float((ranks[place[marked]].sum() - num_positive * (num_positive + 1) / 2) / pairs)
