@@ -14,10 +14,9 @@ from memloc_ext._version import __version__
 from memloc_ext.files import plain, write_atomically, write_csv, write_json
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.report import figures
-from memloc_ext.study.report.figures import COLUMNS, percent
-from memloc_ext.study.report.section import Number
-from memloc_ext.study.report.sections import sections
-from memloc_ext.study.report.text import numbers
+from memloc_ext.study.report.figures import COLUMNS
+from memloc_ext.study.report.section import Number, Section, percent
+from memloc_ext.study.report.sections import numbers, sections
 from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run
 from memloc_ext.study.stages import STAGES
 
@@ -127,16 +126,9 @@ def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> No
     rows = []
     for what, found in every.items():
         first, (mean, deviation, count) = _first(found), _moments(found)
-        rows.append(
-            {
-                "what": what,
-                "mean": mean,
-                "deviation": deviation,
-                "runs": count,
-                "unit": "share" if first.unit == "%" else "",
-                "paper": first.paper,
-            }
-        )
+        unit = "share" if first.unit == "%" else ""
+        values = {"what": what, "mean": mean, "deviation": deviation, "runs": count, "unit": unit, "paper": first.paper}
+        rows.append(values)
     _write_rows(path, NUMBERS, rows)
 
 
@@ -145,7 +137,7 @@ def _write_rows(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Non
     write_json(path / f"{name}.json", rows)
 
 
-def _drawn(run: Run) -> list[tuple[Any, dict[str, str]]]:
+def _drawn(run: Run) -> list[tuple[Section, dict[str, str]]]:
     """Draw the sections of a run, write its figures into its directory, return each with its pictures as base64."""
     folder, parts = run.path / FIGURES, []
     shutil.rmtree(folder, ignore_errors=True)  # there may be some of other settings
@@ -172,7 +164,7 @@ def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
         seeds=[run.config.train.seed for run in runs],
         columns=COLUMNS,
         settings=_flat(plain(config)),
-        seconds=_total_seconds(runs),
+        seconds={stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds},
         command=command(runs),
         **values,
     )
@@ -185,7 +177,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {prefix.removesuffix("."): config}
     return {name: value for key, inner in config.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
-
-
-def _total_seconds(runs: Sequence[Run]) -> dict[str, float]:
-    return {stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds}
