@@ -172,10 +172,22 @@ def _rewind(study: Study, folder: Path) -> None:
 
 def _retrain(study: Study, folder: Path) -> None:
     model, initial = study.trained("plain"), study.checkpoints("plain")[0]
-    config, dataset = study.config, study.dataset
-    settings = {**config.retrain.as_arguments(), "seed": config.train.seed, "task": config.task}
+    config, settings = study.config, study.config.retrain
     with study.parts("retrain") as parts:
-        found = retrain(model, initial, dataset.train, test=dataset.test, **settings, parts=parts)
+        found = retrain(
+            model,
+            initial,
+            study.dataset.train,
+            test=study.dataset.test,
+            task=config.task,
+            groups=settings.retrain_groups or None,
+            epochs=settings.retrain_epochs,
+            learning_rate=settings.retrain_learning_rate,
+            train_batch_size=settings.retrain_batch_size,
+            patience=settings.patience,
+            seed=config.train.seed,
+            parts=parts,
+        )
         once(lambda: results.save(folder, results.RETRAINING, found, found.rows()))
 
 

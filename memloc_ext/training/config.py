@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Schedule = Literal["cosine", "triangular"]
 Precision = Literal["float32", "bfloat16", "float16"]
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,40 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), kinds.get(str(field.type), (str,))
-            if type(value) not in allowed:  # neither a bool as a number, nor numpy's, which checkpoints cannot hold
-                raise TypeError(f"TrainConfig: {field.name} must be {allowed[-1].__name__}, got {type(value).__name__}")
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "positive and finite"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
-            "precision": (self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
-            "seed": (0 <= self.seed < 2**63, "in [0, 2**63)"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"TrainConfig: {name} must be {rule}, got {getattr(self, name)!r}")
+        check_types(self)
+        check_rules(
+            self,
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            learning_rate=(0 < self.learning_rate < math.inf, "positive and finite"),
+            momentum=(0 <= self.momentum < 1, "in [0, 1)"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            schedule=(self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+            precision=(self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
+            seed=(0 <= self.seed < 2**63, "in [0, 2**63)"),
+        )
+
+
+def check_types(config: Any) -> None:
+    """Raise a TypeError unless every setting is the plain Python value, or tuple of such, that its annotation says.
+
+    What is in a tuple must differ, else it is a ValueError.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        name = f"{type(config).__name__}: {field.name} must be"
+        if kind.startswith("tuple"):
+            inner = int if "int" in kind else str
+            if type(value) is not tuple or any(type(item) is not inner for item in value):
+                raise TypeError(f"{name} a tuple of {inner.__name__}, got {value!r}")
+            if len(set(value)) != len(value):
+                raise ValueError(f"{name} different, got {value}")
+        elif type(value) not in _KINDS.get(kind, (str,)):  # neither a bool as a number, nor numpy's, which is no JSON
+            raise TypeError(f"{name} {_KINDS.get(kind, (str,))[-1].__name__}, got {type(value).__name__}")
+
+
+def check_rules(config: object, **rules: tuple[bool, str]) -> None:
+    """Raise a ValueError for a setting whose rule does not hold: whether it does, and what it must be."""
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{type(config).__name__}: {name} must be {rule}, got {getattr(config, name)!r}")
