@@ -25,13 +25,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
     A process that is killed here leaves ``.<name>.<random>.tmp`` beside the file, which nothing reads.
 
-    Args:
-        path: The file; its folder must exist.
-        data: All its bytes.
-
-    Raises:
-        TypeError: If ``data`` is not ``bytes``.
-        OSError: If the file cannot be written, for example because the disk is full; an old one is then as it was.
+    The folder must exist. OSError if the file cannot be written; an old one is then as it was.
     """
     if not isinstance(data, bytes):
         raise TypeError(f"write_atomically: data must be bytes, got {type(data).__name__}")
@@ -115,12 +109,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def open_archive(stored: bytes) -> zipfile.ZipFile:
-    """Open the bytes of a zip archive.
-
-    Raises:
-        ValueError: If it holds compressed data, which could fill the memory.
-        zipfile.BadZipFile: If it is no archive or a truncated one.
-    """
+    """Open the bytes of a zip archive; ValueError if it holds compressed data, BadZipFile if it is none."""
     archive = zipfile.ZipFile(io.BytesIO(stored))
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise ValueError("it holds compressed data, which could fill the memory")
@@ -128,16 +117,7 @@ def open_archive(stored: bytes) -> zipfile.ZipFile:
 
 
 def read_json(path: str | Path, kind: Any = Any) -> Any:
-    """Read JSON as a type.
-
-    Args:
-        path: The file.
-        kind: As for `parsed`.
-
-    Raises:
-        ValueError: If the file is not JSON, or something else than the type; names it.
-        OSError: If it cannot be read.
-    """
+    """Read JSON as a type, see `parsed`; ValueError names a file that is something else."""
     return decode_json(path, read_bytes(path), kind)
 
 

@@ -85,19 +85,15 @@ def spread_parts(
     """
     if parts is None:
         return spread(lambda item: parse(function(item)), list(work.values()))
+    finished, report = itertools.count(1), None
 
     def done(name: str) -> R:
         result = function(work[name])
         parts.put(name, result)
-        return parse(result)
-
-    finished, report = itertools.count(1), None
-
-    def counted(name: str) -> R:
-        result = done(name)
+        value = parse(result)
         if report is not None:
             report(next(finished))
-        return result
+        return value
 
     def found(name: str) -> R | None:
         result = parts.get(name)
@@ -112,16 +108,12 @@ def spread_parts(
     with contextlib.ExitStack() as stack:
         if is_named():
             report = stack.enter_context(progress(len(missing[rank() :: world_size()]), 0, "part"))
-        kept.update(zip(missing, spread(counted, missing), strict=True))
+        kept.update(zip(missing, spread(done, missing), strict=True))
     return [kept[name] for name in work]
 
 
 def fingerprint(*values: Any) -> str:
-    """Return 32 hexadecimal digits that stand for values: tensors with all their elements, dictionaries and lists too.
-
-    Args:
-        values: Equal ones must have equal text, if they are no tensors.
-    """
+    """Return 32 hexadecimal digits that stand for tensors, dictionaries, lists, and what has equal text if equal."""
     sha = hashlib.sha256()
     _feed(sha, values)
     return sha.hexdigest()[:32]

@@ -82,14 +82,7 @@ class AccountedBackward(Backward):
 
 @dataclass(frozen=True)
 class AccountedEpoch:
-    """The account of an epoch without its single examples.
-
-    Attributes:
-        epoch: From 1 on.
-        model: All parameters together.
-        groups: Layer group to its account, from input to output.
-        parameters: Parameter to its account.
-    """
+    """The account of an epoch, from 1 on, without its single examples; see `EpochAccount`."""
 
     epoch: int
     model: GroupAccount
@@ -99,13 +92,7 @@ class AccountedEpoch:
 
 @dataclass(frozen=True)
 class Accounting:
-    """The gradient accounting of a finished training.
-
-    Attributes:
-        folder: Of the epochs' files.
-        table: An account per epoch.
-        cost: What it cost, see `accounting_cost`.
-    """
+    """The gradient accounting of a finished training: its epochs, whose files are in a folder, and what it cost."""
 
     folder: Path
     table: list[AccountedEpoch]
@@ -126,12 +113,7 @@ class Accounting:
         return [getattr(row.model if group is None else row.groups[group], name) for row in self.table]
 
     def epoch(self, epoch: int) -> EpochAccount:
-        """Read the whole account of an epoch, single examples included.
-
-        Raises:
-            ValueError: If its file is damaged; names it.
-            OSError: If it cannot be read.
-        """
+        """Read the whole account of an epoch, single examples included, see `load_account`."""
         return load_account(account_path(self.folder, epoch))
 
 
@@ -194,16 +176,11 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
 
 
 def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
-    """Time plain and accounted training of a copy of a model, step about.
+    """Time plain and accounted training of a copy of a model, step about, on a batch drawn at random.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
     accounted epoch is timed as well, but for the writing of its file. Of several processes the first measures, and by
     itself, while the others wait for its numbers.
-
-    Args:
-        model: Stays as it is.
-        split: Its examples; the batches are one of them, drawn at random.
-        config: Of the training.
 
     Returns:
         ``plain_step`` and ``accounted_step``, seconds, medians; ``step_ratio``, the median of the ratios of a step to
@@ -242,14 +219,8 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, f
     plain, full = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
     steps = len(batch_sizes(model, len(split), config.batch_size))
-    return {
-        "plain_step": plain,
-        "accounted_step": full,
-        "step_ratio": ratio,
-        "epoch_end": end,
-        "ratio": ratio + end / (steps * plain),
-        "pairs": len(pairs),
-    }
+    times = {"plain_step": plain, "accounted_step": full, "step_ratio": ratio, "epoch_end": end}
+    return {**times, "ratio": ratio + end / (steps * plain), "pairs": len(pairs)}
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -179,7 +179,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def load_runs(path: str | Path) -> list[Run]:
-    """Read a run, or all runs of a command with several seeds; see `load_run`."""
+    """Read a run, or all runs of a command with several seeds, see `load_run`."""
     path = Path(path)
     if not (path / SEEDS).exists():
         return [load_run(path)]
@@ -242,9 +242,7 @@ def _do(study: Study, name: StageName, source: Source, result: Result) -> None:
 
 
 def _state(result: Result) -> str:
-    if result.finished:
-        return _REUSED
-    return "goes on" if result.begun else "begins"
+    return _REUSED if result.finished else "goes on" if result.begun else "begins"
 
 
 def _possible(

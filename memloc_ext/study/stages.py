@@ -43,15 +43,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class Study:
-    """What the stages of a run share.
-
-    Args:
-        config: The settings.
-        folders: Stage to the folder of its result.
-        dataset: The examples.
-        progress: Show how far each stage is.
-        tensorboard: Log every epoch.
-    """
+    """What the stages of a run share: settings, stage to the folder of its result, examples, and what to show."""
 
     def __init__(
         self,
@@ -108,12 +100,7 @@ class Study:
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
-        """Return a trained model, from its last checkpoint if it was not trained just now.
-
-        Raises:
-            FileNotFoundError: If that checkpoint is missing.
-            ValueError: If it is damaged, or of another model.
-        """
+        """Return a trained model, from its last checkpoint if it was not trained just now."""
         if variant not in self._trained:
             model, epochs = build_model(self.config, self.dataset, variant), self.config.train.epochs
             found = self.checkpoints(variant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class _About:
     extra: dict[str, Any]
 
 
-_NAMES = ("epoch", "model", "optimizer", "scaler", "history", "config", "data")
+_NAMES = [field.name for field in fields(Checkpoint)]
 _FILE = r"epoch_(\d+)\.(safetensors|pt)"
 
 
@@ -65,18 +65,15 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         TypeError: If the extra state of a module is neither a tensor nor JSON.
         OSError: If it cannot be written; nothing under that name changes then.
     """
-    path = Path(folder) / _name(checkpoint.epoch)
+    path = Path(folder) / f"epoch_{checkpoint.epoch:03d}.safetensors"
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items() if isinstance(value, Tensor)}
     extra = {name: value for name, value in checkpoint.model.items() if not isinstance(value, Tensor)}
     state: dict[str, dict[str, Any]] = {}
     for number, kept in checkpoint.optimizer.get("state", {}).items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
         state[str(number)] = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
-    optimizer = {**checkpoint.optimizer, "state": state}
-    about = _About(
-        checkpoint.epoch, optimizer, checkpoint.scaler, checkpoint.history, checkpoint.config, checkpoint.data, extra
-    )
-    save_tensors(path, tensors, about)
+    about = {name: value for name, value in vars(checkpoint).items() if name != "model"}
+    save_tensors(path, tensors, {**about, "optimizer": {**checkpoint.optimizer, "state": state}, "extra": extra})
     return path
 
 
@@ -140,8 +137,8 @@ def _from_pickle(path: Path, device: str | torch.device) -> Checkpoint:
         if not isinstance(values[name], dict):
             raise ValueError(f"{path}: {name} must be dict, got {type(values[name]).__name__}")
     for name, value in values["model"].items():
-        is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
-        if not (is_extra or (isinstance(name, str) and is_dense(value))):
+        is_extra = str(name).endswith("_extra_state") and not isinstance(value, Tensor)
+        if not isinstance(name, str) or not (is_extra or is_dense(value)):
             raise ValueError(
                 f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {shown(name)}"
             )
@@ -176,15 +173,9 @@ def _check_archive(stored: bytes) -> None:
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by epoch, in order; none if there is no such folder."""
-    folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = {}
-    for name in names:  # of two files of an epoch, .safetensors comes after .pt
-        match = re.fullmatch(_FILE, name, re.ASCII)
+    for path in sorted(Path(folder).glob("*")):  # of two files of an epoch, .safetensors comes after .pt
+        match = re.fullmatch(_FILE, path.name, re.ASCII)
         if match and match[1] == f"{int(match[1]):03d}":
-            found[int(match[1])] = folder / name
+            found[int(match[1])] = path
     return dict(sorted(found.items()))
-
-
-def _name(epoch: int) -> str:
-    return f"epoch_{epoch:03d}.safetensors"

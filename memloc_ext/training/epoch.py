@@ -30,14 +30,7 @@ def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Gen
 
     What is drawn inside depends on ``seed`` and ``epoch`` alone, so that a training can continue after any epoch. Of
     several processes each draws its own, but for the order of the examples; the first as if it were the only one.
-
-    Args:
-        seed: At least 0.
-        epoch: At least 0.
-        device: The CPU, whose generator is always seeded, or a CUDA device, whose own is seeded as well.
-
-    Yields:
-        A generator on the CPU for the order of the examples, independent of the others.
+    Besides the CPU's generator that of a CUDA device is seeded. Yields another one for the order of the examples.
     """
     order, draws = (int(word) for word in np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64))
     if distributed.rank() > 0:
@@ -88,10 +81,10 @@ def train_epoch(
         data: The training examples, at least one.
         optimizer: Of the model's parameters; the learning rate of its groups is set for each step.
         scaler: Of the gradients; not enabled unless the precision is float16.
-        config: Batch size, learning rate, schedule, precision; and ``epochs``, which the schedule is spread over.
-        epoch: Number of this epoch, from 1 to ``config.epochs``.
+        config: Its schedule is spread over ``epochs``.
+        epoch: From 1 to ``config.epochs``.
         generator: Shuffles the examples.
-        backward: Computes the gradients of each batch; its ``start`` and ``finish`` are not called here.
+        backward: Its ``start`` and ``finish`` are not called here.
         task: Tells the loss.
 
     Returns:

@@ -14,15 +14,7 @@ Report = Callable[[dict[str, float]], object]
 
 @contextlib.contextmanager
 def progress_bar(epochs: int, done: int) -> Iterator[Report]:
-    """Show the epochs, and the numbers of the newest record, see `memloc_ext.progress`.
-
-    Args:
-        epochs: Epochs of the whole training.
-        done: Epochs that an earlier run finished.
-
-    Raises:
-        ImportError: If tqdm is not installed.
-    """
+    """Show the epochs, of which an earlier run did some, and the newest record, see `memloc_ext.progress`."""
     with progress(epochs, done, "epoch") as show:
         yield lambda record: show(int(record["epoch"]), {k: v for k, v in record.items() if k != "epoch"})
 
@@ -31,12 +23,7 @@ def progress_bar(epochs: int, done: int) -> Iterator[Report]:
 def tensorboard_log(folder: Path, first: int) -> Iterator[Report]:
     """Write every number of a record as a scalar for TensorBoard, with the epoch as its step.
 
-    Args:
-        folder: Of the event files; created if missing.
-        first: First epoch to be reported; what an earlier run logged from there on is discarded.
-
-    Raises:
-        ImportError: If tensorboard is not installed.
+    What an earlier run logged from the first epoch on is discarded. ImportError if tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -27,20 +27,9 @@ def restore(
 ) -> list[dict[str, float]]:
     """Give model, optimizer and scaler the state of the newest checkpoint, which the first process reads for all.
 
-    Args:
-        folder: Of the checkpoints; without one nothing changes.
-        model: Not compiled.
-        optimizer: Of the model's parameters.
-        scaler: Of the gradients.
-        config: Must be the one in the checkpoint.
-        data: The `memloc_ext.examples.digest` of the examples; likewise.
-
-    Returns:
-        The history up to that checkpoint, one record per epoch; empty without one.
-
-    Raises:
-        ValueError: If the checkpoint is damaged, or differs in the config, in the name, shape, dtype or extra state of
-            anything in the model, or in the data; says in what. Nothing changes then.
+    Returns its history, one record per epoch, empty without a checkpoint. ValueError if the checkpoint is damaged, or
+    differs in the config, in the name, shape, dtype or extra state of anything in the model, or in the ``data``, the
+    `memloc_ext.examples.digest`; says in what. Nothing changes then.
     """
     newest = distributed.once(lambda: _newest(folder))
     if newest is None:

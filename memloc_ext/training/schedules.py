@@ -35,15 +35,7 @@ def cosine(step: float, total_steps: int) -> float:
 def triangular(step: float, total_steps: int) -> float:
     """Rise linearly from 0 to 1 over two fifths of the steps, then fall linearly to 0.
 
-    Args:
-        step: Where in the training, in ``[0, total_steps]``.
-        total_steps: Steps of the whole training, at least 1.
-
-    Returns:
-        Factor on the peak learning rate, in ``[0, 1]``.
-
-    Raises:
-        ValueError: If an argument breaks the above.
+    Arguments, result and errors are those of `cosine`.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, layer retraining.
     """
