@@ -15,7 +15,7 @@ from memloc_ext.files import plain, write_atomically, write_csv, write_json
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.report import figures
 from memloc_ext.study.report.figures import COLUMNS
-from memloc_ext.study.report.section import Number, Section, percent
+from memloc_ext.study.report.section import Number, Section
 from memloc_ext.study.report.sections import numbers, sections
 from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run
 from memloc_ext.study.stages import STAGES
@@ -26,10 +26,7 @@ T = TypeVar("T")
 
 
 def write_report(run: Run) -> Path:
-    """Write the figures of a run and its report into its directory.
-
-    Args:
-        run: With at least one finished training.
+    """Write the figures of a run with at least one finished training, and its report, into its folder.
 
     Returns:
         The path of the report.
@@ -37,12 +34,7 @@ def write_report(run: Run) -> Path:
     Raises:
         ImportError: If jinja2 or matplotlib is not installed.
     """
-    parts = _drawn(run)
-    table = [(figures.row_name(row), [percent(row[column]) for column in COLUMNS]) for row in run.metrics]
-    found = numbers(run)
-    rows = [(number.what, [number.text(number.value)], number.paper) for number in found]
-    _write_table(run.path, {number.what: [number] for number in found})
-    page = _write(run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"])
+    page = _write(run.path, [run])
     run.seal()
     return page
 
@@ -63,30 +55,19 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / SEEDS, [run.path.name for run in runs])
-    every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
-    rows = []
-    for what, found in every.items():
-        first = _first(found)
-        cells = ["-" if number is None else first.text(number.value) for number in found]
-        rows.append((what, [spread(found), *cells], first.paper))
-    table = []
-    for lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
-        shares = {column: [Number("", row[column]) for row in lines[1] if row is not None] for column in COLUMNS}
-        table.append((lines[0], [spread(values).replace(" %", "") for values in shares.values()]))
-    seeds = [run.config.train.seed for run in runs]
-    _write_rows(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
-    _write_table(path, every)
-    parts = [(f"Seed {seed}", _drawn(run)) for seed, run in zip(seeds, runs, strict=True)]
-    heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)]
-    return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads)
+    _write_rows(path, METRICS, [{"seed": run.config.train.seed, **row} for run in runs for row in run.metrics])
+    return _write(path, runs)
 
 
 def spread(values: Sequence[Number | None]) -> str:
-    """Return mean and standard deviation (of the sample, n - 1) of a number over runs that have it, for a reader."""
+    """Return mean and standard deviation (of the sample, n - 1) of a number over the runs that have it, for a reader.
+
+    Of a single run it is the number.
+    """
     mean, deviation, _ = _moments(values)
-    if mean is None:
-        return "-"
     text = _first(values).text
+    if mean is None or len(values) == 1:
+        return text(mean)
     return f"{text(mean).removesuffix(' %')} ± {text(deviation or 0.0)}"
 
 
@@ -127,8 +108,8 @@ def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> No
     for what, found in every.items():
         first, (mean, deviation, count) = _first(found), _moments(found)
         unit = "share" if first.unit == "%" else ""
-        values = {"what": what, "mean": mean, "deviation": deviation, "runs": count, "unit": unit, "paper": first.paper}
-        rows.append(values)
+        moments = {"mean": mean, "deviation": deviation, "runs": count}
+        rows.append({"what": what, **moments, "unit": unit, "paper": first.paper})
     _write_rows(path, NUMBERS, rows)
 
 
@@ -150,23 +131,38 @@ def _drawn(run: Run) -> list[tuple[Section, dict[str, str]]]:
     return parts
 
 
-def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
+def _write(path: Path, runs: Sequence[Run]) -> Path:
     try:
         import jinja2
     except ImportError as error:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
+    seeds, config = [run.config.train.seed for run in runs], runs[0].config
+    every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
+    several, rows, table = len(runs) > 1, [], []
+    heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)] if several else ["here"]
+    parts = [(f"Seed {run.config.train.seed}" if several else None, _drawn(run)) for run in runs]
+    for what, found in every.items():
+        first = _first(found)
+        cells = [spread(found), *("-" if number is None else first.text(number.value) for number in found)]
+        rows.append((what, cells[: len(heads)], first.paper))
+    for name, lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
+        shares = [[None if row is None else Number("", row[column]) for row in lines] for column in COLUMNS]
+        table.append((name, [spread(values).replace(" %", "") for values in shares]))
+    _write_table(path, every)
     template = resources.files("memloc_ext.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    config = runs[0].config
     page = environment.from_string(template).render(
         version=__version__,
         config=config,
-        seeds=[run.config.train.seed for run in runs],
+        seeds=seeds,
+        parts=parts,
+        numbers=rows,
+        heads=heads,
+        table=table,
         columns=COLUMNS,
         settings=_flat(plain(config)),
         seconds={stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds},
         command=command(runs),
-        **values,
     )
     write_atomically(path / REPORT, page.encode())
     return path / REPORT
