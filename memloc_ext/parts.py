@@ -29,12 +29,7 @@ class Parts(Protocol):
         ...
 
     def put(self, name: str, result: Any) -> None:
-        """Keep the result of a part.
-
-        Args:
-            name: Of letters, digits, ``-`` and ``_``. It stands for all that the result depends on, see `fingerprint`.
-            result: JSON: dictionaries with string keys, lists, strings, finite numbers, booleans and None.
-        """
+        """Keep the result of a part, JSON; its name stands for all that it depends on, see `fingerprint`."""
         ...
 
 
@@ -75,13 +70,8 @@ def spread_parts(
         function: Takes the work of a part and returns JSON, which depends on nothing that is not in its name.
         work: By the name of the part; the same in every process.
         parts: Where the results are kept; None keeps none.
-        parse: Takes a result, which a stranger may have put there, and returns what is made of it; raises otherwise.
-
-    Returns:
-        What ``parse`` made of each part, in their order.
-
-    Raises:
-        ValueError: If a kept part is damaged or something else; names it.
+        parse: Takes a result, which a stranger may have put there, and returns what is made of it, in the order of the
+            parts; a ValueError names a kept part of which it makes nothing.
     """
     if parts is None:
         return spread(lambda item: parse(function(item)), list(work.values()))

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,7 @@ def account_path(folder: Path, epoch: int) -> Path:
 
 
 def save_account(path: Path, epoch: int, account: EpochAccount) -> None:
-    """Write the account of an epoch, atomically; equal accounts give equal bytes.
-
-    The tensors are ``example_norms`` ``[N, groups]`` float32, ``memorized`` and ``indices`` ``[N]``; the header holds
-    the `AccountedEpoch`.
-    """
+    """Write the tensors of an account, and as its header the `AccountedEpoch`; equal accounts give equal bytes."""
     row = AccountedEpoch(epoch, account.model, account.groups, account.parameters)
     save_tensors(path, {name: getattr(account, name) for name in _TENSORS}, row)
 
@@ -156,11 +153,7 @@ def _load(path: Path) -> tuple[EpochAccount, AccountedEpoch]:
 
 
 def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
-    """Read the accounts of all epochs of a training.
-
-    Raises:
-        ValueError: If the file of an epoch is missing, damaged or of another model than the first; names it.
-    """
+    """Read the accounts of all epochs of a training; ValueError names one missing, damaged or of another model."""
     table: list[AccountedEpoch] = []
     for epoch in range(1, epochs + 1):
         path = account_path(folder, epoch)
@@ -168,9 +161,8 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
             raise ValueError(f"{path} is missing; delete {folder.parent} to train again")
         row = _load(path)[1]
         table.append(row)
-        if row.epoch != epoch or any(
-            list(getattr(row, names)) != list(getattr(table[0], names)) for names in ("groups", "parameters")
-        ):
+        names = [[*found.groups, "", *found.parameters] for found in (row, table[0])]
+        if row.epoch != epoch or names[0] != names[1]:
             raise ValueError(f"{path}: must be of epoch {epoch}, and of the groups and parameters of epoch 1")
     return table
 
@@ -200,12 +192,8 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, f
         scaler = torch.amp.GradScaler(split.device.type, enabled=config.precision == "float16")
         accounted = AccountedBackward(model, split, Path())
 
-        def step(backward: Backward) -> Callable[[], object]:
-            return lambda: train_epoch(
-                model, batch, optimizer, scaler, config, config.epochs, generator, backward, task
-            )
-
-        kinds = step(Backward()), step(accounted)
+        given = (model, batch, optimizer, scaler, config, config.epochs, generator)
+        kinds = [partial(train_epoch, *given, backward, task) for backward in (Backward(), accounted)]
         for kind in kinds:  # the first steps allocate
             kind()
         pairs, start = [], time.perf_counter()
@@ -224,10 +212,9 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, f
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - start

@@ -29,6 +29,8 @@ class DataConfig:
         download: Fetch the files that are missing.
         image_size: Side in pixels that the images of a folder are resized to, stretched if they are not square; by
             default the longer side of the first training image.
+        normalization: Mean and standard deviation of the images' pixels: paper for 0.5 and 0.5, or imagenet, which has
+            3 channels; a data set of one's own has its own.
         examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
         test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1]; none of a data set of one's own that says
@@ -44,6 +46,7 @@ class DataConfig:
     root: Path = Path("data")
     download: bool = False
     image_size: int | None = None
+    normalization: Literal["paper", "imagenet"] = "paper"
     examples: int | None = None
     test_examples: int | None = None
     noise: float = 0.1

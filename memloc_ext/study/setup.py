@@ -37,8 +37,8 @@ def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None
     if is_own(settings.dataset):
         dataset = OwnDataset.load(settings.dataset, seed, find_device(config.device))
     else:
-        place = {"root": settings.root, "download": settings.download, "image_size": settings.image_size}
-        dataset = data.load(settings.dataset, **place)
+        names = ("root", "download", "image_size", "normalization")
+        dataset = data.load(settings.dataset, **{name: getattr(settings, name) for name in names})
     count = len(dataset.train)
     rows = _drawn("examples", count, settings.examples, seed)
     test_rows = _drawn("test_examples", len(dataset.test), settings.test_examples, seed)
