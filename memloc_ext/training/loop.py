@@ -18,11 +18,10 @@ from memloc_ext.borrowing import kept_training_flags
 from memloc_ext.examples import Data, digest, examples
 from memloc_ext.progress import progress as progress_bar
 from memloc_ext.tasks import Task, TaskName, task_of
-from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
+from memloc_ext.training.checkpoint import Checkpoint, restore, save_checkpoint
 from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.config import TrainConfig
 from memloc_ext.training.epoch import Backward, batch_sizes, epoch_rng, train_epoch
-from memloc_ext.training.resume import restore
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 _OWN = ("epoch", "loss", "learning_rate")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,11 +15,10 @@ from typing import Any, TypeVar
 from memloc_ext._version import __version__
 from memloc_ext.files import plain, write_atomically, write_csv, write_json
 from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.report import figures
-from memloc_ext.study.report.figures import COLUMNS
+from memloc_ext.study.report.figures import COLUMNS, encoded, row_name
 from memloc_ext.study.report.section import Number, Section
 from memloc_ext.study.report.sections import numbers, sections
-from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run
+from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run, load_run
 from memloc_ext.study.stages import STAGES
 
 _HERE = ("data.download", "device")
@@ -57,6 +58,26 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     write_json(path / SEEDS, [run.path.name for run in runs])
     _write_rows(path, METRICS, [{"seed": run.config.train.seed, **row} for run in runs for row in run.metrics])
     return _write(path, runs)
+
+
+def draw(section: str) -> None:
+    """Draw the figures of a section, of the run that the command line of ``scripts/figure_<section>.py`` names."""
+    parser = argparse.ArgumentParser(description=f"Draw the figures of {section} of a run.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
+    parser.add_argument("--format", default="png", help="png, pdf or svg")
+    options = parser.parse_args()
+    try:
+        found = {part.name: part for part in sections(load_run(options.run))}
+        if section not in found:
+            raise ValueError(f"{options.run} has no {section}; there is {', '.join(found)}")
+        options.output.mkdir(parents=True, exist_ok=True)
+        for picture in found[section].pictures:
+            path = options.output / f"{picture.name}.{options.format}"
+            write_atomically(path, encoded(picture.figure, options.format))
+            print(path)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
 
 
 def spread(values: Sequence[Number | None]) -> str:
@@ -124,7 +145,7 @@ def _drawn(run: Run) -> list[tuple[Section, dict[str, str]]]:
     shutil.rmtree(folder, ignore_errors=True)  # there may be some of other settings
     folder.mkdir()
     for section in sections(run):
-        pictures = {picture.name: figures.encoded(picture.figure) for picture in section.pictures}
+        pictures = {picture.name: encoded(picture.figure) for picture in section.pictures}
         for name, picture in pictures.items():
             write_atomically(folder / f"{name}.png", picture)
         parts.append((section, {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}))
@@ -145,7 +166,7 @@ def _write(path: Path, runs: Sequence[Run]) -> Path:
         first = _first(found)
         cells = [spread(found), *("-" if number is None else first.text(number.value) for number in found)]
         rows.append((what, cells[: len(heads)], first.paper))
-    for name, lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
+    for name, lines in _aligned([{row_name(row): row for row in run.metrics} for run in runs]).items():
         shares = [[None if row is None else Number("", row[column]) for row in lines] for column in COLUMNS]
         table.append((name, [spread(values).replace(" %", "") for values in shares]))
     _write_table(path, every)
