@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,21 +41,16 @@ LOCALIZED: dict[Variant, StageName] = {"plain": "localize", "example_tied": "loc
 CHECKPOINTS = "checkpoints"
 
 
+@dataclass
 class Study:
     """What the stages of a run share: settings, stage to the folder of its result, examples, and what to show."""
 
-    def __init__(
-        self,
-        config: StudyConfig,
-        folders: Mapping[StageName, Path],
-        dataset: StudyData,
-        *,
-        progress: bool = False,
-        tensorboard: bool = False,
-    ) -> None:
-        self.config, self.folders, self.dataset = config, folders, dataset
-        self.progress, self.tensorboard = progress, tensorboard
-        self._trained: dict[Variant, nn.Module] = {}
+    config: StudyConfig
+    folders: Mapping[StageName, Path]
+    dataset: StudyData
+    progress: bool = False
+    tensorboard: bool = False
+    _trained: dict[Variant, nn.Module] = field(default_factory=dict)
 
     def check(self, stages: Collection[StageName]) -> None:
         """Raise what is wrong with the settings of some stages, before anything is written."""

@@ -64,11 +64,11 @@ class About:
     seconds: float
 
 
+@dataclass(frozen=True)
 class Result:
     """The folder of a stage's result, finished, in work or not begun."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     @property
     def finished(self) -> bool:
