@@ -47,7 +47,7 @@ def load_tensors(path: str | Path, kind: type[T]) -> tuple[dict[str, Tensor], T]
     """
     stored = read_bytes(path)
     try:
-        tensors = load(stored)
+        tensors = dict(sorted(load(stored).items()))  # which come in any order
         size = int.from_bytes(stored[:8], "little")
         metadata = msgspec.json.decode(stored[8 : 8 + size], type=dict[str, Any]).get("__metadata__", {})
         header = parsed(_Header, msgspec.json.decode(metadata.get(_KEY, "")))

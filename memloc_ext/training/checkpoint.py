@@ -207,7 +207,7 @@ def restore(
     epochs = [record.get("epoch") for record in saved.history]
     if epochs != list(range(saved.epoch + 1)):
         raise ValueError(f"train: {path}: must hold a record per epoch, 0 to {saved.epoch}, got {shown(epochs)}")
-    for name in (*given, *sorted(stored.keys() - given.keys())):
+    for name in given | stored:
         if given.get(name) != stored.get(name):
             raise ValueError(
                 f"train: {name} must be {shown(stored.get(name))} to continue {path}, got {shown(given.get(name))}; "
