@@ -92,6 +92,7 @@ def trained(config: StudyConfig) -> Trained:
         dataset = data.with_label_noise(part, config.data.noise, kind=config.data.noise_kind, seed=seed)
     else:
         dataset = load_data(config)
+        assert isinstance(dataset, data.Dataset)  # not one of a user's own
     model = build_model(config, dataset, "plain")
     with tempfile.TemporaryDirectory() as checkpoints:
         train(model, dataset.train, config.train, checkpoints=checkpoints, progress=False)

@@ -25,13 +25,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
     A process that is killed here leaves ``.<name>.<random>.tmp`` beside the file, which nothing reads.
 
-    Args:
-        path: The file; its folder must exist.
-        data: All its bytes.
-
-    Raises:
-        TypeError: If ``data`` is not ``bytes``.
-        OSError: If the file cannot be written, for example because the disk is full; an old one is then as it was.
+    The folder must exist. OSError if the file cannot be written; an old one is then as it was.
     """
     if not isinstance(data, bytes):
         raise TypeError(f"write_atomically: data must be bytes, got {type(data).__name__}")
@@ -65,15 +59,9 @@ def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
 def write_json(path: str | Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write a value as indented JSON, by `write_atomically`: equal values give equal bytes.
 
-    Args:
-        path: The file; its folder must exist.
-        value: Dataclasses, dictionaries with string keys, lists, strings, paths, finite numbers, booleans and None.
-        sort_keys: Write dictionaries in the order of their keys, not in their own.
-
-    Raises:
-        TypeError: If ``value`` holds something else.
-        ValueError: If it holds NaN or an infinity, which JSON does not have, or a lone surrogate.
-        OSError: If the file cannot be written.
+    The value is made of dataclasses, dictionaries with string keys, which are sorted by them or not, lists, strings,
+    paths, finite numbers, booleans and None. TypeError if it holds something else; ValueError if NaN, an infinity or a
+    lone surrogate.
     """
     try:
         text = json.dumps(plain(value), indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False).encode()
@@ -98,13 +86,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        ValueError: If it is a folder, a pipe, which one could wait for in vain, or a device, or does not fit into the
-            memory; names it.
-        OSError: If it cannot be read, such as FileNotFoundError.
-    """
+    """Read a file; ValueError if it is a folder, a pipe, which one could wait for in vain, or too large."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: must be a file")
@@ -115,12 +97,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def open_archive(stored: bytes) -> zipfile.ZipFile:
-    """Open the bytes of a zip archive.
-
-    Raises:
-        ValueError: If it holds compressed data, which could fill the memory.
-        zipfile.BadZipFile: If it is no archive or a truncated one.
-    """
+    """Open the bytes of a zip archive; ValueError if it holds compressed data, BadZipFile if it is none."""
     archive = zipfile.ZipFile(io.BytesIO(stored))
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise ValueError("it holds compressed data, which could fill the memory")
@@ -128,16 +105,7 @@ def open_archive(stored: bytes) -> zipfile.ZipFile:
 
 
 def read_json(path: str | Path, kind: Any = Any) -> Any:
-    """Read JSON as a type.
-
-    Args:
-        path: The file.
-        kind: As for `parsed`.
-
-    Raises:
-        ValueError: If the file is not JSON, or something else than the type; names it.
-        OSError: If it cannot be read.
-    """
+    """Read JSON as a type, see `parsed`; ValueError names a file that is something else."""
     return decode_json(path, read_bytes(path), kind)
 
 
@@ -151,14 +119,9 @@ def decode_json(path: str | Path, stored: bytes, kind: Any = Any) -> Any:
 
 
 def parsed(kind: Any, value: Any) -> Any:
-    """Return a JSON value as a type.
+    """Return a JSON value as a type that `msgspec` knows, such as a dataclass or ``dict[str, int | float]``.
 
-    Args:
-        kind: A type with annotations that `msgspec` knows, such as a dataclass or ``dict[str, int | float]``.
-        value: Dictionaries, lists, strings, numbers, booleans and None.
-
-    Raises:
-        ValueError: If it is something else, or holds a negative integer; says where.
+    ValueError if it is something else, or holds a negative integer; says where.
     """
     result = msgspec.convert(value, kind, dec_hook=lambda kind, text: kind(text))
     _check_counts(value)

@@ -29,12 +29,7 @@ class Parts(Protocol):
         ...
 
     def put(self, name: str, result: Any) -> None:
-        """Keep the result of a part.
-
-        Args:
-            name: Of letters, digits, ``-`` and ``_``. It stands for all that the result depends on, see `fingerprint`.
-            result: JSON: dictionaries with string keys, lists, strings, finite numbers, booleans and None.
-        """
+        """Keep the result of a part, JSON; its name stands for all that it depends on, see `fingerprint`."""
         ...
 
 
@@ -75,29 +70,20 @@ def spread_parts(
         function: Takes the work of a part and returns JSON, which depends on nothing that is not in its name.
         work: By the name of the part; the same in every process.
         parts: Where the results are kept; None keeps none.
-        parse: Takes a result, which a stranger may have put there, and returns what is made of it; raises otherwise.
-
-    Returns:
-        What ``parse`` made of each part, in their order.
-
-    Raises:
-        ValueError: If a kept part is damaged or something else; names it.
+        parse: Takes a result, which a stranger may have put there, and returns what is made of it, in the order of the
+            parts; a ValueError names a kept part of which it makes nothing.
     """
     if parts is None:
         return spread(lambda item: parse(function(item)), list(work.values()))
+    finished, report = itertools.count(1), None
 
     def done(name: str) -> R:
         result = function(work[name])
         parts.put(name, result)
-        return parse(result)
-
-    finished, report = itertools.count(1), None
-
-    def counted(name: str) -> R:
-        result = done(name)
+        value = parse(result)
         if report is not None:
             report(next(finished))
-        return result
+        return value
 
     def found(name: str) -> R | None:
         result = parts.get(name)
@@ -112,16 +98,12 @@ def spread_parts(
     with contextlib.ExitStack() as stack:
         if is_named():
             report = stack.enter_context(progress(len(missing[rank() :: world_size()]), 0, "part"))
-        kept.update(zip(missing, spread(counted, missing), strict=True))
+        kept.update(zip(missing, spread(done, missing), strict=True))
     return [kept[name] for name in work]
 
 
 def fingerprint(*values: Any) -> str:
-    """Return 32 hexadecimal digits that stand for values: tensors with all their elements, dictionaries and lists too.
-
-    Args:
-        values: Equal ones must have equal text, if they are no tensors.
-    """
+    """Return 32 hexadecimal digits that stand for tensors, dictionaries, lists, and what has equal text if equal."""
     sha = hashlib.sha256()
     _feed(sha, values)
     return sha.hexdigest()[:32]

@@ -39,15 +39,9 @@ def is_named() -> bool:
 
 @contextlib.contextmanager
 def progress(total: int, done: int, unit: str) -> Iterator[Report]:
-    """Show how much of some work is done, on the standard error output.
+    """Show how much of some work is done, of which an earlier run did some, on the standard error output.
 
-    Args:
-        total: Units of the whole.
-        done: Those that an earlier run finished.
-        unit: What they are, such as ``epoch``.
-
-    Raises:
-        ImportError: If it is a terminal and tqdm is not installed.
+    ImportError if tqdm is not installed.
     """
     name = _name.get()
     try:

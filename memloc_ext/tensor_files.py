@@ -29,16 +29,9 @@ class _Header:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Any) -> None:
-    """Write tensors, atomically; equal ones give equal bytes.
+    """Write dense tensors by name, and as JSON what the header says of them, atomically; equal ones give equal bytes.
 
-    Args:
-        path: Of a ``.safetensors`` file; its folder must exist.
-        tensors: By name, dense, on any device.
-        about: What the header says of them: as for `memloc_ext.files.write_json`.
-
-    Raises:
-        TypeError: If ``about`` is not JSON.
-        OSError: If the file cannot be written; nothing under that name changes then.
+    TypeError if ``about`` is not JSON, see `memloc_ext.files.write_json`; nothing is written then.
     """
     # a copy of each, since tied weights share memory
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
@@ -50,15 +43,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Any) ->
 def load_tensors(path: str | Path, kind: type[T]) -> tuple[dict[str, Tensor], T]:
     """Read what `save_tensors` wrote: the tensors, on the CPU, and what the header says of them, as a type.
 
-    Nothing in a file can run code or take more memory than the file is large.
-
-    Raises:
-        ValueError: If the file is damaged or something else; names it.
-        OSError: If it cannot be read, such as FileNotFoundError.
+    Nothing in a file can run code or take more memory than the file is large. ValueError names a file that is damaged
+    or something else.
     """
     stored = read_bytes(path)
     try:
-        tensors = load(stored)
+        tensors = dict(sorted(load(stored).items()))  # which come in any order
         size = int.from_bytes(stored[:8], "little")
         metadata = msgspec.json.decode(stored[8 : 8 + size], type=dict[str, Any]).get("__metadata__", {})
         header = parsed(_Header, msgspec.json.decode(metadata.get(_KEY, "")))

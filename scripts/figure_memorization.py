@@ -5,7 +5,7 @@
 The run is a folder that ``memloc run`` wrote; the figures are those of its report.
 """
 
-from memloc_ext.study.report.save import draw
+from memloc_ext.study.report import draw
 
 if __name__ == "__main__":
     draw("memorization")

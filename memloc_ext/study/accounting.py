@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,7 @@ class AccountedBackward(Backward):
 
 @dataclass(frozen=True)
 class AccountedEpoch:
-    """The account of an epoch without its single examples.
-
-    Attributes:
-        epoch: From 1 on.
-        model: All parameters together.
-        groups: Layer group to its account, from input to output.
-        parameters: Parameter to its account.
-    """
+    """The account of an epoch, from 1 on, without its single examples; see `EpochAccount`."""
 
     epoch: int
     model: GroupAccount
@@ -99,13 +93,7 @@ class AccountedEpoch:
 
 @dataclass(frozen=True)
 class Accounting:
-    """The gradient accounting of a finished training.
-
-    Attributes:
-        folder: Of the epochs' files.
-        table: An account per epoch.
-        cost: What it cost, see `accounting_cost`.
-    """
+    """The gradient accounting of a finished training: its epochs, whose files are in a folder, and what it cost."""
 
     folder: Path
     table: list[AccountedEpoch]
@@ -126,12 +114,7 @@ class Accounting:
         return [getattr(row.model if group is None else row.groups[group], name) for row in self.table]
 
     def epoch(self, epoch: int) -> EpochAccount:
-        """Read the whole account of an epoch, single examples included.
-
-        Raises:
-            ValueError: If its file is damaged; names it.
-            OSError: If it cannot be read.
-        """
+        """Read the whole account of an epoch, single examples included, see `load_account`."""
         return load_account(account_path(self.folder, epoch))
 
 
@@ -141,11 +124,7 @@ def account_path(folder: Path, epoch: int) -> Path:
 
 
 def save_account(path: Path, epoch: int, account: EpochAccount) -> None:
-    """Write the account of an epoch, atomically; equal accounts give equal bytes.
-
-    The tensors are ``example_norms`` ``[N, groups]`` float32, ``memorized`` and ``indices`` ``[N]``; the header holds
-    the `AccountedEpoch`.
-    """
+    """Write the tensors of an account, and as its header the `AccountedEpoch`; equal accounts give equal bytes."""
     row = AccountedEpoch(epoch, account.model, account.groups, account.parameters)
     save_tensors(path, {name: getattr(account, name) for name in _TENSORS}, row)
 
@@ -174,11 +153,7 @@ def _load(path: Path) -> tuple[EpochAccount, AccountedEpoch]:
 
 
 def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
-    """Read the accounts of all epochs of a training.
-
-    Raises:
-        ValueError: If the file of an epoch is missing, damaged or of another model than the first; names it.
-    """
+    """Read the accounts of all epochs of a training; ValueError names one missing, damaged or of another model."""
     table: list[AccountedEpoch] = []
     for epoch in range(1, epochs + 1):
         path = account_path(folder, epoch)
@@ -186,24 +161,18 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
             raise ValueError(f"{path} is missing; delete {folder.parent} to train again")
         row = _load(path)[1]
         table.append(row)
-        if row.epoch != epoch or any(
-            list(getattr(row, names)) != list(getattr(table[0], names)) for names in ("groups", "parameters")
-        ):
+        names = [[*found.groups, "", *found.parameters] for found in (row, table[0])]
+        if row.epoch != epoch or names[0] != names[1]:
             raise ValueError(f"{path}: must be of epoch {epoch}, and of the groups and parameters of epoch 1")
     return table
 
 
 def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
-    """Time plain and accounted training of a copy of a model, step about.
+    """Time plain and accounted training of a copy of a model, step about, on a batch drawn at random.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
     accounted epoch is timed as well, but for the writing of its file. Of several processes the first measures, and by
     itself, while the others wait for its numbers.
-
-    Args:
-        model: Stays as it is.
-        split: Its examples; the batches are one of them, drawn at random.
-        config: Of the training.
 
     Returns:
         ``plain_step`` and ``accounted_step``, seconds, medians; ``step_ratio``, the median of the ratios of a step to
@@ -223,12 +192,8 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, f
         scaler = torch.amp.GradScaler(split.device.type, enabled=config.precision == "float16")
         accounted = AccountedBackward(model, split, Path())
 
-        def step(backward: Backward) -> Callable[[], object]:
-            return lambda: train_epoch(
-                model, batch, optimizer, scaler, config, config.epochs, generator, backward, task
-            )
-
-        kinds = step(Backward()), step(accounted)
+        given = (model, batch, optimizer, scaler, config, config.epochs, generator)
+        kinds = [partial(train_epoch, *given, backward, task) for backward in (Backward(), accounted)]
         for kind in kinds:  # the first steps allocate
             kind()
         pairs, start = [], time.perf_counter()
@@ -242,21 +207,14 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, f
     plain, full = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
     steps = len(batch_sizes(model, len(split), config.batch_size))
-    return {
-        "plain_step": plain,
-        "accounted_step": full,
-        "step_ratio": ratio,
-        "epoch_end": end,
-        "ratio": ratio + end / (steps * plain),
-        "pairs": len(pairs),
-    }
+    times = {"plain_step": plain, "accounted_step": full, "step_ratio": ratio, "epoch_end": end}
+    return {**times, "ratio": ratio + end / (steps * plain), "pairs": len(pairs)}
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - start

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from memloc_ext.distributed import process_group, rank
 from memloc_ext.files import shown
@@ -105,46 +105,27 @@ class Run(_Command):
         return chosen
 
 
-@dataclasses.dataclass(frozen=True)
-class Train(_Command):
-    """Train a model without dropout, with a checkpoint after every epoch."""
-
-    stages = ("train", "report")
-
-
-@dataclasses.dataclass(frozen=True)
-class Account(_Command):
-    """Train a model without dropout and keep an account of its gradients: which examples move which layers."""
-
-    stages = ("train", "account", "report")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewind(_Command):
-    """Train a model without dropout, and put one layer group after another back to its weights of earlier epochs."""
-
-    stages = ("train", "rewind", "report")
-
-
-@dataclasses.dataclass(frozen=True)
-class Retrain(_Command):
-    """Train a model without dropout, and train one layer group after another again, on clean examples alone."""
-
-    stages = ("train", "retrain", "report")
-
-
-@dataclasses.dataclass(frozen=True)
-class Localize(_Command):
-    """Train a model without and one with example-tied dropout, and search for the units that flip single examples."""
-
-    stages = ("train", "localize", "dropout", "localize-dropout", "report")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout(_Command):
-    """Train a model with example-tied dropout and evaluate it in every mode."""
-
-    stages = ("dropout", "report")
+_SINGLE: dict[str, tuple[str, tuple[StageName, ...]]] = {
+    "train": ("Train a model without dropout, with a checkpoint after every epoch.", ("train",)),
+    "account": (
+        "Train a model without dropout and keep an account of its gradients: which examples move which layers.",
+        ("train", "account"),
+    ),
+    "rewind": (
+        "Train a model without dropout, and put one layer group after another back to its weights of earlier epochs.",
+        ("train", "rewind"),
+    ),
+    "retrain": (
+        "Train a model without dropout, and train one layer group after another again, on clean examples alone.",
+        ("train", "retrain"),
+    ),
+    "localize": (
+        "Train a model without and one with example-tied dropout, and search for the units that flip single examples.",
+        ("train", "localize", "dropout", "localize-dropout"),
+    ),
+    "dropout": ("Train a model with example-tied dropout and evaluate it in every mode.", ("dropout",)),
+}
+"""Commands of some stages and a report of these: what they do, and the stages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +147,11 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         sys.exit("memloc: this command needs more packages; run: pip install 'memloc_ext[study]'")
     subcommand = tyro.conf.subcommand
-    commands = (
-        Annotated[Run, subcommand("run")]
-        | Annotated[Train, subcommand("train")]
-        | Annotated[Account, subcommand("account")]
-        | Annotated[Rewind, subcommand("rewind")]
-        | Annotated[Retrain, subcommand("retrain")]
-        | Annotated[Localize, subcommand("localize")]
-        | Annotated[Dropout, subcommand("dropout")]
-        | Annotated[Info, subcommand("info")]
-    )
+    commands: Any = Annotated[Run, subcommand("run")]
+    for name, (text, stages) in _SINGLE.items():
+        single = type(name.title(), (_Command,), {"__doc__": text, "stages": (*stages, "report")})
+        commands |= Annotated[single, subcommand(name)]
+    commands |= Annotated[Info, subcommand("info")]
     in_full, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"memloc: {shown(str(text))}\n"
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from memloc_ext import data
-from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig, RewindConfig
 from memloc_ext.tasks import TaskName
 from memloc_ext.training import TrainConfig
+from memloc_ext.training.config import check_rules, check_types
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -28,6 +29,8 @@ class DataConfig:
         download: Fetch the files that are missing.
         image_size: Side in pixels that the images of a folder are resized to, stretched if they are not square; by
             default the longer side of the first training image.
+        normalization: Mean and standard deviation of the images' pixels: paper for 0.5 and 0.5, or imagenet, which has
+            3 channels; a data set of one's own has its own.
         examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
         test_examples: Evaluate on so many of the test examples only, likewise.
         noise: Share of training examples that get a wrong label, in [0, 1]; none of a data set of one's own that says
@@ -43,6 +46,7 @@ class DataConfig:
     root: Path = Path("data")
     download: bool = False
     image_size: int | None = None
+    normalization: Literal["paper", "imagenet"] = "paper"
     examples: int | None = None
     test_examples: int | None = None
     noise: float = 0.1
@@ -61,8 +65,7 @@ class DataConfig:
                     )
         for name in ("examples", "test_examples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"DataConfig: {name} must be at least 1, got {value}")
+            check_rules(self, **{name: (value is None or value >= 1, "at least 1")})
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,76 @@ class DropoutConfig:
     rescale: Literal["none", "authors", "expectation"] = "none"
     sites: tuple[str, ...] = ()
     standard_p: float = 0.2
+
+
+@dataclass(frozen=True)
+class RewindConfig:
+    """Which layer groups are rewound, and how far.
+
+    Attributes:
+        rewind_epochs: Epochs whose weights the groups get back, each at least 0; none for the paper's, see `rewind`.
+        rewind_groups: Names of layer groups; none for all of the model's.
+    """
+
+    rewind_epochs: tuple[int, ...] = ()
+    rewind_groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_rules(self, rewind_epochs=(min(self.rewind_epochs, default=0) >= 0, "at least 0"))
+
+
+@dataclass(frozen=True)
+class RetrainConfig:
+    """Which layer groups are trained anew, and how; the defaults are the paper's but for the batch size.
+
+    The schedule is triangular; momentum and weight decay are those of `memloc_ext.training.TrainConfig`.
+
+    Attributes:
+        retrain_epochs: Largest number of passes over the clean examples, at least 1.
+        retrain_learning_rate: Peak of the schedule, positive.
+        retrain_batch_size: Examples in a batch, at least 1.
+        patience: Epochs in a row with every clean example fitted after which the training stops, at least 1.
+        retrain_groups: Names of layer groups; none for all of the model's.
+
+    Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer retraining.
+    """
+
+    retrain_epochs: int = 20
+    retrain_learning_rate: float = 0.01
+    retrain_batch_size: int = 64
+    patience: int = 3
+    retrain_groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_rules(
+            self,
+            retrain_epochs=(self.retrain_epochs >= 1, "at least 1"),
+            retrain_batch_size=(self.retrain_batch_size >= 1, "at least 1"),
+            patience=(self.patience >= 1, "at least 1"),
+            retrain_learning_rate=(0 < self.retrain_learning_rate < math.inf, "positive and finite"),
+        )
+
+
+@dataclass(frozen=True)
+class LocalizationConfig:
+    """How many examples are localized, and how far.
+
+    Attributes:
+        localized: Training examples whose units are searched for, at least 1: so many memorized and so many clean ones.
+        max_units: Largest number of units that are switched off for an example, at least 1.
+        edited: Of these examples, how many of each kind have accuracy measured after each of their units, at least 0.
+    """
+
+    localized: int = 100
+    max_units: int = 50
+    edited: int = 20
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, least in {"localized": 1, "max_units": 1, "edited": 0}.items():
+            check_rules(self, **{name: (getattr(self, name) >= least, f"at least {least}")})
 
 
 @dataclass(frozen=True)

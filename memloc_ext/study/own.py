@@ -28,12 +28,7 @@ def is_own(name: str) -> bool:
 
 
 def called(option: str, name: str, seed: int) -> Any:
-    """Import a factory, also from the current folder, and return what it makes for a seed.
-
-    Raises:
-        ValueError: If there is no such function.
-        ImportError: If its module cannot be imported.
-    """
+    """Import a factory, also from the current folder, and return what it makes for a seed; ValueError without one."""
     module, _, factory = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -125,14 +120,7 @@ class OwnExamples:
 
 @dataclass(frozen=True, eq=False)
 class OwnDataset:
-    """What a user's factory returned, as a study takes it.
-
-    Attributes:
-        name: Of the factory.
-        train: Examples to train on.
-        test: Examples to evaluate on.
-        marked: Whether the data set itself says which of its training examples are memorized.
-    """
+    """What a user's factory returned, and whether it says itself which of the training examples are memorized."""
 
     name: str
     train: OwnExamples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def localization_rows(localization: DatasetLocalization) -> list[dict[str, Any]]
         }
         for row in localization.examples
     ]
+
+
+TABLES: dict[type, tuple[str, Callable[[Any], Sequence[Mapping[str, Any]]]]] = {
+    Rewinding: (REWINDING, Rewinding.rows),
+    Retraining: (RETRAINING, Retraining.rows),
+    DatasetLocalization: (LOCALIZATION, localization_rows),
+}
+"""What a probe finds to the name of its file, and to the rows of its table."""
 
 
 def load_history(result: Result, folder: str = "") -> list[dict[str, float]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ RUN, METRICS, NUMBERS, REPORT, FIGURES = "run.json", "metrics", "numbers", "repo
 SEEDS = "seeds.json"
 """File in the folder of several runs that differ in the seed: the names of their folders."""
 _SEALED = (RUN, f"{METRICS}.*", f"{NUMBERS}.*", REPORT, f"{FIGURES}/*")
-_REUSED = "finished before, reused"
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,17 @@ def run_study(
         if name not in STAGES and name != "report":
             raise ValueError(f"run_study: stages must be of {', '.join(STAGES)}, got {name}")
     wanted, path = _with_needs(stages), Path(output)
+    say = say if rank() == 0 else lambda _: None
     if "train" in wanted and config.account and config.train.compile:
         raise ValueError("account needs the calls of single modules: leave out --compile, or give --no-account")
     if "account" in wanted and not config.account:
         raise ValueError("the stage account needs a training that keeps an account: leave out --no-account")
     if "train" in wanted and config.account and config.task != "classification":
         raise ValueError(f"account needs the task classification, got {config.task}: give --no-account")
-    dataset = _load(config, say)
-    wanted = _possible(config, dataset, wanted, say if rank() == 0 else lambda _: None)
+    if config.data.download:
+        once(lambda: load_data(config).name)  # fetches the files for all processes
+    dataset = load_data(config, say)
+    wanted = _possible(config, dataset, wanted, say)
     sources = _sources(config, dataset)
     folders: dict[StageName, Path] = {name: Path(store or path) / made.folder for name, made in sources.items()}
     study = Study(config, folders, dataset, progress=progress and rank() == 0, tensorboard=tensorboard)
@@ -131,10 +134,10 @@ def run_study(
         once(lambda: _write_run(path, _Run(config, {name: s.folder for name, s in sources.items()}, __version__)))
         for number, name in enumerate(wanted, 1):
             result = Result(folders[name])
-            state = once(lambda result=result: _state(result))
-            if rank() == 0:
-                say(f"[{number}/{len(wanted)}] {name}: {state}")
-            if state != _REUSED:
+            begun, finished = once(lambda result=result: (result.begun, result.finished))
+            state = "finished before, reused" if finished else "goes on" if begun else "begins"
+            say(f"[{number}/{len(wanted)}] {name}: {state}")
+            if not finished:
                 _do(study, name, sources[name], result)
         run = once(lambda: load_run(path))
         once(lambda: _write_metrics(run))
@@ -142,10 +145,7 @@ def run_study(
 
 
 def load_run(path: str | Path) -> Run:
-    """Read the finished stages of a run.
-
-    Args:
-        path: The folder that a ``memloc`` command wrote.
+    """Read the finished stages of a run, from the folder that a ``memloc`` command wrote.
 
     Raises:
         FileNotFoundError: If it holds no run, or none with a trained model.
@@ -179,7 +179,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def load_runs(path: str | Path) -> list[Run]:
-    """Read a run, or all runs of a command with several seeds; see `load_run`."""
+    """Read a run, or all runs of a command with several seeds, see `load_run`."""
     path = Path(path)
     if not (path / SEEDS).exists():
         return [load_run(path)]
@@ -217,8 +217,8 @@ def _sources(config: StudyConfig, dataset: StudyData) -> dict[StageName, Source]
     for name, stage in STAGES.items():
         settings = {key: plain(getattr(config, key)) for key in stage.settings}
         settings |= {"model": config.model.model, "task": config.task}
-        needs: Mapping[str, str] = {need: sources[need].hash for need in stage.needs}
-        sources[name] = Source(name, versions, settings, network, data, dict(needs))
+        needs: dict[str, str] = {need: sources[need].hash for need in stage.needs}
+        sources[name] = Source(name, versions, settings, network, data, needs)
     return sources
 
 
@@ -239,12 +239,6 @@ def _do(study: Study, name: StageName, source: Source, result: Result) -> None:
         raise
     once(write)
     once(result.finish)
-
-
-def _state(result: Result) -> str:
-    if result.finished:
-        return _REUSED
-    return "goes on" if result.begun else "begins"
 
 
 def _possible(
@@ -268,14 +262,11 @@ def _check_folders(path: Path, folders: Collection[Path]) -> None:
         check_inside(folder, folder.parent)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} must be a folder; give another --output")
-    if path.exists() and not (path / RUN).exists() and any(not _is_ours(entry.name) for entry in path.iterdir()):
+    names = [entry.name for entry in path.iterdir()] if path.exists() and not (path / RUN).exists() else []
+    if not all(is_result(name) or re.fullmatch(r"\.lock|\..*\.tmp", name) for name in names):
         raise ValueError(f"{path} must be a new or empty folder or one that holds a run; give another --output")
     if (path / RUN).exists():
         read_json(path / RUN, _Run)  # many a program may have a file of this name
-
-
-def _is_ours(name: str) -> bool:
-    return is_result(name) or name == ".lock" or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _lock(stack: contextlib.ExitStack, path: Path, found: Collection[Result]) -> None:
@@ -297,12 +288,6 @@ def _write_metrics(run: Run) -> None:
     write_csv(run.path / f"{METRICS}.csv", run.metrics)
     write_json(run.path / f"{METRICS}.json", run.metrics)
     run.seal()
-
-
-def _load(config: StudyConfig, say: Callable[[str], None]) -> StudyData:
-    if config.data.download:
-        once(lambda: load_data(config).name)  # fetches the files for all processes
-    return load_data(config, say if rank() == 0 else lambda _: None)
 
 
 def _with_needs(stages: Collection[StageName]) -> list[StageName]:

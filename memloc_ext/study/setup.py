@@ -30,18 +30,15 @@ _ROWS = 1024
 def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None) -> StudyData:
     """Load the data set of a study on its device, with its label noise or its memorized examples.
 
-    A part of the training examples keep their numbers in the data set.
-
-    Args:
-        config: The settings.
-        say: Called with a line on how each file was understood that can be in more than one way.
+    A part of the training examples keep their numbers in the data set. ``say`` gets a line on how each file was
+    understood that can be in more than one way.
     """
     settings, seed = config.data, config.train.seed
     if is_own(settings.dataset):
         dataset = OwnDataset.load(settings.dataset, seed, find_device(config.device))
     else:
-        place = {"root": settings.root, "download": settings.download, "image_size": settings.image_size}
-        dataset = data.load(settings.dataset, **place)
+        names = ("root", "download", "image_size", "normalization")
+        dataset = data.load(settings.dataset, **{name: getattr(settings, name) for name in names})
     count = len(dataset.train)
     rows = _drawn("examples", count, settings.examples, seed)
     test_rows = _drawn("test_examples", len(dataset.test), settings.test_examples, seed)
@@ -84,13 +81,7 @@ def fingerprint_data(dataset: StudyData) -> str:
 
 
 def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn.Module:
-    """Build a study's model with the dropout of a variant; all variants start from the same weights.
-
-    Args:
-        config: The settings.
-        dataset: What `load_data` returned.
-        variant: ``plain`` without dropout, ``example_tied``, ``standard`` (torch's) or ``fixed`` (one mask for all).
-    """
+    """Build a study's model with the dropout of a variant; all variants start from the same weights."""
     seed, settings = config.train.seed, config.dropout
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -99,23 +90,13 @@ def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn
         sites = list(settings.sites) or models.dropout_sites(model)
         dim = models.channel_dim(model)
         if variant == "example_tied":
-            insert_example_tied_dropout(
-                model,
-                sites,
-                p_gen=settings.p_gen,
-                p_mem=settings.p_mem,
-                seed=seed,
-                channel_dim=dim,
-                rescale=settings.rescale,
-            )
+            shares = {"p_gen": settings.p_gen, "p_mem": settings.p_mem, "rescale": settings.rescale}
+            insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim)
         elif variant == "standard":
             insert_after(model, sites, lambda _: nn.Dropout(settings.standard_p))
         else:
-            insert_after(
-                model,
-                sites,
-                lambda site: FixedDropout(settings.p_gen, settings.p_mem, seed=seed, site=site, channel_dim=dim),
-            )
+            shares = (settings.p_gen, settings.p_mem)
+            insert_after(model, sites, lambda site: FixedDropout(*shares, seed=seed, site=site, channel_dim=dim))
     return model.to(dataset.train.device)
 
 
@@ -160,13 +141,9 @@ def fingerprint_model(config: StudyConfig, dataset: StudyData) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a study.
+    """Return the device of a study, see `StudyConfig`; ValueError if it is not there, or the build lacks its kernels.
 
-    Args:
-        name: See `StudyConfig`; of the processes that torchrun starts, each takes the GPU of its own number.
-
-    Raises:
-        ValueError: If there is no such device, or the build has no kernels for it.
+    Of the processes that torchrun starts, each takes the GPU of its own number.
     """
     gpu = torch.cuda.is_available() and has_cuda_kernels
     if name == "auto":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -42,29 +41,16 @@ LOCALIZED: dict[Variant, StageName] = {"plain": "localize", "example_tied": "loc
 CHECKPOINTS = "checkpoints"
 
 
+@dataclass
 class Study:
-    """What the stages of a run share.
+    """What the stages of a run share: settings, stage to the folder of its result, examples, and what to show."""
 
-    Args:
-        config: The settings.
-        folders: Stage to the folder of its result.
-        dataset: The examples.
-        progress: Show how far each stage is.
-        tensorboard: Log every epoch.
-    """
-
-    def __init__(
-        self,
-        config: StudyConfig,
-        folders: Mapping[StageName, Path],
-        dataset: StudyData,
-        *,
-        progress: bool = False,
-        tensorboard: bool = False,
-    ) -> None:
-        self.config, self.folders, self.dataset = config, folders, dataset
-        self.progress, self.tensorboard = progress, tensorboard
-        self._trained: dict[Variant, nn.Module] = {}
+    config: StudyConfig
+    folders: Mapping[StageName, Path]
+    dataset: StudyData
+    progress: bool = False
+    tensorboard: bool = False
+    _trained: dict[Variant, nn.Module] = field(default_factory=dict)
 
     def check(self, stages: Collection[StageName]) -> None:
         """Raise what is wrong with the settings of some stages, before anything is written."""
@@ -108,12 +94,7 @@ class Study:
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
-        """Return a trained model, from its last checkpoint if it was not trained just now.
-
-        Raises:
-            FileNotFoundError: If that checkpoint is missing.
-            ValueError: If it is damaged, or of another model.
-        """
+        """Return a trained model, from its last checkpoint if it was not trained just now."""
         if variant not in self._trained:
             model, epochs = build_model(self.config, self.dataset, variant), self.config.train.epochs
             found = self.checkpoints(variant)
@@ -133,12 +114,16 @@ class Study:
         """Return a model's checkpoints by epoch."""
         return list_checkpoints(self._folder(variant) / CHECKPOINTS)
 
-    @contextlib.contextmanager
-    def parts(self, stage: StageName) -> Iterator[PartFiles]:
-        """Keep the parts of a stage on disk until all of its result is there, at the end of the ``with``."""
-        folder = self.folders[stage] / PARTS
-        yield PartFiles(folder)
-        shutil.rmtree(folder, ignore_errors=True)  # by every process, for those that have a disk of their own
+    def probe(
+        self, stage: StageName, function: Callable[..., Any], variant: Variant, *states: Path, **settings: Any
+    ) -> None:
+        """Probe a trained model and write what comes out; parts of it are kept on disk until all of it is there."""
+        folder, dataset = self.folders[stage], self.dataset
+        settings |= {"test": dataset.test, "task": self.config.task, "parts": PartFiles(folder / PARTS)}
+        found = function(self.trained(variant), *states, dataset.train, **settings)
+        name, rows = results.TABLES[type(found)]
+        once(lambda: results.save(folder, name, found, rows(found)))
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # by every process, for those that have a disk of their own
 
     def _folder(self, variant: Variant) -> Path:
         stage, inner = TRAINED[variant]
@@ -154,37 +139,31 @@ def _account(study: Study, folder: Path) -> None:
     once(lambda: results.save(folder, results.COST, cost))
 
 
-def _rewind(study: Study, folder: Path) -> None:
-    model, config = study.trained("plain"), study.config.rewind
-    with study.parts("rewind") as parts:
-        found = rewind(
-            model,
-            study.folders["train"] / CHECKPOINTS,
-            study.dataset.train,
-            test=study.dataset.test,
-            task=study.config.task,
-            groups=config.rewind_groups or None,
-            epochs=config.rewind_epochs or None,
-            parts=parts,
-        )
-        once(lambda: results.save(folder, results.REWINDING, found, found.rows()))
+def _rewind(study: Study, _: Path) -> None:
+    config, checkpoints = study.config.rewind, study.folders["train"] / CHECKPOINTS
+    settings = {"groups": config.rewind_groups or None, "epochs": config.rewind_epochs or None}
+    study.probe("rewind", rewind, "plain", checkpoints, **settings)
 
 
-def _retrain(study: Study, folder: Path) -> None:
-    model, initial = study.trained("plain"), study.checkpoints("plain")[0]
-    config, dataset = study.config, study.dataset
-    settings = {**config.retrain.as_arguments(), "seed": config.train.seed, "task": config.task}
-    with study.parts("retrain") as parts:
-        found = retrain(model, initial, dataset.train, test=dataset.test, **settings, parts=parts)
-        once(lambda: results.save(folder, results.RETRAINING, found, found.rows()))
+def _retrain(study: Study, _: Path) -> None:
+    config = study.config.retrain
+    study.probe(
+        "retrain",
+        retrain,
+        "plain",
+        study.checkpoints("plain")[0],
+        groups=config.retrain_groups or None,
+        epochs=config.retrain_epochs,
+        learning_rate=config.retrain_learning_rate,
+        train_batch_size=config.retrain_batch_size,
+        patience=config.patience,
+        seed=study.config.train.seed,
+    )
 
 
-def _localize(study: Study, folder: Path, variant: Variant) -> None:
-    model, dataset = study.trained(variant), study.dataset
-    settings = {**asdict(study.config.localization), "seed": study.config.train.seed, "task": study.config.task}
-    with study.parts(LOCALIZED[variant]) as parts:
-        found = localize_dataset(model, dataset.train, test=dataset.test, **settings, parts=parts)
-        once(lambda: results.save(folder, results.LOCALIZATION, found, results.localization_rows(found)))
+def _localize(study: Study, _: Path, variant: Variant) -> None:
+    settings = {**asdict(study.config.localization), "seed": study.config.train.seed}
+    study.probe(LOCALIZED[variant], localize_dataset, variant, **settings)
 
 
 def _train(study: Study, _: Path, variants: Collection[Variant]) -> None:

@@ -58,26 +58,17 @@ class Source:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a result.
-
-    Attributes:
-        source: What it is made from.
-        seconds: Time that it took, over all processes that worked at it one after another.
-    """
+    """What a result is made from, and the time of all processes that worked at it one after another."""
 
     source: Source
     seconds: float
 
 
+@dataclass(frozen=True)
 class Result:
-    """The folder of a stage's result, finished or in work.
+    """The folder of a stage's result, finished, in work or not begun."""
 
-    Args:
-        path: The folder, which need not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     @property
     def finished(self) -> bool:
@@ -94,12 +85,7 @@ class Result:
         return self.read(ABOUT, About) if self.finished else read_json(self.path / ABOUT, About)
 
     def read(self, name: str, kind: Any) -> Any:
-        """Return a JSON file of a finished result as a type.
-
-        Raises:
-            ValueError: If it is not the file that the stage wrote; names it.
-            OSError: If it cannot be read.
-        """
+        """Return a JSON file of a finished result as a type; ValueError names one that the stage did not write."""
         path = self.path / name
         stored = read_bytes(path)
         if hashlib.sha256(stored).hexdigest() != self._sums().get(name):
@@ -123,18 +109,15 @@ class Result:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the folder, which is created if missing, from other processes, and clear it of what a kill left.
-
-        Raises:
-            ValueError: If another process writes to it.
-        """
+        """Keep the folder from other processes, see `locked`, and clear it of what a kill left."""
         with locked(self.path):
             remove_temporaries(self.path)
             yield
 
     def _sums(self) -> dict[str, str]:
         path = self.path / SUMS
-        lines = [re.fullmatch(r"([0-9a-f]{64})  ([^\n]+)", line) for line in _text(path).splitlines()]
+        text = read_bytes(path).decode(errors="replace")  # of bytes that are no text, no name fits
+        lines = [re.fullmatch(r"([0-9a-f]{64})  ([^\n]+)", line) for line in text.splitlines()]
         if None in lines:
             raise ValueError(f"{path}: must hold a checksum and a name in each line")
         return {match[2]: match[1] for match in lines if match}
@@ -182,10 +165,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be text: {error}") from error

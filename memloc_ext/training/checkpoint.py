@@ -1,18 +1,20 @@
-"""What a training keeps after every epoch, and how it is stored."""
+"""What a training keeps after every epoch, how it is stored, and how a training that was interrupted goes on."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from memloc_ext import distributed
 from memloc_ext.files import parsed, read_bytes, shown
 from memloc_ext.tensor_files import load_archive, load_tensors, save_tensors
+from memloc_ext.training.config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,8 @@ class _About:
     extra: dict[str, Any]
 
 
-_NAMES = ("epoch", "model", "optimizer", "scaler", "history", "config", "data")
+_NAMES = [field.name for field in fields(Checkpoint)]
+_DATA = "the digest of the data's targets and numbers"
 _FILE = r"epoch_(\d+)\.(safetensors|pt)"
 
 
@@ -64,18 +67,15 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         TypeError: If the extra state of a module is neither a tensor nor JSON.
         OSError: If it cannot be written; nothing under that name changes then.
     """
-    path = Path(folder) / _name(checkpoint.epoch)
+    path = Path(folder) / f"epoch_{checkpoint.epoch:03d}.safetensors"
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items() if isinstance(value, Tensor)}
     extra = {name: value for name, value in checkpoint.model.items() if not isinstance(value, Tensor)}
     state: dict[str, dict[str, Any]] = {}
     for number, kept in checkpoint.optimizer.get("state", {}).items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
         state[str(number)] = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
-    optimizer = {**checkpoint.optimizer, "state": state}
-    about = _About(
-        checkpoint.epoch, optimizer, checkpoint.scaler, checkpoint.history, checkpoint.config, checkpoint.data, extra
-    )
-    save_tensors(path, tensors, about)
+    about = {name: value for name, value in vars(checkpoint).items() if name != "model"}
+    save_tensors(path, tensors, {**about, "optimizer": {**checkpoint.optimizer, "state": state}, "extra": extra})
     return path
 
 
@@ -138,8 +138,8 @@ def _from_pickle(path: Path, device: str | torch.device) -> Checkpoint:
         if not isinstance(values[name], dict):
             raise ValueError(f"{path}: {name} must be dict, got {type(values[name]).__name__}")
     for name, value in values["model"].items():
-        is_extra = isinstance(name, str) and name.endswith("_extra_state") and not isinstance(value, Tensor)
-        if not (is_extra or (isinstance(name, str) and is_dense(value))):
+        is_extra = str(name).endswith("_extra_state") and not isinstance(value, Tensor)
+        if not isinstance(name, str) or not (is_extra or is_dense(value)):
             raise ValueError(
                 f"{path}: model must hold dense tensors by name, got {type(value).__name__} for {shown(name)}"
             )
@@ -161,15 +161,86 @@ def is_dense(value: Any) -> bool:
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by epoch, in order; none if there is no such folder."""
-    folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = {}
-    for name in names:  # of two files of an epoch, .safetensors comes after .pt
-        match = re.fullmatch(_FILE, name, re.ASCII)
+    for path in sorted(Path(folder).glob("*")):  # of two files of an epoch, .safetensors comes after .pt
+        match = re.fullmatch(_FILE, path.name, re.ASCII)
         if match and match[1] == f"{int(match[1]):03d}":
-            found[int(match[1])] = folder / name
+            found[int(match[1])] = path
     return dict(sorted(found.items()))
 
 
-def _name(epoch: int) -> str:
-    return f"epoch_{epoch:03d}.safetensors"
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    data: str,
+) -> list[dict[str, float]]:
+    """Give model, optimizer and scaler the state of the newest checkpoint, which the first process reads for all.
+
+    Returns its history, one record per epoch, empty without a checkpoint. ValueError if the checkpoint is damaged, or
+    differs in the config, in the name, shape, dtype or extra state of anything in the model, or in the ``data``, the
+    `memloc_ext.examples.digest`; says in what. Nothing changes then.
+    """
+    newest = distributed.once(lambda: _newest(folder))
+    if newest is None:
+        return []
+    path, saved = newest
+    given = _identity(asdict(config), model.state_dict(), data)
+    stored = _identity(saved.config, saved.model, saved.data)
+    epochs = [record.get("epoch") for record in saved.history]
+    if epochs != list(range(saved.epoch + 1)):
+        raise ValueError(f"train: {path}: must hold a record per epoch, 0 to {saved.epoch}, got {shown(epochs)}")
+    for name in given | stored:
+        if given.get(name) != stored.get(name):
+            raise ValueError(
+                f"train: {name} must be {shown(stored.get(name))} to continue {path}, got {shown(given.get(name))}; "
+                "train with other settings in another folder"
+            )
+    has_scale = saved.scaler.keys() == scaler.state_dict().keys()
+    if not _is_momentum(saved.optimizer.get("state"), optimizer) or not has_scale:
+        raise ValueError(f"train: {path}: must hold the momentum of every parameter, and the scale of the gradients")
+    model.load_state_dict(saved.model)
+    # its settings are those of the config
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved.optimizer["state"]})
+    scaler.load_state_dict(saved.scaler)
+    return saved.history
+
+
+def _newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    found = list_checkpoints(folder)
+    if not found:
+        return None
+    path = found[max(found)]
+    try:
+        return path, load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"train: {error}; delete it to continue from the one before") from error
+
+
+def _identity(config: dict[str, Any], state: dict[str, Any], data: str) -> dict[str, Any]:
+    settings = {f"config.{name}": value for name, value in config.items()}
+    return settings | {f"model.{name}": _trait(name, value) for name, value in state.items()} | {_DATA: data}
+
+
+def _is_momentum(state: Any, optimizer: torch.optim.Optimizer) -> bool:
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    return isinstance(state, dict) and all(
+        number in parameters
+        and isinstance(kept, dict)
+        and set(kept) <= {"momentum_buffer"}
+        and all(value is None or _like(value, parameters[number]) for value in kept.values())
+        for number, kept in state.items()
+    )
+
+
+def _like(value: Any, tensor: Tensor) -> bool:
+    written = is_dense(value) and 0 not in value.stride()  # in place, which a repeated element would not survive
+    return written and (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+
+
+def _trait(name: str, value: Any) -> Any:
+    if name.endswith("_extra_state"):  # settings of a module, such as the seed of its dropout, not weights
+        return value.cpu().numpy().tobytes() if isinstance(value, Tensor) else value
+    return f"{value.dtype} {list(value.shape)}"

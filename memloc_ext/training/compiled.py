@@ -30,14 +30,8 @@ def check_gradients(model: nn.Module, compiled: Forward, data: Examples, config:
 
     Under autocast both are compared with those in float32, and the compiled ones may err twice as much.
     This is done for both sizes of batch that a training has, since each is compiled by itself. A model that draws
-    random numbers is not checked: compiled it draws others. Parameters, buffers and generators stay as they are.
-
-    Args:
-        model: Not compiled.
-        compiled: The same, compiled.
-        data: Has at least as many examples as there are processes, each of which looks at its own slice.
-        config: Of the training: size of its batches, and precision.
-        task: Tells the loss.
+    random numbers is not checked: compiled it draws others. Parameters, buffers and generators stay as they are. Of
+    several processes each looks at its own slice.
 
     Raises:
         ValueError: If a gradient differs by more than rounding; names it.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,9 +19,40 @@ from memloc_ext.batches import call
 from memloc_ext.examples import Examples
 from memloc_ext.nn.example_ids import example_ids
 from memloc_ext.tasks import Task, mean_loss
-from memloc_ext.training.backward import Backward
-from memloc_ext.training.config import TrainConfig
-from memloc_ext.training.schedules import SCHEDULES
+from memloc_ext.training.config import SCHEDULES, TrainConfig
+
+
+class Backward:
+    """The plain backward pass; a subclass can keep an account of the gradients of a training.
+
+    `memloc_ext.training.train` calls ``start`` before an epoch. For each batch it enters ``batch``, in which it runs
+    the forward pass and calls ``run``. It calls ``finish`` before it saves the epoch's checkpoint; a training that is
+    killed in between runs that epoch again, and calls them again, once it is continued.
+
+    Under torchrun all of it is called in every process, for its slice of each batch; ``train`` adds the gradients up.
+    """
+
+    def start(self, epoch: int) -> None:
+        """Begin an epoch; the first has number 1."""
+
+    def batch(self) -> contextlib.AbstractContextManager[object]:
+        """Return what to enter around the forward and the backward pass of a batch."""
+        return contextlib.nullcontext()
+
+    def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None, share: float) -> None:
+        """Give the parameters their gradients, as ``loss.backward()`` does.
+
+        Args:
+            loss: Cross-entropy of the slice, mean over its B examples, multiplied by ``share`` and by ``scale``; 0-d.
+                Over the processes it adds up to the batch's, mean over its examples.
+            ids: Numbers of its examples in the data set, ``[B]``, int64.
+            scale: What the loss is multiplied by for float16, 0-d, on the device of ``loss``; None for 1.
+            share: B over the number of examples in the batch, in ``(0, 1]``; 1 in a single process.
+        """
+        loss.backward()
+
+    def finish(self, epoch: int) -> None:
+        """End an epoch, after its last batch."""
 
 
 @contextlib.contextmanager
@@ -30,14 +61,7 @@ def epoch_rng(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Gen
 
     What is drawn inside depends on ``seed`` and ``epoch`` alone, so that a training can continue after any epoch. Of
     several processes each draws its own, but for the order of the examples; the first as if it were the only one.
-
-    Args:
-        seed: At least 0.
-        epoch: At least 0.
-        device: The CPU, whose generator is always seeded, or a CUDA device, whose own is seeded as well.
-
-    Yields:
-        A generator on the CPU for the order of the examples, independent of the others.
+    Besides the CPU's generator that of a CUDA device is seeded. Yields another one for the order of the examples.
     """
     order, draws = (int(word) for word in np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64))
     if distributed.rank() > 0:
@@ -88,10 +112,10 @@ def train_epoch(
         data: The training examples, at least one.
         optimizer: Of the model's parameters; the learning rate of its groups is set for each step.
         scaler: Of the gradients; not enabled unless the precision is float16.
-        config: Batch size, learning rate, schedule, precision; and ``epochs``, which the schedule is spread over.
-        epoch: Number of this epoch, from 1 to ``config.epochs``.
+        config: Its schedule is spread over ``epochs``.
+        epoch: From 1 to ``config.epochs``.
         generator: Shuffles the examples.
-        backward: Computes the gradients of each batch; its ``start`` and ``finish`` are not called here.
+        backward: Its ``start`` and ``finish`` are not called here.
         task: Tells the loss.
 
     Returns:

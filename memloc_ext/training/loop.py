@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,12 @@ from memloc_ext import distributed
 from memloc_ext.batches import device_of
 from memloc_ext.borrowing import kept_training_flags
 from memloc_ext.examples import Data, digest, examples
+from memloc_ext.progress import progress as progress_bar
 from memloc_ext.tasks import Task, TaskName, task_of
-from memloc_ext.training.backward import Backward
-from memloc_ext.training.checkpoint import Checkpoint, save_checkpoint
+from memloc_ext.training.checkpoint import Checkpoint, restore, save_checkpoint
 from memloc_ext.training.compiled import check_gradients
 from memloc_ext.training.config import TrainConfig
-from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
-from memloc_ext.training.report import progress_bar, tensorboard_log
-from memloc_ext.training.resume import restore
+from memloc_ext.training.epoch import Backward, batch_sizes, epoch_rng, train_epoch
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 _OWN = ("epoch", "loss", "learning_rate")
@@ -112,9 +110,10 @@ def train(
         backward = backward or Backward()
         reports, is_first = [], distributed.rank() == 0
         if progress and is_first:
-            reports.append(stack.enter_context(progress_bar(config.epochs, max(len(history) - 1, 0))))
+            show = stack.enter_context(progress_bar(config.epochs, max(len(history) - 1, 0), "epoch"))
+            reports.append(lambda record: show(int(record["epoch"]), {k: v for k, v in record.items() if k != "epoch"}))
         if tensorboard is not None and is_first:
-            reports.append(stack.enter_context(tensorboard_log(Path(tensorboard), len(history))))
+            reports.append(stack.enter_context(_tensorboard(Path(tensorboard), len(history))))
         distributed.once(lambda: checkpoints.mkdir(parents=True, exist_ok=True))
         for epoch in range(len(history), config.epochs + 1):
             record: dict[str, float] = {"epoch": epoch}
@@ -136,6 +135,27 @@ def train(
             checkpoint = Checkpoint(epoch, *state, history, asdict(config), seen)
             distributed.once(partial(save_checkpoint, checkpoints, checkpoint))
     return history
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Write every number of a record as a scalar for TensorBoard, with the epoch as its step.
+
+    What an earlier run logged from the first epoch on is discarded. ImportError if tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard is not installed; run: pip install 'memloc_ext[tensorboard]'") from error
+    with SummaryWriter(str(folder), purge_step=first) as writer:
+
+        def report(record: dict[str, float]) -> None:
+            for name, value in record.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, int(record["epoch"]))
+            writer.flush()
+
+        yield report
 
 
 def _check_place(model: nn.Module) -> None:

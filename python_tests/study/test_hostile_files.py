@@ -22,7 +22,7 @@ from memloc_ext.files import read_json
 from memloc_ext.parts import PartFiles
 from memloc_ext.study import DataConfig, ModelConfig, Run, StudyConfig, load_run, run_study
 from memloc_ext.study.accounting import load_account
-from memloc_ext.study.probe_configs import LocalizationConfig, RetrainConfig
+from memloc_ext.study.config import LocalizationConfig, RetrainConfig
 from memloc_ext.study.stages import STAGES
 from memloc_ext.study.store import is_result
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint

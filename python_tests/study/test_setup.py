@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from memloc_ext.data import Dataset
 from memloc_ext.study import DataConfig, StudyConfig, load_data, load_run
 from memloc_ext.study.command_line import main
+from memloc_ext.study.setup import fingerprint_data
 
 PART = StudyConfig(data=DataConfig(examples=300), device="cpu")
 
@@ -32,6 +34,15 @@ def test_scores_of_just_the_chosen_examples_mark_them(tmp_path: Path) -> None:
         assert torch.equal(train.labels, train.true_labels)
         assert len(said) == 1
         assert said[0].startswith(f"{tmp_path / name}: read as scores of ")
+
+
+def test_images_are_normalised_as_asked_and_are_other_data_then() -> None:
+    plain = load_data(PART)
+    assert isinstance(plain, Dataset)
+    with pytest.raises(ValueError, match="normalization must be one of paper, imagenet"):  # digits have one channel
+        load_data(replace(PART, data=replace(PART.data, normalization="imagenet")))
+    other = plain.normalized(((0.0,), (1.0,)))
+    assert fingerprint_data(other) != fingerprint_data(plain)
 
 
 def test_one_class_of_images_of_any_size_is_trained_on(

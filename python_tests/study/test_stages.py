@@ -13,7 +13,7 @@ import torch
 
 from memloc_ext.study import DataConfig, ModelConfig, Run, StageName, StudyConfig, load_run, run_study
 from memloc_ext.study.command_line import main
-from memloc_ext.study.probe_configs import LocalizationConfig
+from memloc_ext.study.config import LocalizationConfig
 from memloc_ext.study.stages import STAGES
 from memloc_ext.study.store import Result, locked
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint

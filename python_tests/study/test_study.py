@@ -27,11 +27,10 @@ from memloc_ext.study import (
 )
 from memloc_ext.study.command_line import main
 from memloc_ext.study.report import text_table, write_report, write_seeds_report
-from memloc_ext.study.report.accounting_answers import answers, cost
-from memloc_ext.study.report.accuracy_answers import dropout_answers, plain_answers
-from memloc_ext.study.report.localization_answers import notes
-from memloc_ext.study.report.sections import sections
-from memloc_ext.study.report.text import numbers
+from memloc_ext.study.report.accounting import answers, cost
+from memloc_ext.study.report.accuracies import dropout_answers, plain_answers
+from memloc_ext.study.report.localization import notes
+from memloc_ext.study.report.sections import numbers, sections
 from memloc_ext.study.run import load_runs
 from memloc_ext.study.stages import STAGES
 from memloc_ext.training import TrainConfig

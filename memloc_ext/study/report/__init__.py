@@ -1,7 +1,6 @@
 """What a run found, for a reader: a table in the terminal, figures, and one self-contained page."""
 
-from memloc_ext.study.report.page import write_report, write_seeds_report
-from memloc_ext.study.report.save import save_figures
-from memloc_ext.study.report.text import summary, text_table
+from memloc_ext.study.report.page import draw, write_report, write_seeds_report
+from memloc_ext.study.report.sections import summary, text_table
 
-__all__ = ["save_figures", "summary", "text_table", "write_report", "write_seeds_report"]
+__all__ = ["draw", "summary", "text_table", "write_report", "write_seeds_report"]

@@ -1,4 +1,4 @@
-"""The figures of a run. Each function takes numbers and returns a matplotlib figure; none touches global state."""
+"""What the figures of a run share. Each is a matplotlib figure of numbers; none touches global state."""
 
 from __future__ import annotations
 
@@ -32,14 +32,10 @@ COLUMNS = {
     "test": "test examples",
 }
 COLORS = {"clean": "#4c78a8", "memorized": "#e45756", "memorized_true": "#f2a541", "test": "#54a24b"}
+KINDS = {"memorized": "memorized examples", "clean": "clean examples"}
 
 _ACROSS = 3
 """Panels in a row of `accuracy_panels`."""
-
-
-def percent(value: float | None) -> str:
-    """Return a share as a percentage, or a dash where there is none."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def row_name(row: Mapping[str, Any]) -> str:
@@ -58,11 +54,32 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def epoch_axis(axes: Axes) -> None:
-    """Name the horizontal axis, whose values are whole epochs, and take away the lines that bear no scale."""
-    axes.set_xlabel("epoch")
-    axes.locator_params(axis="x", integer=True)
+def titled(axes: Axes, title: str = "", *, epochs: bool = False) -> None:
+    """Give axes a title, take away the lines that bear no scale, and let the horizontal one be of whole epochs."""
+    axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    if epochs:
+        axes.set_xlabel("epoch")
+        axes.locator_params(axis="x", integer=True)
+
+
+def bar_axes(axes: Axes, groups: Sequence[str], xlabel: str) -> None:
+    """Make axes of horizontal bars for percentages, a place per group from top to bottom."""
+    axes.set_yticks(range(len(groups)), groups)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel(xlabel)
+    titled(axes)
+
+
+def legend(figure: Figure, axes: Axes, columns: int = 9, *, right: str = "") -> None:
+    """Explain the lines of axes above all panels, or at the right under a title."""
+    handles, labels = axes.get_legend_handles_labels()
+    if right:
+        place: dict[str, Any] = {"loc": "outside right center", "title": right, "title_fontsize": 8}
+    else:
+        place = {"loc": "outside upper center", "ncols": min(columns, max(len(labels), 1))}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
 def share_percent(accuracy: Accuracy, column: str) -> float:
@@ -88,50 +105,6 @@ def accuracy_panels(groups: Sequence[str], xlabel: str) -> tuple[Figure, dict[st
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel("accuracy (%)", fontsize=10)
     return figure, dict(zip(groups, panels.flat, strict=False))
-
-
-def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the table as bars: a group per model and mode, a bar per kind of example, accuracy in percent."""
-    figure = new_figure(9, 0.62 * len(rows) + 1.4)
-    axes = figure.add_subplot()
-    height = 0.8 / len(COLUMNS)
-    for number, (column, label) in enumerate(COLUMNS.items()):
-        places = [i + (number - 1.5) * height for i in range(len(rows))]
-        values = [100 * (row[column] or 0) for row in rows]
-        bars = axes.barh(places, values, height * 0.92, label=label, color=COLORS[column])
-        axes.bar_label(bars, [percent(row[column]) for row in rows], padding=3, fontsize=7, color="#444")
-    axes.set_yticks(range(len(rows)), [row_name(row).replace(", ", "\n", 1) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    axes.set_xlabel("accuracy (%)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    return figure
-
-
-def accuracy_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draw accuracy on memorized and on clean training examples over the epochs, one line per model, in percent."""
-    figure = new_figure(9, 3.4)
-    panels = figure.subplots(1, 2, sharey=True)
-    colors = dict(zip(NAMES, ("#777777", "#e45756", "#4c78a8", "#54a24b"), strict=True))
-    for axes, column, title in zip(
-        panels, ("memorized", "clean"), ("memorized examples", "clean examples"), strict=True
-    ):
-        for model, history in histories.items():
-            name, color = NAMES.get(model, model), colors.get(model)
-            epochs = [record["epoch"] for record in history]
-            axes.plot(epochs, [100 * record.get(column, float("nan")) for record in history], color=color, label=name)
-            dropped = f"drop_{column}"
-            if any(dropped in record for record in history):
-                values = [100 * record.get(dropped, float("nan")) for record in history]
-                axes.plot(epochs, values, "--", color=color, label=f"{name}, after drop")
-        epoch_axis(axes)
-        axes.set_title(f"{title}, given label", fontsize=10)
-        axes.set_ylim(-3, 103)
-    panels[0].set_ylabel("accuracy (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=8)
-    return figure
 
 
 def encoded(figure: Figure, file_format: str = "png") -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,12 +15,10 @@ from typing import Any, TypeVar
 from memloc_ext._version import __version__
 from memloc_ext.files import plain, write_atomically, write_csv, write_json
 from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.report import figures
-from memloc_ext.study.report.figures import COLUMNS, percent
-from memloc_ext.study.report.section import Number
-from memloc_ext.study.report.sections import sections
-from memloc_ext.study.report.text import numbers
-from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run
+from memloc_ext.study.report.figures import COLUMNS, encoded, row_name
+from memloc_ext.study.report.section import Number, Section
+from memloc_ext.study.report.sections import numbers, sections
+from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run, load_run
 from memloc_ext.study.stages import STAGES
 
 _HERE = ("data.download", "device")
@@ -27,10 +27,7 @@ T = TypeVar("T")
 
 
 def write_report(run: Run) -> Path:
-    """Write the figures of a run and its report into its directory.
-
-    Args:
-        run: With at least one finished training.
+    """Write the figures of a run with at least one finished training, and its report, into its folder.
 
     Returns:
         The path of the report.
@@ -38,12 +35,7 @@ def write_report(run: Run) -> Path:
     Raises:
         ImportError: If jinja2 or matplotlib is not installed.
     """
-    parts = _drawn(run)
-    table = [(figures.row_name(row), [percent(row[column]) for column in COLUMNS]) for row in run.metrics]
-    found = numbers(run)
-    rows = [(number.what, [number.text(number.value)], number.paper) for number in found]
-    _write_table(run.path, {number.what: [number] for number in found})
-    page = _write(run.path, [run], parts=[(None, parts)], table=table, numbers=rows, heads=["here"])
+    page = _write(run.path, [run])
     run.seal()
     return page
 
@@ -64,30 +56,39 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / SEEDS, [run.path.name for run in runs])
-    every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
-    rows = []
-    for what, found in every.items():
-        first = _first(found)
-        cells = ["-" if number is None else first.text(number.value) for number in found]
-        rows.append((what, [spread(found), *cells], first.paper))
-    table = []
-    for lines in _aligned([{figures.row_name(row): row for row in run.metrics} for run in runs]).items():
-        shares = {column: [Number("", row[column]) for row in lines[1] if row is not None] for column in COLUMNS}
-        table.append((lines[0], [spread(values).replace(" %", "") for values in shares.values()]))
-    seeds = [run.config.train.seed for run in runs]
-    _write_rows(path, METRICS, [{"seed": s, **row} for s, run in zip(seeds, runs, strict=True) for row in run.metrics])
-    _write_table(path, every)
-    parts = [(f"Seed {seed}", _drawn(run)) for seed, run in zip(seeds, runs, strict=True)]
-    heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)]
-    return _write(path, runs, parts=parts, table=table, numbers=rows, heads=heads)
+    _write_rows(path, METRICS, [{"seed": run.config.train.seed, **row} for run in runs for row in run.metrics])
+    return _write(path, runs)
+
+
+def draw(section: str) -> None:
+    """Draw the figures of a section, of the run that the command line of ``scripts/figure_<section>.py`` names."""
+    parser = argparse.ArgumentParser(description=f"Draw the figures of {section} of a run.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
+    parser.add_argument("--format", default="png", help="png, pdf or svg")
+    options = parser.parse_args()
+    try:
+        found = {part.name: part for part in sections(load_run(options.run))}
+        if section not in found:
+            raise ValueError(f"{options.run} has no {section}; there is {', '.join(found)}")
+        options.output.mkdir(parents=True, exist_ok=True)
+        for picture in found[section].pictures:
+            path = options.output / f"{picture.name}.{options.format}"
+            write_atomically(path, encoded(picture.figure, options.format))
+            print(path)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
 
 
 def spread(values: Sequence[Number | None]) -> str:
-    """Return mean and standard deviation (of the sample, n - 1) of a number over runs that have it, for a reader."""
+    """Return mean and standard deviation (of the sample, n - 1) of a number over the runs that have it, for a reader.
+
+    Of a single run it is the number.
+    """
     mean, deviation, _ = _moments(values)
-    if mean is None:
-        return "-"
     text = _first(values).text
+    if mean is None or len(values) == 1:
+        return text(mean)
     return f"{text(mean).removesuffix(' %')} ± {text(deviation or 0.0)}"
 
 
@@ -127,16 +128,9 @@ def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> No
     rows = []
     for what, found in every.items():
         first, (mean, deviation, count) = _first(found), _moments(found)
-        rows.append(
-            {
-                "what": what,
-                "mean": mean,
-                "deviation": deviation,
-                "runs": count,
-                "unit": "share" if first.unit == "%" else "",
-                "paper": first.paper,
-            }
-        )
+        unit = "share" if first.unit == "%" else ""
+        moments = {"mean": mean, "deviation": deviation, "runs": count}
+        rows.append({"what": what, **moments, "unit": unit, "paper": first.paper})
     _write_rows(path, NUMBERS, rows)
 
 
@@ -145,36 +139,51 @@ def _write_rows(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Non
     write_json(path / f"{name}.json", rows)
 
 
-def _drawn(run: Run) -> list[tuple[Any, dict[str, str]]]:
+def _drawn(run: Run) -> list[tuple[Section, dict[str, str]]]:
     """Draw the sections of a run, write its figures into its directory, return each with its pictures as base64."""
     folder, parts = run.path / FIGURES, []
     shutil.rmtree(folder, ignore_errors=True)  # there may be some of other settings
     folder.mkdir()
     for section in sections(run):
-        pictures = {picture.name: figures.encoded(picture.figure) for picture in section.pictures}
+        pictures = {picture.name: encoded(picture.figure) for picture in section.pictures}
         for name, picture in pictures.items():
             write_atomically(folder / f"{name}.png", picture)
         parts.append((section, {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}))
     return parts
 
 
-def _write(path: Path, runs: Sequence[Run], **values: Any) -> Path:
+def _write(path: Path, runs: Sequence[Run]) -> Path:
     try:
         import jinja2
     except ImportError as error:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
+    seeds, config = [run.config.train.seed for run in runs], runs[0].config
+    every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
+    several, rows, table = len(runs) > 1, [], []
+    heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)] if several else ["here"]
+    parts = [(f"Seed {run.config.train.seed}" if several else None, _drawn(run)) for run in runs]
+    for what, found in every.items():
+        first = _first(found)
+        cells = [spread(found), *("-" if number is None else first.text(number.value) for number in found)]
+        rows.append((what, cells[: len(heads)], first.paper))
+    for name, lines in _aligned([{row_name(row): row for row in run.metrics} for run in runs]).items():
+        shares = [[None if row is None else Number("", row[column]) for row in lines] for column in COLUMNS]
+        table.append((name, [spread(values).replace(" %", "") for values in shares]))
+    _write_table(path, every)
     template = resources.files("memloc_ext.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    config = runs[0].config
     page = environment.from_string(template).render(
         version=__version__,
         config=config,
-        seeds=[run.config.train.seed for run in runs],
+        seeds=seeds,
+        parts=parts,
+        numbers=rows,
+        heads=heads,
+        table=table,
         columns=COLUMNS,
         settings=_flat(plain(config)),
-        seconds=_total_seconds(runs),
+        seconds={stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds},
         command=command(runs),
-        **values,
     )
     write_atomically(path / REPORT, page.encode())
     return path / REPORT
@@ -185,7 +194,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {prefix.removesuffix("."): config}
     return {name: value for key, inner in config.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
-
-
-def _total_seconds(runs: Sequence[Run]) -> dict[str, float]:
-    return {stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds}

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memloc_ext.study.report.figures import percent
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -37,14 +35,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what a reader has to know of it.
-
-    Attributes:
-        name: Of its file, without the ending.
-        title: What it shows, in a few words.
-        figure: The figure.
-        caption: How to read it.
-    """
+    """A figure, the name of its file without the ending, what it shows in a few words, and how to read it."""
 
     name: str
     title: str
@@ -71,3 +62,8 @@ class Section:
     answers: Sequence[str]
     pictures: Sequence[Picture]
     notes: Sequence[str] = ()
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage, or a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.1f}"

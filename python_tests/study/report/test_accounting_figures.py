@@ -8,7 +8,7 @@ import torch
 from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.study.accounting import AccountedEpoch, Accounting, account_path, save_account
 from memloc_ext.study.report import figures
-from memloc_ext.study.report.accounting_figures import all_figures, bands_and_auc, cosines, example_norms, group_norms
+from memloc_ext.study.report.accounting import bands_and_auc, cosines, example_norms, group_norms, pictures
 
 
 def make_accounting(folder: Path, epochs: int = 3, *, memorized: bool = True, norms: float = 1.0) -> Accounting:
@@ -32,14 +32,14 @@ def make_accounting(folder: Path, epochs: int = 3, *, memorized: bool = True, no
 
 @pytest.mark.parametrize("change", [{}, {"epochs": 1}, {"epochs": 40}, {"memorized": False}, {"norms": 0.0}])
 def test_every_account_can_be_drawn(tmp_path: Path, change: dict) -> None:
-    drawn = all_figures(make_accounting(tmp_path, **change))
+    drawn = {picture.name: picture.figure for picture in pictures(make_accounting(tmp_path, **change))}
     assert list(drawn) == ["gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"]
     for figure in drawn.values():
         assert figures.encoded(figure).startswith(b"\x89PNG")
 
 
 def test_examples_whose_batch_overflowed_are_left_out(tmp_path: Path) -> None:
-    all_figures(make_accounting(tmp_path, norms=math.nan))
+    pictures(make_accounting(tmp_path, norms=math.nan))
 
 
 def test_curves_are_those_of_the_table(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from made_localization import NOTHING, make_localization
 
 from memloc_ext.probes.localization.dataset import STATUSES
-from memloc_ext.study.report.localization_answers import answers, notes, numbers, summary
+from memloc_ext.study.report.localization import answers, notes, numbers, summary
 
 
 def test_the_terminal_gets_a_line_per_model() -> None:

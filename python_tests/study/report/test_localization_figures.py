@@ -5,10 +5,11 @@ import pytest
 from made_localization import NOTHING, make_kind, make_localization
 
 from memloc_ext.study.report import figures
-from memloc_ext.study.report.localization_figures import (
+from memloc_ext.study.report.localization import (
     accuracy_after_units,
-    all_figures,
     memorization_share,
+    pictures,
+    section,
     units_per_example,
     units_per_site,
 )
@@ -22,15 +23,15 @@ NAMES = [f"localization_{name}" for name in ("units", "sites", "accuracy", "memo
 )
 def test_every_localization_can_be_drawn(kinds: tuple[str, ...], change: dict, names: list[str]) -> None:
     localization = make_localization(kinds, **change)
-    drawn = all_figures({"plain": localization, "example_tied": localization})
-    assert list(drawn) == names
-    for figure in drawn.values():
-        assert figures.encoded(figure).startswith(b"\x89PNG")
+    drawn = pictures({"plain": localization, "example_tied": localization})
+    assert [picture.name for picture in drawn] == names
+    for picture in drawn:
+        assert figures.encoded(picture.figure).startswith(b"\x89PNG")
 
 
 def test_only_example_tied_dropout_has_memorization_channels() -> None:
-    assert list(all_figures({"plain": make_localization()})) == NAMES[:3]
-    assert all_figures({}) == {}
+    assert [picture.name for picture in pictures({"plain": make_localization()})] == NAMES[:3]
+    assert section({}) is None
 
 
 def test_bars_are_percent_of_the_examples_of_a_kind() -> None:

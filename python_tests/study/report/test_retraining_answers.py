@@ -1,6 +1,6 @@
 from made_probes import made_accuracy, made_retraining
 
-from memloc_ext.study.report.retraining_answers import PAPER, answers
+from memloc_ext.study.report.retraining import PAPER, answers
 
 
 def test_the_answers_have_the_numbers() -> None:

@@ -2,15 +2,15 @@ import numpy as np
 from made_probes import GROUPS, made_accuracy, made_retraining
 
 from memloc_ext.study.report import figures
-from memloc_ext.study.report.retraining_figures import accuracy_per_group, all_figures, regained
+from memloc_ext.study.report.retraining import accuracy_per_group, pictures, regained
 
 
 def test_every_retraining_can_be_drawn() -> None:
-    drawn = all_figures(made_retraining())
-    assert list(drawn) == ["retraining_accuracy", "retraining_regained"]
-    clean = all_figures(made_retraining({"a": [None, None]}, unchanged=made_accuracy(None)))
-    for figure in (*drawn.values(), *clean.values()):
-        assert figures.encoded(figure).startswith(b"\x89PNG")
+    drawn = pictures(made_retraining())
+    assert [picture.name for picture in drawn] == ["retraining_accuracy", "retraining_regained"]
+    clean = pictures(made_retraining({"a": [None, None]}, unchanged=made_accuracy(None)))
+    for picture in (*drawn, *clean):
+        assert figures.encoded(picture.figure).startswith(b"\x89PNG")
 
 
 def test_a_panel_shows_a_group_in_percent() -> None:

@@ -1,6 +1,6 @@
 from made_probes import made_accuracy, made_rewinding
 
-from memloc_ext.study.report.rewinding_answers import PAPER, answers, keeping
+from memloc_ext.study.report.rewinding import PAPER, answers, keeping
 
 
 def test_the_answers_have_the_numbers() -> None:

@@ -2,17 +2,17 @@ import numpy as np
 from made_probes import GROUPS, WHOLE, made_accuracy, made_rewinding
 
 from memloc_ext.study.report import figures
-from memloc_ext.study.report.rewinding_figures import accuracy_per_group, all_figures, memorized_accuracy
+from memloc_ext.study.report.rewinding import accuracy_per_group, memorized_accuracy, pictures
 
 
 def test_every_rewinding_can_be_drawn() -> None:
-    drawn = all_figures(made_rewinding())
-    assert list(drawn) == ["rewinding_accuracy", "rewinding_memorized"]
-    one = all_figures(made_rewinding({"a": [0.5]}, (3,)))
-    clean = all_figures(made_rewinding({"a": [None]}, (3,), unchanged=made_accuracy(None, test=None)))
-    assert list(clean) == ["rewinding_accuracy"]
-    for figure in (*drawn.values(), *one.values(), *clean.values()):
-        assert figures.encoded(figure).startswith(b"\x89PNG")
+    drawn = pictures(made_rewinding())
+    assert [picture.name for picture in drawn] == ["rewinding_accuracy", "rewinding_memorized"]
+    one = pictures(made_rewinding({"a": [0.5]}, (3,)))
+    clean = pictures(made_rewinding({"a": [None]}, (3,), unchanged=made_accuracy(None, test=None)))
+    assert [picture.name for picture in clean] == ["rewinding_accuracy"]
+    for picture in (*drawn, *one, *clean):
+        assert figures.encoded(picture.figure).startswith(b"\x89PNG")
 
 
 def test_a_panel_shows_a_group_in_percent_with_and_without_its_statistics() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memloc_ext.study.probe_configs import RetrainConfig, RewindConfig
+from memloc_ext.study.config import RetrainConfig, RewindConfig
 
 
 def test_rewind_settings_are_checked() -> None:
@@ -44,8 +44,3 @@ def test_retrain_settings_have_types(wrong: dict) -> None:
     (name,) = wrong
     with pytest.raises(TypeError, match=f"RetrainConfig: {name} must be"):
         RetrainConfig(**wrong)
-
-
-def test_retrain_settings_are_arguments() -> None:
-    arguments = {"groups": None, "epochs": 20, "learning_rate": 0.01, "train_batch_size": 64, "patience": 3}
-    assert RetrainConfig().as_arguments() == arguments
