@@ -5,7 +5,7 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
 - `accountant`: what users open. `account`: arguments and result of a backward pass.
 - `tracer`: sees every PyTorch function that is called while an accountant is open; a layer function runs those that get
   a parameter. `example_axis`: which dimension of an activation holds the examples. `propagation`: where a function
-  leaves it. `tensor_memory`: what is known of tensors.
+  leaves it.
 - `layers`: one file per kind of layer. A layer function runs forward and backward as an autograd function of its own,
   whose backward knows the layer's input and the gradient of its output.
 - `contributions`: what one use of a parameter adds to each example's gradient: norms and sums, not the gradient itself.

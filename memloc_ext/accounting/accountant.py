@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,9 @@ from memloc_ext.accounting.check import (
     mistook,
     outputs_of,
     returned_by_model,
+    signature,
     unchecked_signature,
+    wrong_norms,
 )
 from memloc_ext.accounting.forward_pass import tensors, unwrapped
 from memloc_ext.accounting.graph import Reached, reached
@@ -267,7 +270,9 @@ class GradientAccountant:
                     outputs = outputs or no_outputs(tracer, slow or found.all)
                 if slow and outputs is not None:
                     self._warn({} if mistaken else found.unseen, tracer, batch)
-                    alone = Alone(self._known, self._check, self._model, tracer, backward, outputs, slow)
+                    kind = signature(self._model, outputs.source, batch, slow)
+                    wrong = partial(wrong_norms, tracer, backward, outputs, slow)
+                    alone = Alone(self._known, self._check, kind, wrong)
                     account_examples(tracer, backward, outputs, slow, alone)
                 if exact and groups is not None and outputs is not None:
                     backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)

@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -151,49 +151,38 @@ def wrong_norms(
     return result if examples else None
 
 
+@dataclass(frozen=True)
 class Alone:
     """Whether examples that the model runs on alone have the gradients that they have in the batch.
 
     Equal outputs do not tell: a hook of the user's may change gradients, a module may be used where a copy of the model
     does not reach it, and a branch with dropout may hardly change the output.
 
-    Args:
+    Attributes:
         known: Of the model.
         check: See `GradientAccountant`.
-        model: That is accounted.
-        tracer: That the loss was computed in.
-        backward: The backward pass that is to come.
-        outputs: What tells the examples apart.
-        parameters: That take a pass per example, by their ``id``.
+        sign: The `signature` of the pass.
+        wrong: See `wrong_norms`.
     """
 
-    def __init__(
-        self,
-        known: Checked,
-        check: str,
-        model: nn.Module,
-        tracer: Tracer,
-        backward: BackwardPass,
-        outputs: Outputs,
-        parameters: Mapping[int, nn.Parameter],
-    ) -> None:
-        self._known, self._check = known.alone, check
-        self._sign = signature(model, outputs.source, backward.batch, parameters)
-        self._arguments = tracer, backward, outputs, parameters
+    known: Checked
+    check: str
+    sign: object
+    wrong: Callable[[], dict[int, nn.Parameter] | None]
 
     @property
     def expected(self) -> bool:
         """Whether they may have; if they had not before, they have not now."""
-        return self._check == "always" or self._known.get(self._sign, True)
+        return self.check == "always" or self.known.alone.get(self.sign, True)
 
     def right(self) -> bool:
         """Return whether they have, for two examples that were just accounted."""
-        if self._check != "never" and (self._check == "always" or self._sign not in self._known):
-            wrong = wrong_norms(*self._arguments)
+        if self.check == "always" or (self.check == "first" and self.sign not in self.known.alone):
+            wrong = self.wrong()
             if wrong is None:
                 return True
-            self._known[self._sign] = not wrong
-        return self._known.get(self._sign, True)
+            self.known.alone[self.sign] = not wrong
+        return self.known.alone.get(self.sign, True)
 
 
 def _mixed(losses: Tensor, outputs: Outputs, backward: BackwardPass) -> bool:

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
-from memloc_ext.accounting.example_axis import ExampleAxis, Picked
+from memloc_ext.accounting.example_axis import UNKNOWN, ExampleAxis, Picked, TensorMemory
 from memloc_ext.accounting.forward_pass import ForwardPass, collect, tensors
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
 from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, inside
-from memloc_ext.accounting.tensor_memory import UNKNOWN, TensorMemory
 from memloc_ext.borrowing import in_parts
 
 Handler = Callable[..., Any]

@@ -26,9 +26,7 @@ class BatchedLinear(LayerFunction):
     """``[experts, rows, in] @ [experts, in, out]``; the examples are among the rows.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input and weight.
-        axis: See `LayerFunction`.
         dtype: That the product is computed in.
     """
 

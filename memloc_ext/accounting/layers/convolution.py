@@ -111,7 +111,6 @@ class Convolution(LayerFunction):
     """A convolution of ``[batch, channels, *]``; the examples are always in dimension 0.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
         axis: See `LayerFunction`; of rows first.
         dtype: That it is computed in.

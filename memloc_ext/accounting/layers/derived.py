@@ -28,7 +28,6 @@ class Derived(LayerFunction):
     examples at a time. That graph is kept for as long as the copy.
 
     Args:
-        tracer: See `LayerFunction`.
         value: The tensor.
         leaves: What it is computed from: parameters of the model, and other tensors that want a gradient.
     """

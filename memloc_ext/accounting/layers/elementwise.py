@@ -21,7 +21,6 @@ class Broadcast(LayerFunction):
     """A parameter, repeated for every example: the gradient of the repeated one is each example's own.
 
     Args:
-        tracer: See `LayerFunction`.
         source: What is repeated.
         axis: Of the result.
         shape: Of the result.

@@ -20,9 +20,7 @@ class Embedding(LayerFunction):
     """``table[indices]``.
 
     Args:
-        tracer: See `LayerFunction`.
         weight: The table ``[num, dim]``.
-        axis: See `LayerFunction`.
         padding_idx: A row that gets no gradient, or -1.
     """
 

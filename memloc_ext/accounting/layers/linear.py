@@ -22,9 +22,7 @@ class Linear(LayerFunction):
     """``input @ weight.T + bias``.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        axis: See `LayerFunction`.
         dtype: That the product is computed in.
         transposed: The weight is ``[in, out]``.
     """

@@ -42,9 +42,7 @@ class BatchNorm(_Norm):
     """Batch normalisation of ``[batch, channels, *]``, by the batch's statistics or by running ones.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        axis: See `LayerFunction`.
         running: Running mean and variance.
         training: Whether the batch's statistics are used.
         momentum: Of the running statistics.
@@ -95,9 +93,7 @@ class GroupNorm(_Norm):
     """Group normalisation of ``[batch, channels, *]``.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        axis: See `LayerFunction`.
         groups: Of channels.
         eps: Added to the variance.
     """
@@ -132,9 +128,7 @@ class LayerNorm(_Norm):
     """Layer normalisation over the last dimensions.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of input, weight and bias.
-        axis: See `LayerFunction`.
         shape: Of the last dimensions.
         eps: Added to the variance.
     """

@@ -25,7 +25,6 @@ class Recurrent(LayerFunction):
     Its tensors are the input, the state ``[batch, hidden]``, the state of the cells or None, and the parameters.
 
     Args:
-        tracer: See `LayerFunction`.
         weights: Of the tensors.
         axis: Of input and output.
         kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
