@@ -10,8 +10,6 @@ SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC
 SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
 # new memory is all NaN, so that what a kernel leaves unwritten shows
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
-# threads that spin while they wait for each other take the cores from other processes, and from each other
-export OMP_WAIT_POLICY ?= passive
 READY := build/.ready$(if $(VENV),,-current)
 
 .PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-report cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
@@ -20,6 +18,8 @@ READY := build/.ready$(if $(VENV),,-current)
 demo: $(READY)  ## the study on real digits: a table, and a report to open in a browser
 	$(PYTHON) -m memloc_ext run --edited 5 --width 0.25 --p-gen 0.3
 
+# threads that spin while they wait for each other take the cores from other processes; a process alone is faster so
+test sanitize bench cuda-on-cpu: export OMP_WAIT_POLICY ?= passive
 test: export OMP_NUM_THREADS ?= 1  # the processes share the cores; what needs more threads in a test asks for them
 test: $(READY)  ## all tests, or those of TESTS; those marked cuda are skipped without a GPU
 	$(PYTHON) -m pytest $(if $(VENV),-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -p no:benchmark) $(TESTS)
