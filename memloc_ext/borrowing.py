@@ -100,7 +100,7 @@ def uncompiled() -> Iterator[None]:
 
 def fully_sharded(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that `torch.distributed.fsdp.fully_shard` was called for, by name."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody has imported, nobody uses
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, so not in use
     if fsdp is None:
         return {}
     return {name: module for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)}

@@ -71,7 +71,7 @@ class GradientAccountant:
     A gradient penalty takes `torch.func.grad`, losses by example and one backward pass for each: layers that run here
     cannot be differentiated twice. A hook on a parameter is called with None where ``weight_grads`` is False.
 
-    If examples meet in the forward pass, as batch normalisation in training mode makes them, the norm is that of the
+    If the model mixes the examples of a batch, as batch normalisation does in training mode, the norm is that of the
     gradient *that flows through the example's own activations*: what the example's rows add to the gradient of the
     whole batch's loss, statistics included. In evaluation mode it is the gradient of the example's own loss.
 
@@ -143,8 +143,8 @@ class GradientAccountant:
         stack.close()
         if tracer.unaccounted and not tracer.accounted and error[0] is None:
             warnings.warn(
-                "GradientAccountant: loss.backward() ran inside the with, where nothing is accounted but by "
-                "accountant.backward(loss)",
+                "GradientAccountant: loss.backward() ran inside the with, and nothing was accounted; call "
+                "accountant.backward(loss) in its place",
                 UserWarning,
                 stacklevel=2,
             )
@@ -215,9 +215,9 @@ class GradientAccountant:
                 share of them; in a mean with class weights, that of ``weight[target]``.
             weight_grads: If False, the gradients of parameters are not computed, their ``grad`` stays as it was and
                 there are no group gradients: the norms alone, for less than a usual backward pass.
-            exact_groups: Get the groups' gradients from one backward pass per group, which is exact also where
-                examples meet (batch normalisation in training mode). A ``mean`` or ``sum`` must then depend on the
-                model through what it returns, with the examples in dimension ``batch_dim``.
+            exact_groups: Get the groups' gradients from one backward pass per group, which is exact also where the
+                model mixes the examples of a batch (batch normalisation in training mode). A ``mean`` or ``sum`` must
+                then depend on the model through what it returns, with the examples in dimension ``batch_dim``.
             batch_size: Number of examples, if each has the same number of consecutive rows of the model's input; by
                 default each row is one.
             retain_graph: Keep the graph for another backward pass.

@@ -17,7 +17,7 @@ from memloc_ext.accounting.contributions import Rows
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.graph import Outputs, Reached, minimal, reached
-from memloc_ext.accounting.per_example import agree, by_example, gradients_of
+from memloc_ext.accounting.per_example import agree, gradients_of
 from memloc_ext.accounting.tracer import Tracer
 
 _EXAMPLES = 2
@@ -227,7 +227,7 @@ def check_own_mean(
         cotangents = torch.autograd.grad(numbers, outputs.tensors, factors, retain_graph=True, allow_unused=True)
     if any(t is None for t in cotangents):
         return
-    inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
+    inputs = source.examples(backward.batch)
     axes = [backward.place(axis) for axis in outputs.axes]
     for example in _two_examples(backward, outputs):
         try:

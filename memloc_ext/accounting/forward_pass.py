@@ -72,6 +72,11 @@ class ForwardPass:
         """Return the inputs that have rows for each of so many examples."""
         return [t for t, size in zip(self.inputs, self.sizes, strict=True) if size and size % batch == 0]
 
+    def examples(self, batch: int) -> list[Tensor]:
+        """Return the same as ``[batch, *]``, each example as if it were alone."""
+        parts, dim = self.parts(batch), self.batch_dim
+        return [t.detach().unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0) for t in parts]
+
     def again(
         self, wanted: Sequence[Tensor], parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]
     ) -> list[Tensor]:

@@ -107,7 +107,7 @@ def _account_alone(
     """Account so many examples at a time, each with the model on it alone; return whether that is the same."""
     axes = [backward.place(axis) for axis in outputs.axes]
     named = {name: p for name, p in unwrapped(source.model).named_parameters() if id(p) in parameters}
-    inputs = [by_example(t.detach(), tracer.batch_dim, backward.batch) for t in source.parts(backward.batch)]
+    inputs = source.examples(backward.batch)
     expected = [axis.first(t.detach()) for t, axis in zip(outputs.tensors, axes, strict=True)]
 
     def one(parts: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -146,11 +146,6 @@ def _account_alone(
         by_id = {id(p): gradients[name] for name, p in named.items()}
         backward.add_examples(parameters, begin, by_id)
     return True
-
-
-def by_example(t: Tensor, dim: int, batch: int) -> Tensor:
-    """Return an input as ``[batch, *]``, each as if it were alone."""
-    return t.unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0)
 
 
 def agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:
