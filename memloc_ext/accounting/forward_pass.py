@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class ForwardPass:
         self.numbers: list[Tensor] = []
         device = self.inputs[0].device.type if self.inputs else "cpu"
         self.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        self._random = _random_state(self.inputs[0].device if self.inputs else torch.device("cpu"))
 
     @property
     def unread(self) -> str:
@@ -77,6 +78,12 @@ class ForwardPass:
         parts, dim = self.parts(batch), self.batch_dim
         return [t.detach().unflatten(dim, (batch, t.shape[dim] // batch)).movedim(dim, 0) for t in parts]
 
+    def rearranged(self, places: Tensor) -> list[Tensor]:
+        """Return those inputs with the rows of example ``places[b]`` in the place of those of example ``b``."""
+        batch, dim = len(places), self.batch_dim
+        rows = [t.detach().unflatten(dim, (batch, -1)) for t in self.parts(batch)]
+        return [t.index_select(dim, places.to(t.device)).flatten(dim, dim + 1) for t in rows]
+
     def again(
         self, wanted: Sequence[Tensor], parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]
     ) -> list[Tensor]:
@@ -91,6 +98,22 @@ class ForwardPass:
             everything = tensors(functional_call(copied(unwrapped(self.model)), dict(parameters), args, kwargs))
         places = {id(old): t for old, t in zip(self._returned, everything, strict=True)}
         return [places[id(t)] for t in wanted]
+
+    @contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """Draw the random numbers that the model drew."""
+        cpu, device, state = self._random
+        with torch.random.fork_rng([] if state is None else [device]):
+            torch.set_rng_state(cpu)
+            if state is not None:
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, torch.device, Tensor | None]:
+    """Return the states of the generators of the CPU and of a device, if it is another."""
+    other = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if other else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -117,6 +140,12 @@ def copied(model: nn.Module) -> nn.Module:
         children = {name: child if child is None else copies[child] for name, child in replica._modules.items()}
         replica.__dict__["_modules"] = children
     return copies[model]
+
+
+def has_own_hooks(model: nn.Module) -> bool:
+    """Return whether a module has a hook that a copy goes without."""
+    dictionaries = (getattr(module, name, None) or {} for module in model.modules() for name in _HOOKS)
+    return any(not _runs_a_layer(hook) for hooks in dictionaries for hook in hooks.values())
 
 
 def _runs_a_layer(hook: object) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
 from memloc_ext.accounting.contributions import BUDGET, accumulated
-from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
+from memloc_ext.accounting.forward_pass import ForwardPass, has_own_hooks, unwrapped
 from memloc_ext.accounting.graph import Outputs
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import without_hooks
@@ -43,9 +44,10 @@ def account_examples(
             if _account_alone(tracer, backward, outputs, source, parameters, step) and alone.right():
                 return
             backward.forget(parameters)
+    outputs_for = unspoiled(tracer, backward, outputs)
     for example in range(backward.batch):
         chosen = torch.tensor([example], device=outputs.tensors[0].device)
-        gradients = gradients_of(tracer, GradientPass(backward, parameters), outputs, parameters, chosen)
+        gradients = gradients_of(tracer, GradientPass(backward, parameters), outputs_for(chosen), parameters, chosen)
         backward.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
 
 
@@ -57,14 +59,46 @@ def exact_groups(
         key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
         for key, p in parameters.items()
     }
+    outputs_for = unspoiled(tracer, backward, outputs)
     for group in range(groups.num):
         chosen = (groups.ids == group).nonzero().flatten()
         if len(chosen):
-            for key, gradient in gradients_of(
-                tracer, GradientPass(backward, parameters), outputs, parameters, chosen
-            ).items():
+            one = GradientPass(backward, parameters)
+            for key, gradient in gradients_of(tracer, one, outputs_for(chosen), parameters, chosen).items():
                 result[key][group] = gradient
     return result
+
+
+def unspoiled(tracer: Tracer, backward: BackwardPass, outputs: Outputs) -> Callable[[Tensor], Outputs]:
+    """Return what gives the outputs through which the gradients of chosen examples, by their indices, are taken.
+
+    A pass through the whole batch multiplies the NaN of one example by the zeros of the others' gradients. So the model
+    runs again, with the same random numbers and a finite example in the place of each that is not: where this leaves
+    the outputs of the others as they were, the gradients of these are taken from there.
+    """
+    axes, source = [backward.place(axis) for axis in outputs.axes], outputs.source
+
+    def rows(tensors: list[Tensor]) -> list[Tensor]:
+        return [axis.first(t.detach().contiguous()) for t, axis in zip(tensors, axes, strict=True)]
+
+    expected = rows(outputs.tensors)
+    finite = torch.stack(
+        [t.isfinite().unsqueeze(-1).flatten(1).all(1) for t in expected + rows(outputs.cotangents)]
+    ).all(0)
+    if finite.all() or not finite.any() or source is None or not source.closed or has_own_hooks(source.model):
+        return lambda chosen: outputs
+    places = torch.arange(backward.batch, device=finite.device).where(finite, finite.int().argmax())
+    try:
+        with tracer.not_looking(), torch.enable_grad(), source.same_random_numbers():
+            again = source.again(outputs.tensors, source.rearranged(places), backward.batch, {})
+        pairs = zip(rows(again), expected, strict=True)
+        same = all(agree(t[finite], whole[finite], tracer.coarse) for t, whole in pairs)
+    except Exception:  # a model whose inputs are not tensors alone
+        same, again = False, []
+    if not same:
+        return lambda chosen: outputs
+    healed = replace(outputs, tensors=again)
+    return lambda chosen: healed if finite[chosen].all() else outputs
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import GradientAccountant
+from memloc_ext.accounting import Account
 
 B = 4
 
@@ -259,6 +260,55 @@ def test_an_example_that_is_not_a_number_leaves_others_as_they_are() -> None:
     for name, norms in account.sqnorm.items():
         assert norms[1].isnan()
         assert torch.equal(norms[[0, 2, 3]], expected.sqnorm[name][[0, 2, 3]])
+
+
+class Dropped(nn.Module):
+    """Dropout, a layer that is not covered, and `own` of the module's between them."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.l, self.u, self.own, self.h = nn.Linear(3, 8), Uncovered(), own, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(F.dropout(self.u(self.own(self.l(x))), 0.5))
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["norms", "groups"])
+def test_one_example_that_is_not_finite_spoils_no_other_where_dropout_is_active(exact: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Dropped(nn.Identity()), torch.randn(B, 3)
+    groups = {"group_ids": torch.tensor([0, 1, 0, 2]), "num_groups": 3}
+
+    def account() -> Account:
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        with GradientAccountant(model) as accountant:
+            loss = model(x).square().sum()
+            after = torch.get_rng_state()
+            account = accountant.backward(loss, loss_reduction="sum", exact_groups=exact, **groups)
+        assert not torch.equal(after, state)
+        assert torch.equal(torch.get_rng_state(), after)
+        return account
+
+    expected = account()
+    x[1] = math.inf
+    found = account()
+    for name, norms in found.sqnorm.items():
+        assert not norms[1].isfinite()
+        torch.testing.assert_close(norms[[0, 2, 3]], expected.sqnorm[name][[0, 2, 3]])
+        assert not found.group_grad[name][1].isfinite().all()
+        torch.testing.assert_close(found.group_grad[name][[0, 2]], expected.group_grad[name][[0, 2]])
+
+
+@pytest.mark.parametrize("reason", ["a hook", "mixed examples"])
+def test_gradients_are_not_taken_from_a_pass_that_may_be_another(reason: str) -> None:
+    torch.manual_seed(0)
+    model, x = Dropped(nn.BatchNorm1d(8) if reason == "mixed examples" else nn.Identity()), torch.randn(B, 3)
+    if reason == "a hook":
+        model.l.register_full_backward_hook(lambda module, inputs, outputs: None)
+    x[1] = math.nan
+    account, _ = account_of(model, lambda out, y: out.square().sum(), x, targets(B), loss_reduction="sum")
+    assert account.sqnorm["u.weight"].isnan().all()
 
 
 def test_outputs_that_are_chunks_of_one_tensor() -> None:
