@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 
 
 class Batch(NamedTuple):
@@ -55,9 +58,9 @@ def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise ValueError(f"{function}: a batch must be (x, y), (x, y, index) or a mapping with labels, got {got}")
     x = tuple(x) if isinstance(x, list) else x  # which a DataLoader makes of a tuple
-    if next(tensors_in(x), None) is None:
+    if not tensors_of(x):
         raise ValueError(f"{function}: x must be a tensor, or a tuple or mapping of tensors, got {type(x).__name__}")
-    target = next(tensors_in(y), None)
+    target = next(iter(tensors_of(y)), None)
     if target is None or target.dim() == 0:
         raise ValueError(
             f"{function}: a batch must hold a tensor of targets, one per example, got {type(y).__name__}; where data "
@@ -72,22 +75,47 @@ def read_batch(function: str, batch: Any) -> tuple[Any, Any, Tensor | None]:
     return x, y, ids.long()
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings."""
+def tensors_of(tree: object) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists, mappings and dataclasses."""
+    found: list[Tensor] = []
+    collect(tree, found)
+    return found
+
+
+def collect(tree: object, found: list[Tensor]) -> None:
+    """Append the tensors in nested tuples, lists, mappings and dataclasses to a list."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping | tuple | list):
-        for inner in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from tensors_in(inner)
+        found.append(tree)
+    elif type(tree) in _PLAIN:
+        return
+    elif isinstance(tree, tuple | list):
+        for inner in tree:
+            collect(inner, found)
+    elif isinstance(tree, Mapping):
+        for inner in tree.values():
+            collect(inner, found)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for inner in vars(tree).values():
+            collect(inner, found)
 
 
 def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested tuples, lists and mappings with every tensor changed; what is no tensor stays."""
+    """Return nested tuples, lists, mappings and dataclasses with every tensor changed; what is no tensor stays.
+
+    A mapping that is not made from a mapping becomes a dictionary.
+    """
     if isinstance(tree, Tensor):
         return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: with_each_tensor(inner, change) for key, inner in tree.items()}
     if isinstance(tree, tuple | list):
         parts = [with_each_tensor(inner, change) for inner in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if isinstance(tree, Mapping):
+        changed = {key: with_each_tensor(inner, change) for key, inner in tree.items()}
+        try:
+            return type(tree)(changed)  # pyright: ignore[reportCallIssue]
+        except TypeError:
+            return changed
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = [field.name for field in dataclasses.fields(tree) if field.init]
+        return dataclasses.replace(tree, **{name: with_each_tensor(getattr(tree, name), change) for name in fields})
     return tree

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 
-from memloc_ext.batches import Batch, read_batch, tensors_in, with_each_tensor
+from memloc_ext.batches import Batch, read_batch, tensors_of, with_each_tensor
 
 Data: TypeAlias = Any
 """A map-style data set, a ``DataLoader``, or what yields the same batches whenever it is iterated."""
@@ -111,7 +111,7 @@ def digest(data: Examples) -> str:
     else:
         whole = data.subset(torch.arange(len(data))).batches(_PASS)  # by row, which a pass may shuffle
     for _, y, ids in whole:
-        for t in tensors_in((y, ids)):
+        for t in tensors_of((y, ids)):
             sha.update(t.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
@@ -235,7 +235,7 @@ class _Passes:
         seen, unnumbered = 0, self._unnumbered
         for batch in self._loader(batch_size):
             read = read_batch(self.function, batch)
-            count = len(next(tensors_in(read[1])))
+            count = len(tensors_of(read[1])[0])
             whole = _numbered(self.function, read, torch.arange(seen, seen + count), unnumbered, self.device)
             seen += count
             rows = torch.arange(count, device=self.device).tensor_split(shard[1])[shard[0]]
@@ -271,7 +271,7 @@ class _Held:
     """Batches as one data set, in memory."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        columns = [list(tensors_in(batch)) for batch in batches]
+        columns = [tensors_of(batch) for batch in batches]
         joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
         self._batch = with_each_tensor(batches[0], lambda _: next(joined)) if batches else None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from memloc_ext.batches import call, with_each_tensor
+from memloc_ext.batches import call, tensors_of, with_each_tensor
 from memloc_ext.nn.example_ids import checked_example_ids, current_example_ids
 from memloc_ext.tasks import IGNORED, Classification, Task, Tokens, example_losses, logits_of, right_examples
 
@@ -35,13 +35,6 @@ class Signature:
         parts = iter(tensors)
         with checked_example_ids(tensors[-1]) if self.named else nullcontext():
             return call(model, with_each_tensor(self._form, lambda _: next(parts)))
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    """Return the tensors in the inputs of a model, each ``[batch, *]``."""
-    found: list[Tensor] = []
-    with_each_tensor(x, lambda t: found.append(t) or t)
-    return found
 
 
 def given(x: Any) -> tuple[list[Tensor], Signature]:

@@ -32,7 +32,7 @@ from memloc_ext.accounting.check import (
     unchecked_signature,
     wrong_norms,
 )
-from memloc_ext.accounting.forward_pass import tensors, unwrapped
+from memloc_ext.accounting.forward_pass import unwrapped
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
@@ -40,6 +40,7 @@ from memloc_ext.accounting.per_example import account_examples, add_to_grads, no
 from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
 from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.batches import tensors_of
 from memloc_ext.borrowing import kept_state, uncompiled
 
 
@@ -180,7 +181,7 @@ class GradientAccountant:
         if missing:
             rule = f"shared_inputs must be among the inputs that the model is given, {list(given)}"
             raise ValueError(f"GradientAccountant: {rule}, got {missing}")
-        return tensors([given[item] for item in self._shared_inputs])
+        return tensors_of([given[item] for item in self._shared_inputs])
 
     @property
     def _tracers(self) -> list[tuple[Tracer, ExitStack]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from memloc_ext.batches import tensors_of, with_each_tensor
+
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(...)))
 
 
 class ForwardPass:
@@ -38,7 +38,7 @@ class ForwardPass:
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any, batch_dim: int, shared: set[int]) -> None:
         self.model, self.args, self.kwargs, self.batch_dim = model, args, kwargs, batch_dim
-        self.inputs = [t for t in tensors((args, kwargs)) if t.dim() > batch_dim and id(t) not in shared]
+        self.inputs = [t for t in tensors_of((args, kwargs)) if t.dim() > batch_dim and id(t) not in shared]
         self.sizes = [t.shape[batch_dim] for t in self.inputs]
         self.rows: int | None = None
         self._returned: list[Tensor] = []
@@ -56,14 +56,14 @@ class ForwardPass:
 
     def returned(self, output: object) -> None:
         """Take note of what the model returned."""
-        self._returned = tensors(output)
+        self._returned = tensors_of(output)
         self.outputs = [t for t in self._returned if t.requires_grad and t.dim() > 0]
         self.numbers = [t for t in self._returned if t.requires_grad and t.dim() == 0]
 
     @property
     def closed(self) -> bool:
         """Whether no input was computed with gradients, which would go on below the model."""
-        return all(t.grad_fn is None for t in tensors((self.args, self.kwargs)))
+        return all(t.grad_fn is None for t in tensors_of((self.args, self.kwargs)))
 
     def returned_rows(self, batch: int) -> bool:
         """Return whether something that it returned has so many rows."""
@@ -93,9 +93,9 @@ class ForwardPass:
             ValueError: If the model returns another number of tensors.
         """
         new = {id(old): part for old, part in zip(self.parts(batch), parts, strict=True)}
-        args, kwargs = mapped((self.args, self.kwargs), lambda t: new.get(id(t), t))
+        args, kwargs = with_each_tensor((self.args, self.kwargs), lambda t: new.get(id(t), t))
         with torch.autocast(*self.autocast) if self.autocast is not None else nullcontext():
-            everything = tensors(functional_call(copied(unwrapped(self.model)), dict(parameters), args, kwargs))
+            everything = tensors_of(functional_call(copied(unwrapped(self.model)), dict(parameters), args, kwargs))
         places = {id(old): t for old, t in zip(self._returned, everything, strict=True)}
         return [places[id(t)] for t in wanted]
 
@@ -151,47 +151,3 @@ def has_own_hooks(model: nn.Module) -> bool:
 def _runs_a_layer(hook: object) -> bool:
     """Return whether a hook is PyTorch's, as that of weight normalisation is, or this package's."""
     return (getattr(hook, "__module__", None) or "").startswith(("torch.", "memloc_ext."))
-
-
-def tensors(value: object) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists, mappings and dataclasses."""
-    found: list[Tensor] = []
-    collect(value, found)
-    return found
-
-
-def collect(value: object, found: list[Tensor]) -> None:
-    """Append the tensors in nested tuples, lists, mappings and dataclasses to a list."""
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif type(value) in _PLAIN:
-        return
-    elif isinstance(value, tuple | list):
-        for item in value:
-            collect(item, found)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            collect(item, found)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in vars(value).values():
-            collect(item, found)
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested tuples, lists, mappings and dataclasses with other tensors.
-
-    Raises:
-        TypeError: If one of them cannot be made anew.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, function) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)([mapped(item, function) for item in value])
-    if isinstance(value, Mapping):
-        return type(value)({name: mapped(item, function) for name, item in value.items()})  # pyright: ignore[reportCallIssue]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value) if field.init]
-        return dataclasses.replace(value, **{name: mapped(getattr(value, name), function) for name in fields})
-    return value

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
 from memloc_ext.accounting.example_axis import UNKNOWN, ExampleAxis, Picked, TensorMemory
-from memloc_ext.accounting.forward_pass import ForwardPass, collect, tensors
+from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
 from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, inside
+from memloc_ext.batches import collect, tensors_of
 from memloc_ext.borrowing import in_parts
 
 Handler = Callable[..., Any]
@@ -280,7 +281,7 @@ class Tracer(TorchFunctionMode):
             self._write(name, written, args, own)
             if name in MOVES and not self.shared(written):  # its dimensions are others now
                 self._places.put(written, None)
-        results = [result] if isinstance(result, Tensor) else tensors(result)
+        results = [result] if isinstance(result, Tensor) else tensors_of(result)
         results = [t for t in results if self._places.get(t) is UNKNOWN]
         if not results:
             return
@@ -316,7 +317,7 @@ class Tracer(TorchFunctionMode):
 
     def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
         """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
-        computed = [t for t in tensors(result) if t.requires_grad and not self.shared(t)]
+        computed = [t for t in tensors_of(result) if t.requires_grad and not self.shared(t)]
         known = {} if self.backward is None else self.backward.slow
         for weight in map(self.weight, weights):
             if computed and weight is not None and not all(id(parameter) in known for parameter in weight.parameters):

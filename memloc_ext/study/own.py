@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.batches import Batch, with_each_tensor
+from memloc_ext.batches import Batch, tensors_of
 from memloc_ext.data import NoiseKind, label_noise
 from memloc_ext.examples import Examples, Shard, examples
 from memloc_ext.marks import ByNumber, marked, truth
@@ -68,7 +68,7 @@ class OwnExamples:
             if not isinstance(y, Tensor):
                 raise ValueError(f"{option}: the labels of a batch must be a tensor, got {type(y).__name__}")
             labels.append(y)
-            with_each_tensor(x, lambda t: seen.append(fingerprint(t)) or t)
+            seen += map(fingerprint, tensors_of(x))
         if not labels:
             raise ValueError(f"{option} must hold at least one example, got none")
         every, ids = torch.cat(labels), source.indices.to(device)

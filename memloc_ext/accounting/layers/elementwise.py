@@ -14,7 +14,8 @@ from memloc_ext.accounting.contributions import Contribution, EmbeddingContribut
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
 from memloc_ext.accounting.layers.layer_function import LayerFunction
-from memloc_ext.accounting.tracer import Tracer, tensors
+from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.batches import tensors_of
 
 
 class Broadcast(LayerFunction):
@@ -97,7 +98,7 @@ def broadcast(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         written = not func.__name__.endswith("__") or func.__name__.startswith("__i")
         if written:  # what is repeated cannot be written to
             return NotImplemented
-    given = tensors((args, kwargs))
+    given = tensors_of((args, kwargs))
     rank = max(t.dim() for t in given)
     places = {_aligned(tracer, t, rank) for t in given if not tracer.shared(t)}
     if len(places) != 1 or (axis := places.pop()) is None:

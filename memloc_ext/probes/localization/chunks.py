@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memloc_ext._version import __version__
-from memloc_ext.ablation.signature import tensors_of
+from memloc_ext.batches import tensors_of
 from memloc_ext.examples import Examples
 from memloc_ext.files import parsed
 from memloc_ext.nn import example_ids

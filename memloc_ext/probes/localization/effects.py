@@ -11,8 +11,9 @@ from torch import Tensor
 
 from memloc_ext.ablation.network import Network
 from memloc_ext.ablation.sets import Candidates, Switched
-from memloc_ext.ablation.signature import Judged, Signature, tensors_of
+from memloc_ext.ablation.signature import Judged, Signature
 from memloc_ext.ablation.weight_sets import ChangedWeights
+from memloc_ext.batches import tensors_of
 from memloc_ext.tasks import Classification, example_losses
 
 Sets = Switched | ChangedWeights

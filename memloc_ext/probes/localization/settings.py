@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from memloc_ext.ablation.network import HOWS
-from memloc_ext.ablation.signature import check_examples, tensors_of
+from memloc_ext.ablation.signature import check_examples
+from memloc_ext.batches import tensors_of
 from memloc_ext.probes.localization.ranking import METHODS
 from memloc_ext.tasks import Classification, Task
 
