@@ -14,8 +14,8 @@ from bench.gpu_goals import Goal
 from bench.workloads import Step, Workload
 
 SMALL = {
-    "ResNet-9": (functools.partial(gpu_goals.ResNet9, width=0.5), 512),
-    "ViT-small": (functools.partial(gpu_goals.VisionTransformer, dim=64), 256),
+    "ResNet-9": (functools.partial(gpu_goals.ResNet9, width=0.25), 512),
+    "ViT-small": (functools.partial(gpu_goals.VisionTransformer, dim=32), 256),
 }
 
 

@@ -12,7 +12,7 @@ from test_localize_dataset import dataset, found_in, plain, tied  # noqa: F401
 from torch import nn
 
 from memloc_ext.data import Dataset
-from memloc_ext.probes import localize
+from memloc_ext.probes import DatasetLocalization, localize
 from memloc_ext.probes.localization import chunks
 from memloc_ext.probes.localization.search import Searches
 from memloc_ext.probes.localization.settings import Settings
@@ -32,25 +32,36 @@ class Memory(dict[str, Any]):
         self[name] = result
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(chunks, "CHUNK", 3)
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK", 3)
+        yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", params=["plain", "tied"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(model: nn.Module, dataset: Dataset) -> DatasetLocalization:  # noqa: F811
+    """What is found in one go."""
+    return found_in(model, dataset)
+
+
 @pytest.mark.parametrize("limit", [0, 2, 7, 11])
-@pytest.mark.parametrize("name", ["plain", "tied"])
 def test_an_interrupted_localization_goes_on(
-    name: str,
+    model: nn.Module,
+    whole: DatasetLocalization,
     limit: int,
     dataset: Dataset,  # noqa: F811
-    request: pytest.FixtureRequest,
 ) -> None:
     """Of 6 chunks and 6 edits, the last in work is lost."""
-    model, parts = request.getfixturevalue(name), Memory(limit)
+    parts = Memory(limit)
     with pytest.raises(KeyboardInterrupt):
         found_in(model, dataset, parts=parts)
     assert len(parts) == limit
@@ -59,7 +70,7 @@ def test_an_interrupted_localization_goes_on(
     assert parts.puts == len(parts) == 12
     assert found_in(model, dataset, parts=parts) == result
     assert parts.puts == 12
-    assert replace(found_in(model, dataset), seconds=0.0) == replace(result, seconds=0.0)
+    assert replace(result, seconds=0.0) == replace(whole, seconds=0.0)
 
 
 def test_other_work_takes_none_of_the_parts(plain: nn.Module, dataset: Dataset) -> None:  # noqa: F811
