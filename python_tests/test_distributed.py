@@ -1,34 +1,21 @@
 """Two processes, as torchrun starts them, do what one does; if one dies, so does the run."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed_jobs import fail
 from distributed_jobs import work as job
+from processes import torchrun
 
 from memloc_ext import distributed
 from memloc_ext.study.accounting import account_path, load_account
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
-JOBS = Path(__file__).parent / "distributed_jobs"
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-
-
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +35,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "plain", folder / "from_one", ignore=shutil.ignore_patterns("epoch_002.safetensors"))
-    done = torchrun(JOBS / "work.py", folder)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(job.main, folder)
+    assert not done.failed, done.stderr
     return folder
 
 
@@ -166,9 +153,9 @@ def test_the_localization_is_that_of_one_process(outcome, one: Path, two: Path) 
 )
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, how: str, message: str) -> None:
     start = time.monotonic()
-    done = torchrun(JOBS / "fail.py", tmp_path, how)
-    assert done.returncode != 0
-    assert message in done.stderr
+    done = torchrun(fail.main, tmp_path, how)
+    assert done.failed
+    assert message in done.failed + done.stderr
     assert time.monotonic() - start < 60
     assert 0 in list_checkpoints(tmp_path)
     assert 2 not in list_checkpoints(tmp_path)

@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_stable, moved
+from distributed_jobs import examples as job
 from load_example import load_example
-from test_distributed import torchrun
+from processes import run, torchrun
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,8 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import memloc_ext
 from memloc_ext._torchvision import import_torchvision
 from memloc_ext.nn import current_example_ids, dropout_mode
-
-JOB = Path(__file__).parent / "distributed_jobs" / "examples.py"
 
 
 @pytest.fixture(autouse=True)
@@ -126,10 +122,9 @@ def test_the_compiled_mask_is_the_examples_own(compiled: Any) -> None:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one process has seen, and what each of two has."""
     folder = tmp_path_factory.mktemp("examples")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    subprocess.run([sys.executable, JOB, folder], env=environment, check=True, timeout=300)
-    done = torchrun(JOB, folder)
-    assert done.returncode == 0, done.stderr
+    assert run(job.main, folder) == 0
+    done = torchrun(job.main, folder)
+    assert not done.failed, done.stderr
     return [torch.load(folder / f"rank{name}.pt") for name in ("0of1", "0of2", "1of2")]
 
 

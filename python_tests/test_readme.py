@@ -62,7 +62,8 @@ def test_the_accounting_example_runs() -> None:
 
 def test_the_example_of_the_layer_probes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = data.with_label_noise(data.digits(), 0.1)
-    dataset = dataclasses.replace(dataset, train=dataset.train.subset(torch.arange(40)))
+    few = {"train": dataset.train.subset(torch.arange(40)), "test": dataset.test.subset(torch.arange(20))}
+    dataset = dataclasses.replace(dataset, **few)
     model = memloc_ext.models.build("resnet9", num_classes=10, in_channels=1, image_size=8, width=0.1)
     train(model, dataset.train, TrainConfig(epochs=1), checkpoints=tmp_path / "checkpoints", progress=False)
     monkeypatch.chdir(tmp_path)

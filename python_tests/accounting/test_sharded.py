@@ -21,6 +21,7 @@ from accounted import (
     wide,
 )
 from accuracy import moved
+from processes import start_two
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -154,4 +155,4 @@ def join(rank: int, store: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(join, (str(tmp_path / "store"),), nprocs=2)
+    start_two(join, str(tmp_path / "store"))

@@ -22,6 +22,7 @@ from accounted import (
     wide,
 )
 from accuracy import assert_stable, moved
+from processes import start_two
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -286,4 +287,4 @@ def _join(rank: int, store: str) -> None:
 
 
 def test_two_distributed_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_join, (str(tmp_path / "store"),), nprocs=2)
+    start_two(_join, str(tmp_path / "store"))

@@ -1,7 +1,6 @@
-"""Both distributed examples, in little, in each of the processes that torchrun started: ``examples.py <folder>``."""
+"""Both distributed examples, in little, in each of the processes that torchrun started."""
 
 import gc
-import sys
 from pathlib import Path
 
 import torch
@@ -23,10 +22,9 @@ def work(folder: Path) -> None:
     torch.save(seen, folder / f"rank{distributed.get_rank()}of{distributed.get_world_size()}.pt")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(folder: Path) -> None:
     load_example("data_parallel").join()
-    work(Path(sys.argv[1]))
+    work(folder)
     gc.collect()
     distributed.barrier()
     distributed.destroy_process_group()

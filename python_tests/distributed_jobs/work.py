@@ -1,10 +1,9 @@
-"""What is done once by one process, and once by several that torchrun started: ``work.py <folder>``.
+"""What is done once by one process, and once by several that torchrun started.
 
 Each process saves what it has seen as ``<folder>/rank<number>.pt``; the test compares.
 """
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -139,7 +138,6 @@ def work(folder: Path) -> None:
     torch.save(out, folder / f"rank{distributed.rank()}.pt")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(folder: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
-        work(Path(sys.argv[1]))
+        work(folder)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Ended, run, torchrun
 
 from memloc_ext.study import load_run
+from memloc_ext.study.command_line import main
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -17,22 +19,13 @@ ARGUMENTS = ["--model", "lenet", "--epochs", "1", "--batch-size", "64", "--learn
 ARGUMENTS += ["--examples", "100", "--test-examples", "100"]
 ARGUMENTS += ["--localized", "3", "--max-units", "3", "--edited", "1", "--retrain-epochs", "1", "--skip", "controls"]
 ARGUMENTS += ["--device", "cpu"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 PROBES = {"rewind": "rewinding", "retrain": "retraining", "localize": "localization"}
 """Stage to its table."""
 
 
-def memloc(start: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [*start, "-m", "memloc_ext", *map(str, arguments)]
-    return subprocess.run(
-        command, env={**os.environ, **paths}, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    assert done.returncode == 0, done.stderr
+def finished(folder: Path) -> Ended:
+    done = torchrun(main, ["run", *ARGUMENTS, "--output", str(folder)])
+    assert not done.failed, done.stderr
     assert done.stdout.count("report: ") == 1
     return done
 
@@ -41,12 +34,12 @@ def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProc
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    finished(memloc([sys.executable], "run", *ARGUMENTS, "--output", folder))
+    assert run(main, ["run", *ARGUMENTS, "--output", str(folder)]) == 0
     return folder
 
 
 def test_two_processes_make_the_run_of_one(one: Path, tmp_path: Path) -> None:
-    done = finished(memloc(TORCHRUN, "run", *ARGUMENTS, "--output", tmp_path / "two"))
+    done = finished(tmp_path / "two")
     assert done.stderr.count("[1/7] train: begins") == 1
     single, several = runs = [load_run(path) for path in (one, tmp_path / "two")]
     files = [sorted(str(file.relative_to(run.path)) for file in run.path.rglob("*")) for run in runs]
@@ -70,7 +63,7 @@ def test_two_processes_go_on_and_probe_a_model_to_the_same_bits(one: Path, tmp_p
     for stage in PROBES:
         (found,) = folder.glob(f"{stage}-????????")
         shutil.rmtree(found)
-    done = finished(memloc(TORCHRUN, "run", *ARGUMENTS, "--output", folder))
+    done = finished(folder)
     assert done.stderr.count(": begins") == len(PROBES)
     assert done.stderr.count("finished before, reused") == 7 - len(PROBES)
     for stage, table in PROBES.items():
@@ -79,7 +72,11 @@ def test_two_processes_go_on_and_probe_a_model_to_the_same_bits(one: Path, tmp_p
 
 
 def test_a_wrong_setting_ends_all_processes(tmp_path: Path) -> None:
-    done = memloc(TORCHRUN, "train", "--noise", "2", "--device", "cpu", "--output", tmp_path / "run")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "memloc_ext"]
+    command = [*start, "train", "--noise", "2", "--device", "cpu", "--output", str(tmp_path / "run")]
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "fraction must be in" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -4,14 +4,12 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run as run_in_process
 from torch import nn
 
 from memloc_ext.data import Split
@@ -163,10 +161,7 @@ def test_killed_again_and_again(tmp_path):
     unbroken = tmp_path / "unbroken", *run(tmp_path / "unbroken", LONG)
     folder, moments = tmp_path / "killed", random.Random(0)
     for attempt in range(3):
-        source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume; "
-        source += f"test_resume.run_until_killed({str(folder)!r}, {moments.uniform(0, 0.03)})"
-        killed = subprocess.run([sys.executable, "-c", source], stderr=subprocess.PIPE, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert run_in_process(run_until_killed, folder, moments.uniform(0, 0.03)) == -signal.SIGKILL
         assert 5 * (attempt + 1) <= len(list_checkpoints(folder)) <= LONG.epochs
     assert_ends_alike(folder, run(folder, LONG), unbroken)
 
