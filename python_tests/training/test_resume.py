@@ -16,7 +16,7 @@ from memloc_ext.data import Split
 from memloc_ext.training import TrainConfig, list_checkpoints, load_checkpoint, train
 
 CONFIG = TrainConfig(epochs=4, batch_size=32, learning_rate=0.05)
-LONG = replace(CONFIG, epochs=100)
+LONG = replace(CONFIG, epochs=60)
 
 
 def make_split(seed=0):
