@@ -79,6 +79,8 @@ class BackwardPass:
         several: Whether an example may have several rows of the model's input, one behind the other.
     """
 
+    per_example = True  # whether layers tell the examples' gradients apart
+
     def __init__(
         self,
         batch: int,
@@ -89,7 +91,6 @@ class BackwardPass:
         several: bool = False,
     ) -> None:
         self._several = several
-        self.undivided = False  # whether per-example gradients are not needed
         self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
         self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}
@@ -222,9 +223,10 @@ class BackwardPass:
 class GradientPass(BackwardPass):
     """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
+    per_example = False
+
     def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
         super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several)
-        self.undivided = True
 
     def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""

@@ -53,7 +53,7 @@ class Tracer(TorchFunctionMode):
     Args:
         model: Its parameters that require gradients are accounted.
         batch_dim: Dimension of the examples in the model's inputs.
-        handlers: Function, or name of one, to its handler: ``handler(tracer, function, args, kwargs)`` runs it or
+        handlers: Function, or name of one, to its handler: ``handler(tracer, function, *args, **kwargs)`` runs it or
             returns NotImplemented to leave it to PyTorch.
         complex_handlers: Likewise, of functions of complex tensors.
         first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
@@ -200,7 +200,7 @@ class Tracer(TorchFunctionMode):
             handlers = self._complex_handlers if any(t.is_complex() for t in given) else self._handlers
             handler = handlers.get(func) or handlers.get(name)
             if handler is not None:
-                result = handler(self, func, args, kwargs)
+                result = handler(self, func, *args, **kwargs)
         handled = result is not NotImplemented
         if not handled:
             result = func(*args, **kwargs)

@@ -21,7 +21,7 @@ from memloc_ext.borrowing import in_parts
 _attention = in_parts(F.multi_head_attention_forward)
 
 
-def attention(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def attention(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.multi_head_attention_forward`: its projections are handled one by one."""
     with tracer:
         return _attention(*args, **kwargs)
