@@ -12,7 +12,7 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
 - `backward_pass`: adds up the contributions to every parameter.
 - `graph`: which parameters a loss depends on. `losses`: whether it is the mean that it is said to be.
 - `per_example`: where the above cannot tell examples apart, a pass for each, by running the model again
-  (`forward_pass`). `check`: holds two examples against plain autograd.
+  (`forward_pass`), for what it returned for them (`outputs`). `check`: holds two examples against plain autograd.
 - `sharded`: models that several processes share.
 """
 

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,30 +17,19 @@ from typing_extensions import Self
 
 from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.check import (
-    Alone,
-    Checked,
-    check_own_mean,
-    checked,
-    compare,
-    known_slow,
-    mistook,
-    outputs_of,
-    returned_by_model,
-    signature,
-    unchecked_signature,
-    wrong_norms,
-)
+from memloc_ext.accounting.check import Checked, Checks, check_own_mean, checked, known_slow, mistook, returned_by_model
 from memloc_ext.accounting.forward_pass import unwrapped
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
-from memloc_ext.accounting.per_example import account_examples, add_to_grads, no_outputs
+from memloc_ext.accounting.outputs import no_outputs, outputs_of
+from memloc_ext.accounting.per_example import account_examples, add_to_grads
 from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
 from memloc_ext.borrowing import kept_state, uncompiled
+from memloc_ext.ops import Groups
 
 
 class GradientAccountant:
@@ -250,33 +238,20 @@ class GradientAccountant:
             if mistaken := mistook(self._known, tracer, loss, batch, batch_size is not None):
                 found = Reached(unseen=found.all, nodes=found.nodes)
             check_sharded(tracer, found, exact_groups)
-        exact = exact_groups and weight_grads
-        calls = tracer.calls | found.uses  # the larger count of each
         slow = found.unseen | ({} if self._check == "never" else known_slow(self._known, tracer, found))
-        several = batch_size is not None and not mistaken
+        exact = groups if exact_groups and weight_grads else None
         backward = BackwardPass(
-            batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several
+            batch,
+            None if exact else groups,
+            weight_grads and exact is None,
+            tracer.calls | found.uses,  # the larger count of each
+            slow,
+            several_rows=batch_size is not None and not mistaken,
         )
-        own = mean and not watched and batch > 1 and self._check != "never"
-        numbers = returned_by_model(tracer, loss) if own else []
-        sign = unchecked_signature(self._known, self._check, self._model, tracer, batch, found)
-        if slow or exact or numbers or sign is not None:
-            with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
-                outputs = outputs_of(tracer, root, loss if loss_reduction == "none" else None, found.all, backward)
-                if numbers and outputs is not None:
-                    check_own_mean(tracer, loss, numbers, outputs, backward)
-                if sign is not None:
-                    self._warned |= compare(self._known, tracer, backward, outputs, found, sign)
-                if slow or exact:
-                    outputs = outputs or no_outputs(tracer, slow or found.all)
-                if slow and outputs is not None:
-                    self._warn({} if mistaken else found.unseen, tracer, batch)
-                    kind = signature(self._model, outputs.source, batch, slow)
-                    wrong = partial(wrong_norms, tracer, backward, outputs, slow)
-                    alone = Alone(self._known, self._check, kind, wrong)
-                    account_examples(tracer, backward, outputs, slow, alone)
-                if exact and groups is not None and outputs is not None:
-                    backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
+        own_mean = mean and not watched and batch > 1 and self._check != "never"
+        self._run_before(tracer, backward, loss, root, found, exact, own_mean)
+        if not mistaken:
+            self._warn(found.unseen, tracer, batch)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
         try:
@@ -292,9 +267,43 @@ class GradientAccountant:
                 with torch._C.DisableTorchFunction():
                     tracer.drop_outputs(found.nodes)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if exact:
+            if exact is not None:
                 add_to_grads(found.all, backward.group_grad)
             return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
+
+    def _run_before(
+        self,
+        tracer: Tracer,
+        backward: BackwardPass,
+        loss: Tensor,
+        root: Tensor,
+        found: Reached,
+        groups: Groups | None,
+        own_mean: bool,
+    ) -> None:
+        """Run what comes before a backward pass: checks, slow parameters, and ``groups``, if they are to be exact.
+
+        ``own_mean``: whether a loss that the model returned is to be held against its examples' own.
+        """
+        checks = Checks(self._known, self._check, self._model, tracer, backward)
+        numbers = returned_by_model(tracer, loss) if own_mean else []
+        due, slow = checks.due(found), backward.slow
+        if not (slow or groups or numbers or due):
+            return
+        with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
+            outputs = outputs_of(tracer, root, loss if loss.dim() else None, found.all, backward)
+            if numbers and outputs is not None:
+                check_own_mean(tracer, loss, numbers, outputs, backward)
+            if due:
+                self._warned |= checks.compare(outputs, found)
+            if not (slow or groups):
+                return
+            if outputs is None:
+                no_outputs(tracer, slow or found.all)
+            if slow:
+                account_examples(checks, outputs, slow)
+            if groups is not None:
+                backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
 
     @property
     def _known(self) -> Checked:

@@ -76,7 +76,7 @@ class BackwardPass:
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
         slow: Parameters that are accounted one example at a time, by their ``id``.
-        several: Whether an example may have several rows of the model's input, one behind the other.
+        several_rows: Whether an example may have several rows of the model's input, one behind the other.
     """
 
     per_example = True  # whether layers tell the examples' gradients apart
@@ -88,9 +88,9 @@ class BackwardPass:
         weight_grads: bool,
         calls: Mapping[int, int],
         slow: dict[int, nn.Parameter],
-        several: bool = False,
+        several_rows: bool = False,
     ) -> None:
-        self._several = several
+        self._several_rows = several_rows
         self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
         self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
         self.sqnorm: dict[int, Tensor] = {}
@@ -102,13 +102,13 @@ class BackwardPass:
 
     def trial(self) -> BackwardPass:
         """Return a pass for the norms alone, to be compared."""
-        backward = BackwardPass(self.batch, None, False, self._calls, self.slow, self._several)
+        backward = BackwardPass(self.batch, None, False, self._calls, self.slow, self._several_rows)
         backward.constant_statistics = True
         return backward
 
     def fits(self, axis: ExampleAxis) -> bool:
         """Return whether rows of the model's input that are in these places are those of the examples."""
-        several = self._several and self.batch > 0 and axis.batch % self.batch == 0
+        several = self._several_rows and self.batch > 0 and axis.batch % self.batch == 0
         return several or axis.batch == self.batch
 
     def place(self, axis: ExampleAxis) -> ExampleAxis:
@@ -120,7 +120,7 @@ class BackwardPass:
                 f"GradientAccountant: the model's input must have a row per example, got {axis.batch} rows and "
                 f"{self.batch} examples; if each example has several, one behind the other, give batch_size"
             )
-        return axis.of(self.batch)
+        return axis.merged(self.batch)
 
     def is_slow(self, weight: ParameterView) -> bool:
         """Return whether all that is trained of it is accounted one example at a time."""
@@ -226,7 +226,7 @@ class GradientPass(BackwardPass):
     per_example = False
 
     def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several)
+        super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several_rows)
 
     def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""

@@ -37,15 +37,15 @@ class ExampleAxis:
         """Whether the tensor is ``[batch * after, *]``, so that an example's part is a slice of it."""
         return self.dim == 0 and self.before == 1
 
-    def of(self, batch: int) -> ExampleAxis:
+    def merged(self, batch: int) -> ExampleAxis:
         """Return the axis for fewer examples, each of which takes the place of several."""
         return replace(self, batch=batch, after=self.after * (self.batch // batch))
 
-    def at(self, dim: int, t: Tensor) -> ExampleAxis:
-        """Return the axis with the examples in a dimension, if there is but one: all is its own; else this one."""
+    def prefer_dim(self, dim: int, t: Tensor) -> ExampleAxis:
+        """Return an axis in this dimension if there is but one example, to which everything belongs; else this one."""
         return ExampleAxis(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
 
-    def first(self, t: Tensor) -> Tensor:
+    def examples_first(self, t: Tensor) -> Tensor:
         """Return activations of this axis as ``[batch, *]``."""
         if self.before == self.after == 1:
             return t.movedim(self.dim, 0)
@@ -61,13 +61,11 @@ class ExampleAxis:
             return rows
         return rows.unflatten(0, (self.before, self.batch, self.after)).sum((0, 2))
 
-    def alone(self) -> ExampleAxis:
-        """Return the axis of the same activations of one example."""
-        return replace(self, batch=1)
-
-    def behind(self) -> ExampleAxis:
-        """Return the axis behind one more dimension."""
-        return replace(self, dim=self.dim + 1)
+    def alone(self, t: Tensor) -> Tensor:
+        """Return activations as ``[batch, *]``, each example's with the dimensions that it has alone."""
+        return self.examples_first(t).reshape(
+            self.batch, *t.shape[: self.dim], self.before * self.after, *t.shape[self.dim + 1 :]
+        )
 
 
 class Owners:
@@ -108,13 +106,13 @@ class Picked(ExampleAxis):
     def rows_first(self) -> bool:
         return False
 
-    def of(self, batch: int) -> ExampleAxis:
+    def merged(self, batch: int) -> ExampleAxis:
         return replace(self, batch=batch, owners=Owners(self.owners.ids // (self.batch // batch), batch))
 
     def owner(self, index: Tensor) -> Tensor:
         return self.owners.ids[index]
 
-    def first(self, t: Tensor) -> Tensor:
+    def examples_first(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``, with zeros behind those of examples that have fewer: a copy."""
         rows, empty = self.owners.places
         found = t.movedim(self.dim, 0)[rows]

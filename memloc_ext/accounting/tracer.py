@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
-from memloc_ext.accounting.example_axis import UNKNOWN, ExampleAxis, Picked, TensorMemory
+from memloc_ext.accounting.example_axis import UNKNOWN, ExampleAxis, TensorMemory
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
@@ -69,7 +69,7 @@ class Tracer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.parameters = {id(parameter): parameter for parameter in model.parameters()}
-        self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
+        self.gathered: dict[str, nn.Parameter] = {}  # by name, in place of sharded ones
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.backward: BackwardPass | None = None
@@ -138,14 +138,6 @@ class Tracer(TorchFunctionMode):
         kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
         self.passes = deque(kept, maxlen=_FORWARD_PASSES)
 
-    def output_axis(self, t: Tensor, backward: BackwardPass) -> ExampleAxis | None:
-        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
-        axis = self.axis(t)
-        if (axis is None or isinstance(axis, Picked) or not backward.fits(axis)) and t.dim() > self.batch_dim:
-            size = t.shape[self.batch_dim]
-            axis = ExampleAxis(self.batch_dim, 1, size, 1) if size == backward.batch else None
-        return axis
-
     @contextmanager
     def accounting(self, backward: BackwardPass) -> Iterator[None]:
         """Have the layers tell a backward pass of what they add."""
@@ -156,25 +148,25 @@ class Tracer(TorchFunctionMode):
             self.backward = None
 
     @contextmanager
-    def not_looking(self) -> Iterator[None]:
-        """Run the model without the accountant."""
+    def untraced(self) -> Iterator[None]:
+        """Run the model without the accountant, with gradients."""
         self.replaying = True
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.enable_grad():
                 yield
         finally:
             self.replaying = False
 
-    def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def use_gathered(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Use gathered parameters in place of sharded ones, by name."""
-        self.whole.update(parameters)
+        self.gathered.update(parameters)
         self.parameters.update({id(parameter): parameter for parameter in parameters.values()})
         self._fixed.update(map(id, parameters.values()))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the model's parameters, those that its layers run with."""
         for name, parameter in self._model.named_parameters():
-            yield name, self.whole.get(name, parameter)
+            yield name, self.gathered.get(name, parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function: by a handler if a parameter is among its arguments."""

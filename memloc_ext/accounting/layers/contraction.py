@@ -71,7 +71,7 @@ def contract(tracer: Tracer, x: Tensor, w: Tensor, letters: tuple[str, str, str]
     free, rows = [a for a in given if a not in own], [a for a in own if a not in given]
     if axis is None or not x.numel() or len({*own}) < len(own):
         return NotImplemented
-    axis = axis.at(own.index(rows[0]), x) if rows else axis
+    axis = axis.prefer_dim(own.index(rows[0]), x) if rows else axis
     if (letter := own[axis.dim]) in given:  # rows for each example, as positions are that were repeated
         each = spread(tracer, w, replace(axis, dim=given.index(letter)))
         if each is None:
@@ -127,7 +127,7 @@ def bmm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     x, w = args
     axis = tracer.axis(x)
-    axis = axis and axis.at(1, x)
+    axis = axis and axis.prefer_dim(1, x)
     if axis is None or axis.dim != 1 or not x.numel():
         return product(tracer, x, w)
     weights = tracer.weights(w)

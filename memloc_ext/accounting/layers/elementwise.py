@@ -76,16 +76,16 @@ class OwnRowsContribution(Contribution):
 
     def gradients(self, begin: int, end: int) -> Tensor:
         result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
-        rows = self.axis.first(self.grad)
+        rows = self.axis.examples_first(self.grad)
         for place, b in zip(result, range(begin, end), strict=True):
-            self.axis.first(place)[b] = rows[b]
+            self.axis.examples_first(place)[b] = rows[b]
         return result
 
     def total(self) -> Tensor:
         return self.grad
 
     def sqnorm(self) -> Tensor:
-        return Rows(self.axis.first(self.grad)).sqnorm()
+        return Rows(self.axis.examples_first(self.grad)).sqnorm()
 
 
 def broadcast(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,7 @@ class PReLU(LayerFunction):
 def prelu(tracer: Tracer, func: Any, /, input: Tensor, weight: Tensor) -> Any:
     """Handle `torch.nn.functional.prelu`."""
     axis = tracer.axis(input)
-    axis = axis and axis.at(0, input)
+    axis = axis and axis.prefer_dim(0, input)
     if axis is None or not input.numel() or weight.dim() != 1 or (len(weight) > 1 and axis.dim == 1):
         return NotImplemented
     weights = tracer.weights(weight)

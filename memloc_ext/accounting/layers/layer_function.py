@@ -69,7 +69,7 @@ class LayerFunction:
     def examples(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``, or as one example where they are not told apart."""
         axis = self.example_axis
-        return t[None] if axis is None else axis.first(t)
+        return t[None] if axis is None else axis.examples_first(t)
 
     def by_example(self, rows: Tensor) -> Tensor:
         """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the axis's."""

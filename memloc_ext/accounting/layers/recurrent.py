@@ -130,7 +130,7 @@ def recurrent(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     input, state, flat, biased, layers, dropout, training, both, batch_first = args
     axis = tracer.axis(input)
-    axis = axis and axis.at(0 if batch_first else 1, input)
+    axis = axis and axis.prefer_dim(0 if batch_first else 1, input)
     if axis is None or axis.dim != (0 if batch_first else 1):
         return NotImplemented
     x, axis, directions = input.transpose(0, 1) if batch_first else input, replace(axis, dim=1), 1 + both
@@ -160,7 +160,7 @@ def recurrent(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
 def cell(tracer: Tracer, func: Any, /, input: Tensor, state: Any, *weights: Tensor) -> Any:
     """Handle what `torch.nn.LSTMCell`, ``GRUCell`` and ``RNNCell`` call: a layer of one token."""
     axis = tracer.axis(input)
-    axis = axis and axis.at(0, input)
+    axis = axis and axis.prefer_dim(0, input)
     if axis is None or axis.dim or not input.numel():
         return NotImplemented
     each, states = _each(tracer, weights, 1, len(weights) == 4), _states(tracer, state, axis)
