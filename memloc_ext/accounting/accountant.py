@@ -17,19 +17,16 @@ from typing_extensions import Self
 
 from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.check import Checked, Checks, check_own_mean, checked, known_slow, mistook, returned_by_model
+from memloc_ext.accounting.check import Checked, Checks, checked, known_slow, mistook
 from memloc_ext.accounting.forward_pass import unwrapped
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
-from memloc_ext.accounting.outputs import no_outputs, outputs_of
-from memloc_ext.accounting.per_example import account_examples, add_to_grads
-from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
+from memloc_ext.accounting.per_example import add_to_grads, extra_passes
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
-from memloc_ext.borrowing import kept_state, uncompiled
-from memloc_ext.ops import Groups
+from memloc_ext.borrowing import uncompiled
 
 
 class GradientAccountant:
@@ -249,7 +246,8 @@ class GradientAccountant:
             several_rows=batch_size is not None and not mistaken,
         )
         own_mean = mean and not watched and batch > 1 and self._check != "never"
-        self._run_before(tracer, backward, loss, root, found, exact, own_mean)
+        checks = Checks(self._known, self._check, self._model, tracer, backward)
+        self._warned |= extra_passes(checks, loss, root, found, exact, own_mean)
         if not mistaken:
             self._warn(found.unseen, tracer, batch)
         # parameters that are not covered know no other way to be left alone
@@ -270,40 +268,6 @@ class GradientAccountant:
             if exact is not None:
                 add_to_grads(found.all, backward.group_grad)
             return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
-
-    def _run_before(
-        self,
-        tracer: Tracer,
-        backward: BackwardPass,
-        loss: Tensor,
-        root: Tensor,
-        found: Reached,
-        groups: Groups | None,
-        own_mean: bool,
-    ) -> None:
-        """Run what comes before a backward pass: checks, slow parameters, and ``groups``, if they are to be exact.
-
-        ``own_mean``: whether a loss that the model returned is to be held against its examples' own.
-        """
-        checks = Checks(self._known, self._check, self._model, tracer, backward)
-        numbers = returned_by_model(tracer, loss) if own_mean else []
-        due, slow = checks.due(found), backward.slow
-        if not (slow or groups or numbers or due):
-            return
-        with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
-            outputs = outputs_of(tracer, root, loss if loss.dim() else None, found.all, backward)
-            if numbers and outputs is not None:
-                check_own_mean(tracer, loss, numbers, outputs, backward)
-            if due:
-                self._warned |= checks.compare(outputs, found)
-            if not (slow or groups):
-                return
-            if outputs is None:
-                no_outputs(tracer, slow or found.all)
-            if slow:
-                account_examples(checks, outputs, slow)
-            if groups is not None:
-                backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
 
     @property
     def _known(self) -> Checked:

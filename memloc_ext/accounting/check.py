@@ -16,8 +16,7 @@ from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
 from memloc_ext.accounting.contributions import Rows
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.graph import Reached, reached
-from memloc_ext.accounting.outputs import Outputs, agree, two_examples
-from memloc_ext.accounting.per_example import gradients_of
+from memloc_ext.accounting.outputs import Outputs, agree, gradients_of, two_examples
 from memloc_ext.accounting.tracer import Tracer
 
 # how far a squared norm may be off: of itself, and of all parameters' together; rounding stays far below

@@ -15,6 +15,7 @@ from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.forward_pass import ForwardPass, has_own_hooks
 from memloc_ext.accounting.graph import reached
 from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.borrowing import without_hooks
 
 _EXAMPLES = 2  # that a check takes
 _random = random.Random(0)
@@ -125,6 +126,25 @@ def two_examples(outputs: Outputs) -> list[int]:
     sizes = torch.stack([t.flatten(1).double().abs().sum(1) for t in parts]).sum(0)
     candidates = (sizes.isfinite() & (sizes > 0)).nonzero().flatten().tolist()
     return _random.sample(candidates, min(_EXAMPLES, len(candidates)))
+
+
+def gradients_of(
+    tracer: Tracer,
+    backward: BackwardPass,
+    outputs: Outputs,
+    parameters: Mapping[int, nn.Parameter],
+    chosen: Tensor | None = None,
+) -> dict[int, Tensor]:
+    """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
+    cotangents = outputs.cotangents if chosen is None else outputs.cotangents_of(chosen)
+    wanted = list(parameters.values())
+    # the cotangents have been through the hooks
+    with tracer.accounting(backward), without_hooks([*wanted, *outputs.tensors]):
+        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            backward.finish()
+    found = zip(parameters, gradients, strict=True)
+    return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
 
 
 def unspoiled(tracer: Tracer, outputs: Outputs) -> Callable[[Tensor], Outputs]:

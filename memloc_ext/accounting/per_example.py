@@ -1,27 +1,58 @@
-"""Gradients that take a pass for each example, or for each group of them."""
+"""What runs before an accounted backward pass: checks, and gradients that take a pass for each example or group."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
+from memloc_ext.accounting.check import Checks, check_own_mean, returned_by_model
 from memloc_ext.accounting.contributions import BUDGET, accumulated
 from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
-from memloc_ext.accounting.outputs import Outputs, agree, unspoiled
+from memloc_ext.accounting.graph import Reached
+from memloc_ext.accounting.outputs import Outputs, agree, gradients_of, no_outputs, outputs_of, unspoiled
 from memloc_ext.accounting.tracer import Tracer
-from memloc_ext.borrowing import without_hooks
+from memloc_ext.borrowing import kept_state, without_hooks
 from memloc_ext.ops import Groups
 
-if TYPE_CHECKING:
-    from memloc_ext.accounting.check import Checks
+
+def extra_passes(
+    checks: Checks, loss: Tensor, root: Tensor, found: Reached, groups: Groups | None, own_mean: bool
+) -> set[str]:
+    """Run what comes before a backward pass; return the names of the parameters that the user was told of.
+
+    Args:
+        checks: Of the backward pass.
+        loss: That was given, a number or losses by example.
+        root: Of which the gradient is taken.
+        found: What the loss depends on.
+        groups: Whose gradients are to be exact, or None.
+        own_mean: Whether a loss that the model returned is to be held against its examples' own.
+    """
+    tracer, backward = checks.tracer, checks.backward
+    numbers = returned_by_model(tracer, loss) if own_mean else []
+    due, told = checks.due(found), set()
+    if not (backward.slow or groups or numbers or due):
+        return told
+    with kept_state(checks.model):  # what runs again, and what checkpointing recomputes, leaves no trace
+        outputs = outputs_of(tracer, root, loss if loss.dim() else None, found.all, backward)
+        if numbers and outputs is not None:
+            check_own_mean(tracer, loss, numbers, outputs, backward)
+        if due:
+            told = checks.compare(outputs, found)
+        if outputs is None and (backward.slow or groups):
+            no_outputs(tracer, backward.slow or found.all)
+        if outputs is not None and backward.slow:
+            _account_examples(checks, outputs, backward.slow)
+        if outputs is not None and groups is not None:
+            backward.group_grad = _exact_groups(tracer, backward, outputs, found.all, groups)
+    return told
 
 
-def account_examples(checks: Checks, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
+def _account_examples(checks: Checks, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
     """Account these parameters, by their ``id``, one example at a time.
 
     The model runs on each example alone where that gives the same outputs and gradients: on many at a time if
@@ -43,7 +74,7 @@ def account_examples(checks: Checks, outputs: Outputs, parameters: Mapping[int, 
         backward.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
 
 
-def exact_groups(
+def _exact_groups(
     tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter], groups: Groups
 ) -> dict[int, Tensor]:
     """Return the gradients of the groups, ``[groups.num, *shape]``, with a backward pass for each that has examples."""
@@ -67,25 +98,6 @@ def add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int
     for key, p in parameters.items():
         total = group_grad[key].sum(0).to(p.dtype)
         p.grad = total if p.grad is None else p.grad.add_(total)
-
-
-def gradients_of(
-    tracer: Tracer,
-    backward: BackwardPass,
-    outputs: Outputs,
-    parameters: Mapping[int, nn.Parameter],
-    chosen: Tensor | None = None,
-) -> dict[int, Tensor]:
-    """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
-    cotangents = outputs.cotangents if chosen is None else outputs.cotangents_of(chosen)
-    wanted = list(parameters.values())
-    # the cotangents have been through the hooks
-    with tracer.accounting(backward), without_hooks([*wanted, *outputs.tensors]):
-        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
-        with torch.no_grad():
-            backward.finish()
-    found = zip(parameters, gradients, strict=True)
-    return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
 
 
 def _account_alone(

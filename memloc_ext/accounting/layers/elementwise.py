@@ -14,6 +14,7 @@ from memloc_ext.accounting.contributions import Contribution, EmbeddingContribut
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
+from memloc_ext.accounting.propagation import writes
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
 
@@ -92,10 +93,8 @@ def broadcast(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle an elementwise function of activations and parameters."""
     if "out" in kwargs or any(isinstance(value, tuple | list) for value in args):
         return NotImplemented
-    if func.__name__.endswith("_") and isinstance(args[0], Tensor) and tracer.shared(args[0]):
-        written = not func.__name__.endswith("__") or func.__name__.startswith("__i")
-        if written:  # what is repeated cannot be written to
-            return NotImplemented
+    if writes(func.__name__) and isinstance(args[0], Tensor) and tracer.shared(args[0]):
+        return NotImplemented  # what is repeated cannot be written to
     given = tensors_of((args, kwargs))
     rank = max(t.dim() for t in given)
     places = {_aligned(tracer, t, rank) for t in given if not tracer.shared(t)}
@@ -149,8 +148,8 @@ def repeat(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     parameter, result = args[0], func(*args, **kwargs)
     own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
-    whole = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))
-    weight = tracer.weight(parameter) if whole else None
+    plain = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))
+    weight = tracer.weight(parameter) if plain else None
     if weight is not None and result.requires_grad:
         tracer.remember(result, Repeated(weight, weight.tensor))
     return result
