@@ -67,7 +67,7 @@ class Derived(LayerFunction):
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
         batch, dtype = contributions[0].batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
-        groups = backward.summed(self.value.device) if backward.weight_grads or None in self.weights else None
+        groups = backward.summation_groups(self.value.device) if backward.weight_grads or None in self.weights else None
         sums = [
             None if groups is None else t.new_zeros(groups.num, *t.shape, dtype=accumulated(t.dtype))
             for t in self.leaves
