@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,48 +67,44 @@ class Repeated:
     padding_idx: int = -1
 
 
+@dataclass(eq=False, repr=False)
 class BackwardPass:
     """One backward pass.
 
-    Args:
+    Attributes:
         batch: Number of examples.
         groups: Of the examples, or None.
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
         slow: Parameters that are accounted one example at a time, by their ``id``.
         several_rows: Whether an example may have several rows of the model's input, one behind the other.
+        constant_statistics: Whether batch normalisation takes the batch's statistics for constants.
+        sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
+        group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
     """
 
-    per_example = True  # whether layers tell the examples' gradients apart
+    per_example: ClassVar[bool] = True  # whether layers tell the examples' gradients apart
 
-    def __init__(
-        self,
-        batch: int,
-        groups: Groups | None,
-        weight_grads: bool,
-        calls: Mapping[int, int],
-        slow: dict[int, nn.Parameter],
-        several_rows: bool = False,
-    ) -> None:
-        self._several_rows = several_rows
-        self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
-        self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
-        self.sqnorm: dict[int, Tensor] = {}
-        self.group_grad: dict[int, Tensor] = {}
-        self._calls = calls
-        self._single: Groups | None = None
-        self._held: dict[int, list[tuple[ParameterView, Contribution]]] = defaultdict(list)
-        self._derived: dict[Derived, list[Contribution]] = {}
+    batch: int
+    groups: Groups | None
+    weight_grads: bool
+    calls: Mapping[int, int]
+    slow: dict[int, nn.Parameter]
+    several_rows: bool = False
+    constant_statistics: bool = False
+    sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
+    group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _single: Groups | None = field(default=None, init=False)
+    _held: dict[int, list[tuple[ParameterView, Contribution]]] = field(default_factory=dict, init=False)
+    _derived: dict[Derived, list[Contribution]] = field(default_factory=dict, init=False)
 
     def trial(self) -> BackwardPass:
         """Return a pass for the norms alone, to be compared."""
-        backward = BackwardPass(self.batch, None, False, self._calls, self.slow, self._several_rows)
-        backward.constant_statistics = True
-        return backward
+        return replace(self, groups=None, weight_grads=False, constant_statistics=True)
 
     def fits(self, axis: ExampleAxis) -> bool:
         """Return whether rows of the model's input that are in these places are those of the examples."""
-        several = self._several_rows and self.batch > 0 and axis.batch % self.batch == 0
+        several = self.several_rows and self.batch > 0 and axis.batch % self.batch == 0
         return several or axis.batch == self.batch
 
     def place(self, axis: ExampleAxis) -> ExampleAxis:
@@ -143,7 +139,7 @@ class BackwardPass:
             self._derived.setdefault(weight.derived, []).append(contribution)
             return None
         all_of_it = weight.tensor.numel() == weight.parameter.numel()
-        only_use = self._calls.get(key) == 1 and key not in self._held and all_of_it
+        only_use = self.calls.get(key) == 1 and key not in self._held and all_of_it
         if key in self.sqnorm:  # found out too late that there is another use
             raise ValueError(
                 f"GradientAccountant: a parameter of shape {list(weight.parameter.shape)} is used in a way that "
@@ -164,7 +160,7 @@ class BackwardPass:
         elif only_use:
             self.sqnorm[key] = contribution.sqnorm()
         if not only_use:
-            self._held[key].append((weight, contribution))
+            self._held.setdefault(key, []).append((weight, contribution))
         return None if gradient is None else gradient.to(weight.tensor.dtype)
 
     def take(self, derived: Derived) -> list[Contribution]:
@@ -226,7 +222,8 @@ class GradientPass(BackwardPass):
     per_example = False
 
     def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several_rows)
+        several_rows, constant_statistics = backward.several_rows, backward.constant_statistics
+        super().__init__(backward.batch, None, True, {}, dict(wanted), several_rows, constant_statistics)
 
     def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""

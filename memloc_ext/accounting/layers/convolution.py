@@ -16,6 +16,7 @@ from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Prod
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
 
+aten = torch.ops.aten
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
 """stride, padding, dilation, transposed, output_padding, groups, as of ``aten::convolution``."""
 _DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -42,7 +43,7 @@ class ConvolutionContribution(Contribution):
     def _weight_gradient(self, input: Tensor, grad_output: Tensor, shape: Sequence[int], groups: int) -> Tensor:
         weight = input.new_empty(1).expand(shape)  # only its shape is read
         settings = (*self.settings[:-1], groups, [False, True, False])
-        return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *settings)[1]
+        return aten.convolution_backward(grad_output, input, weight, None, *settings)[1]
 
     def gradients(self, begin: int, end: int) -> Tensor:
         """Return each example's gradient, as one convolution whose groups are the examples."""
@@ -56,28 +57,25 @@ class ConvolutionContribution(Contribution):
     def total(self) -> Tensor:
         return self._weight_gradient(self.input, self.grad_output, self.shape, self.settings[-1])
 
-    def _planar(self) -> tuple[Tensor, Tensor, tuple[Any, ...]] | None:
-        """Return input, gradient and (kernel size, stride, padding, dilation, groups) of an equal 2-d convolution."""
+    def _planar(self) -> tuple[Any, ...] | None:
+        """Return input, gradient, kernel size, stride, padding, dilation and groups of an equal 2-d convolution."""
         stride, padding, dilation, transposed, _, groups = self.settings
         if transposed or self.input.dim() > 4 or self.repeats > 1:
             return None
         x, g, kernel = self.input, self.grad_output, list(self.shape[2:])
         if x.dim() == 4:
-            return x, g, (kernel, stride, padding, dilation, groups)
-        return x.unsqueeze(2), g.unsqueeze(2), ([1, *kernel], [1, *stride], [0, *padding], [1, *dilation], groups)
+            return x, g, kernel, stride, padding, dilation, groups
+        return x.unsqueeze(2), g.unsqueeze(2), [1, *kernel], [1, *stride], [0, *padding], [1, *dilation], groups
 
     def sqnorm(self) -> Tensor:
         planar = self._planar()
-        if planar is None:
-            return super().sqnorm()
-        x, g, geometry = planar
-        return ops.conv2d_grad_sqnorm(x, g, *geometry)
+        return super().sqnorm() if planar is None else ops.conv2d_grad_sqnorm(*planar)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         planar = self._planar()
         if planar is None:
             return super().sqnorm_and_groups(groups)
-        x, g, geometry = planar
+        x, g, *geometry = planar
         sqnorm, sums = ops.conv2d_grad_sqnorm_groups(x, g, groups, None, *geometry)
         return sqnorm, sums.reshape(groups.num, *self.shape)
 
@@ -96,14 +94,13 @@ class Convolution(Product):
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Forward:
         x, w, b = self.cast(input, weight, bias)
-        return torch.ops.aten.convolution(x, w, b, *self.settings), (x, w)
+        return aten.convolution(x, w, b, *self.settings), (x, w)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, w = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            outputs = [True, False, False]
-            grad_input = torch.ops.aten.convolution_backward(grad, x, w, None, *self.settings, outputs)[0]
+            grad_input = aten.convolution_backward(grad, x, w, None, *self.settings, [True, False, False])[0]
         if needs[1]:
             axis = self.example_axis
             contribution = ConvolutionContribution(x, grad, w.shape, self.settings, 1 if axis is None else axis.after)

@@ -16,6 +16,7 @@ from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Laye
 from memloc_ext.accounting.tracer import Tracer
 
 aten = torch.ops.aten
+_OF_INPUT = [True, False, False]  # the gradient that an operator is to return
 
 
 class _Norm(LayerFunction):
@@ -55,9 +56,8 @@ class BatchNorm(_Norm):
     eps: float
 
     def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Forward:
-        out, mean, rstd = aten.native_batch_norm(
-            input, weight, bias, *self.running, self.training, self.momentum, self.eps
-        )
+        settings = (*self.running, self.training, self.momentum, self.eps)
+        out, mean, rstd = aten.native_batch_norm(input, weight, bias, *settings)
         running = (None, None) if self.training else self.running
         return out, (input, weight, mean, rstd, *running)
 
@@ -72,10 +72,8 @@ class BatchNorm(_Norm):
             scale = rstd if weight is None else rstd * weight
             grad_input = (grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))).to(grad.dtype)
         elif needs[0]:
-            stats = (running_mean, running_var, mean, rstd)
-            grad_input = aten.native_batch_norm_backward(
-                grad, x, weight, *stats, self.training, self.eps, [True, False, False]
-            )[0]
+            given = (grad, x, weight, running_mean, running_var, mean, rstd, self.training, self.eps)
+            grad_input = aten.native_batch_norm_backward(*given, _OF_INPUT)[0]
         return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean[None, :, None], rstd[None, :, None])
 
 
@@ -101,10 +99,8 @@ class GroupNorm(_Norm):
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight, mean, rstd = saved
         sizes, grad = (x.shape[0], x.shape[1], math.prod(x.shape[2:])), grad.contiguous()
-        grad_input = None
-        if needs[0]:
-            outputs = [True, False, False]
-            grad_input = aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, self.groups, outputs)[0]
+        given = (grad, x, mean, rstd, weight, *sizes, self.groups)
+        grad_input = aten.native_group_norm_backward(*given, _OF_INPUT)[0] if needs[0] else None
         width = x.shape[1] // self.groups
         mean, rstd = (t.reshape(len(x), -1).repeat_interleave(width, 1)[..., None] for t in (mean, rstd))
         return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean, rstd)
@@ -129,10 +125,8 @@ class LayerNorm(_Norm):
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight, bias, mean, rstd = saved
-        grad_input = None
-        if needs[0]:
-            outputs = [True, False, False]
-            grad_input = aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, weight, bias, outputs)[0]
+        given = (grad, x, self.shape, mean, rstd, weight, bias)
+        grad_input = aten.native_layer_norm_backward(*given, _OF_INPUT)[0] if needs[0] else None
         return grad_input, *self.record_rows(needs, *map(self.tokens, (x, grad, mean, rstd)))
 
     def tokens(self, t: Tensor) -> Tensor:
