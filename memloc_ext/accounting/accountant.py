@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.check import Checked, Checks, checked, known_slow, mistook
+from memloc_ext.accounting.check import Checks, Known, known_of, known_slow, mistook
 from memloc_ext.accounting.forward_pass import unwrapped
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
@@ -223,8 +223,7 @@ class GradientAccountant:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         tracer = self._tracers[-1][0]
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
-            unread = tracer.passes[-1].unread if tracer.passes else ""
-            batch = batch_of(loss, loss_reduction, group_ids, batch_size, tracer.batch, unread)
+            batch = batch_of(tracer, loss, loss_reduction, group_ids, batch_size)
             check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             check_parallel(self._model, weight_grads, exact_groups)
@@ -270,8 +269,8 @@ class GradientAccountant:
             return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
 
     @property
-    def _known(self) -> Checked:
-        return checked(self._model, (self._batch_dim, self._shared_inputs))
+    def _known(self) -> Known:
+        return known_of(self._model, (self._batch_dim, self._shared_inputs))
 
     def _warn(self, uncovered: Mapping[int, nn.Parameter], tracer: Tracer, batch: int) -> None:
         """Name the parameters that take a pass per example, once each."""

@@ -41,7 +41,7 @@ _UNCHECKED = (
 
 
 @dataclass
-class Checked:
+class Known:
     """What is known of a model, for as long as it lives.
 
     Attributes:
@@ -58,12 +58,12 @@ class Checked:
     input_of_examples: int | None = None
 
 
-_checked: weakref.WeakKeyDictionary[nn.Module, dict[object, Checked]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[object, Known]] = weakref.WeakKeyDictionary()
 
 
-def checked(model: nn.Module, told: object = None) -> Checked:
+def known_of(model: nn.Module, told: object) -> Known:
     """Return what is known of a model, under what its user told of its inputs."""
-    return _checked.setdefault(model, {}).setdefault(told, Checked())
+    return _known.setdefault(model, {}).setdefault(told, Known())
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Checks:
         backward: The backward pass that is to come.
     """
 
-    known: Checked
+    known: Known
     mode: str
     model: nn.Module
     tracer: Tracer
@@ -201,7 +201,7 @@ def check_own_mean(
         ValueError: If an example alone has another gradient of the loss by the model's output.
     """
     source = outputs.source
-    if source is None or not source.closed or not all(any(t is own for own in source.numbers) for t in numbers):
+    if source is None or not all(any(t is own for own in source.numbers) for t in numbers):
         return
     with tracer.accounting(GradientPass(backward, {})):
         factors = torch.autograd.grad(loss, numbers, retain_graph=True)
@@ -230,7 +230,7 @@ def check_own_mean(
                 )
 
 
-def mistook(known: Checked, tracer: Tracer, loss: Tensor, batch: int, several_rows: bool) -> bool:
+def mistook(known: Known, tracer: Tracer, loss: Tensor, batch: int, several_rows: bool) -> bool:
     """Return whether the examples were looked for in an input that has no row for each; remember the right one."""
     for source in tracer.passes:
         if source.rows in (None, batch):
@@ -253,7 +253,7 @@ def mistook(known: Checked, tracer: Tracer, loss: Tensor, batch: int, several_ro
     return False
 
 
-def known_slow(known: Checked, tracer: Tracer, found: Reached) -> dict[int, nn.Parameter]:
+def known_slow(known: Known, tracer: Tracer, found: Reached) -> dict[int, nn.Parameter]:
     """Return the covered parameters whose norms were found to be wrong before."""
     named = tracer.named_parameters() if known.slow else ()
     return {id(p): p for name, p in named if name in known.slow and id(p) in found.seen}

@@ -30,7 +30,7 @@ class Outputs:
         tensors: Of all examples.
         cotangents: Of the loss by each.
         axes: Where the examples are in each.
-        source: The call of the model that returned them, or None.
+        source: The call of the model that returned them, which can run again on each example alone; or None.
         mixed: Whether the tensors are losses by example, of which one depends on what the model returned for others.
     """
 
@@ -69,15 +69,15 @@ def outputs_of(
     own = None
     if losses is not None:
         own = Outputs([losses], [torch.ones_like(losses)], [ExampleAxis(0, 1, backward.batch, 1)])
-    returned = [(t, source) for source in tracer.passes for t in source.outputs]
-    outputs = _minimal(root, tracer, [t for t, _ in returned], parameters)
+    returned = [t for source in tracer.passes for t in source.outputs]
+    outputs = _minimal(root, tracer, returned, parameters)
     axes = [axis for t in outputs or () if (axis := _axis(tracer, t, backward)) is not None]
     if not outputs or len(axes) < len(outputs):
         return own
     with tracer.accounting(GradientPass(backward, {})):
         cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
-    sources = {id(source): source for t, source in returned if any(t is output for output in outputs)}
-    source = next(iter(sources.values())) if len(sources) == 1 else None
+    sources = [source for source in tracer.passes if any(t is own for t in outputs for own in source.outputs)]
+    source = sources[0] if len(sources) == 1 and sources[0].closed else None
     result = Outputs(outputs, list(cotangents), axes, source)
     if losses is not None and own is not None and _mixed(losses, result):
         return replace(own, mixed=True)
@@ -157,7 +157,7 @@ def unspoiled(tracer: Tracer, outputs: Outputs) -> Callable[[Tensor], Outputs]:
     source, expected = outputs.source, outputs.by_example(outputs.tensors)
     parts = expected + outputs.by_example(outputs.cotangents)
     finite = torch.stack([t.isfinite().flatten(1).all(1) for t in parts]).all(0)
-    if finite.all() or not finite.any() or source is None or not source.closed or has_own_hooks(source.model):
+    if finite.all() or not finite.any() or source is None or has_own_hooks(source.model):
         return lambda chosen: outputs
     places = torch.arange(len(finite), device=finite.device).where(finite, finite.int().argmax())
     try:

@@ -19,7 +19,7 @@ _DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tens
 # of their second argument only shape or type counts
 _SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))
 _SHARED = object()  # of a tensor that is the same for all examples
-UNKNOWN = object()  # of a tensor that nothing is remembered of
+_UNKNOWN = object()  # of a tensor that nothing is remembered of
 
 
 class TensorMemory:
@@ -29,9 +29,9 @@ class TensorMemory:
         self._entries: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
     def get(self, t: Tensor) -> Any:
-        """Return what is known of a tensor, or `UNKNOWN`."""
+        """Return what is known of a tensor, or `_UNKNOWN`."""
         entry = self._entries.get(id(t))
-        return UNKNOWN if entry is None or entry[0]() is not t else entry[1]
+        return _UNKNOWN if entry is None or entry[0]() is not t else entry[1]
 
     def put(self, t: Tensor, value: Any) -> None:
         """Remember something of a tensor."""
@@ -104,7 +104,7 @@ class Places:
         place = self._places.get(t)
         if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), ExampleAxis | None):
             return None  # what it is a view of was written to
-        if place is not UNKNOWN:
+        if place is not _UNKNOWN:
             return place
         if id(t) in self._fixed or self.parameter_of(t) is not None or (t.dim() == 0 and not t.requires_grad):
             return _SHARED
@@ -129,7 +129,7 @@ class Places:
             if name in MOVES and not self.shared(written):  # its dimensions are others now
                 self._places.put(written, None)
         results = [result] if isinstance(result, Tensor) else tensors_of(result)
-        results = [t for t in results if self._places.get(t) is UNKNOWN]
+        results = [t for t in results if self._places.get(t) is _UNKNOWN]
         if not results:
             return
         places: Sequence[Any] = [None] * len(results)

@@ -130,8 +130,7 @@ def bmm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     axis = axis and axis.prefer_dim(1, x)
     if axis is None or axis.dim != 1 or not x.numel():
         return product(tracer, x, w)
-    weights = tracer.weights(w)
-    return NotImplemented if weights is None else BatchedLinear(tracer, [None, *weights], axis)(x, w)
+    return BatchedLinear.handle(tracer, axis, (x, w))
 
 
 def grouped(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:

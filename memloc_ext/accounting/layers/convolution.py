@@ -142,12 +142,8 @@ def _run(tracer: Tracer, given: Mapping[str, Any], settings: _Settings, pad: Seq
     axis = tracer.axis(input)
     if axis is None or not axis.rows_first or input.dim() != len(settings[0]) + 2:
         return NotImplemented
-    weights = tracer.weights(weight, bias)
-    if weights is None:
-        return NotImplemented
-    if any(pad):
-        input = F.pad(input, list(pad))
-    return Convolution(tracer, [None, *weights], axis, settings)(input, weight, bias)
+    padded = F.pad(input, list(pad)) if any(pad) else input
+    return Convolution.handle(tracer, axis, (padded, weight, bias), settings)
 
 
 def _each(value: Any, n: int) -> list[int]:

@@ -221,5 +221,4 @@ def prelu(tracer: Tracer, func: Any, /, input: Tensor, weight: Tensor) -> Any:
     axis = axis and axis.prefer_dim(0, input)
     if axis is None or not input.numel() or weight.dim() != 1 or (len(weight) > 1 and axis.dim == 1):
         return NotImplemented
-    weights = tracer.weights(weight)
-    return NotImplemented if weights is None else PReLU(tracer, [None, *weights], axis)(input, weight)
+    return PReLU.handle(tracer, axis, (input, weight))

@@ -41,6 +41,15 @@ class LayerFunction:
     axis: ExampleAxis
     given: list[int] = field(default_factory=list, init=False)
 
+    @classmethod
+    def handle(cls, tracer: Tracer, axis: ExampleAxis, tensors: Sequence[Tensor | None], *settings: Any) -> Any:
+        """Run a layer of an input and parameters; NotImplemented if one of these wants a gradient and is no parameter.
+
+        ``settings``: what a kind of layer is made with, behind ``axis``.
+        """
+        weights = tracer.weights(*tensors[1:])
+        return NotImplemented if weights is None else cls(tracer, [None, *weights], axis, *settings)(*tensors)
+
     def forward(self, *tensors: Any) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Return the output, or several, and what `backward` is to be given."""
         raise NotImplementedError

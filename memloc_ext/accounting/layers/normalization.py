@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,14 +220,11 @@ def _wide(tracer: Tracer, input: Tensor) -> Tensor:
     return input
 
 
-def _run(layer: Callable[..., _Norm], tracer: Tracer, given: Mapping[str, Any], *settings: Any) -> Any:
+def _run(layer: type[_Norm], tracer: Tracer, given: Mapping[str, Any], *settings: Any) -> Any:
     """Run a layer, if the parameters are plain ones and the examples are not among what is normalised together."""
     input, weight, bias = given["input"], given.get("weight"), given.get("bias")
     shape = given.get("normalized_shape")
     axis = tracer.axis(input)
     if axis is None or axis.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
         return NotImplemented  # examples are normalised together
-    weights = tracer.weights(weight, bias)
-    if weights is None:
-        return NotImplemented
-    return layer(tracer, [None, *weights], axis, *settings)(input, weight, bias)
+    return layer.handle(tracer, axis, (input, weight, bias), *settings)
