@@ -112,8 +112,7 @@ class GradientAccountant:
 
     def __enter__(self) -> Self:
         """Trace the model in this thread, until the end of the ``with``."""
-        first = self._known.input_of_examples
-        tracer = Tracer(self._model, self._batch_dim, HANDLERS, COMPLEX_HANDLERS, first)
+        tracer = Tracer(self._model, self._batch_dim, HANDLERS, COMPLEX_HANDLERS, self._known.input_of_examples)
         with ExitStack() as stack:
             for hook in self._hooks(tracer):
                 stack.callback(hook.remove)

@@ -43,11 +43,13 @@ def extra_passes(
             check_own_mean(tracer, loss, numbers, outputs, backward)
         if due:
             told = checks.compare(outputs, found)
-        if outputs is None and (backward.slow or groups):
+        if not (backward.slow or groups):
+            return told
+        if outputs is None:
             no_outputs(tracer, backward.slow or found.all)
-        if outputs is not None and backward.slow:
+        if backward.slow:
             _account_examples(checks, outputs, backward.slow)
-        if outputs is not None and groups is not None:
+        if groups is not None:
             backward.group_grad = _exact_groups(tracer, backward, outputs, found.all, groups)
     return told
 

@@ -46,7 +46,7 @@ class Tracer(Places, TorchFunctionMode):
         handlers: Function, or name of one, to its handler: ``handler(tracer, function, *args, **kwargs)`` runs it or
             returns NotImplemented to leave it to PyTorch.
         complex_handlers: Likewise, of functions of complex tensors.
-        first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
+        input_of_examples: Which of the model's inputs tells the number of examples, or None.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tracer(Places, TorchFunctionMode):
         batch_dim: int,
         handlers: Mapping[Any, Handler],
         complex_handlers: Mapping[Any, Handler],
-        first: int | None = None,
+        input_of_examples: int | None = None,
     ) -> None:
         super().__init__(model, batch_dim)
         self.gathered: dict[str, nn.Parameter] = {}  # by name, in place of sharded ones
@@ -68,7 +68,7 @@ class Tracer(Places, TorchFunctionMode):
         self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
         self.plain_backward = False  # whether one is under way, or was the last
         self.replaying = False  # whether the model runs on one example, which is not to be seen
-        self._first = first
+        self._input_of_examples = input_of_examples
         self._model = model
         self._handlers, self._complex_handlers = handlers, complex_handlers
         self.derived = TensorMemory()  # what stands in the place of a tensor
@@ -86,9 +86,9 @@ class Tracer(Places, TorchFunctionMode):
             return
         entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
         if entered.inputs and self.backward is None:
-            first = self._first if self._first is not None and self._first < len(entered.sizes) else None
-            size = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
-            self.batch = size if first is None else entered.sizes[first]
+            sizes, known = entered.sizes, self._input_of_examples
+            several = next((size for size in sizes if size != 1), 1)  # what has one row may be for all
+            self.batch = several if known is None or known >= len(sizes) else sizes[known]
         entered.rows = self.batch
         self.remember_inputs(entered.inputs, self.batch, shared)
         if self.backward is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution, accumulated
+from memloc_ext.accounting.contributions import Contribution
 from memloc_ext.accounting.layers.elementwise import spread
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
@@ -47,9 +47,8 @@ class BatchedLinearContribution(Contribution):
     """
 
     def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+        super().__init__(len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1])), input)
         self.input, self.grad_output = input, grad_output
-        self.batch, self.shape = len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1]))
-        self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated
+from memloc_ext.accounting.contributions import Contribution, Rows
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
 
 aten = torch.ops.aten
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
-"""stride, padding, dilation, transposed, output_padding, groups, as of ``aten::convolution``."""
 _DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 
@@ -36,9 +35,8 @@ class ConvolutionContribution(Contribution):
     def __init__(
         self, input: Tensor, grad_output: Tensor, shape: torch.Size, settings: _Settings, repeats: int
     ) -> None:
+        super().__init__(len(input) // repeats, shape, input)
         self.input, self.grad_output, self.settings, self.repeats = input, grad_output, settings, repeats
-        self.batch, self.shape = len(input) // repeats, shape
-        self.dtype, self.device = accumulated(input.dtype), input.device
 
     def _weight_gradient(self, input: Tensor, grad_output: Tensor, shape: Sequence[int], groups: int) -> Tensor:
         weight = input.new_empty(1).expand(shape)  # only its shape is read

@@ -118,8 +118,8 @@ class DerivedContribution(Contribution):
     def __init__(
         self, layer: Derived, leaf: Tensor, contributions: Sequence[Contribution], norms: Tensor, sums: Tensor | None
     ) -> None:
+        super().__init__(len(norms), leaf.shape, leaf)
         self.layer, self.leaf, self.contributions, self.norms, self.sums = layer, leaf, contributions, norms, sums
-        self.batch, self.shape, self.dtype, self.device = len(norms), leaf.shape, norms.dtype, leaf.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         parts = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.accounting.backward_pass import Repeated
-from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows, accumulated
+from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
@@ -72,8 +72,8 @@ class OwnRowsContribution(Contribution):
     """
 
     def __init__(self, grad: Tensor, axis: ExampleAxis) -> None:
+        super().__init__(axis.batch, grad.shape, grad)
         self.grad, self.axis = grad, axis
-        self.batch, self.shape, self.dtype, self.device = axis.batch, grad.shape, accumulated(grad.dtype), grad.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
