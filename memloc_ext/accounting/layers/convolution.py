@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from memloc_ext.ops import Groups
 
 aten = torch.ops.aten
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
-_DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 
 class ConvolutionContribution(Contribution):
@@ -109,39 +108,25 @@ class Convolution(Product):
 
 
 def convolution(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Handle ``conv1d``, ``conv2d`` and ``conv3d`` of `torch.nn.functional`."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    n = _DIMENSIONS[func.__name__]
+    """Handle `torch.nn.functional.conv1d`, ``conv_transpose1d`` and their like; the examples are the input's rows."""
+    transposed, n = "transpose" in func.__name__, int(func.__name__[-2])
+    last = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    given = dict(zip(("input", "weight", "bias", "stride", "padding", *last), args, strict=False)) | kwargs
+    input, weight, padding = given["input"], given["weight"], given.get("padding", 0)
+    axis = tracer.axis(input)
+    if axis is None or not axis.rows_first or input.dim() != n + 2:
+        return NotImplemented
     stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
-    padding, odd = given.get("padding", 0), []
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        missing = [d * (k - 1) for d, k in zip(dilation, given["weight"].shape[2:], strict=False)]
-        odd = [side for total in reversed(missing) for side in (0, total % 2)]
+        missing = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=False)]
+        if any(total % 2 for total in missing):
+            input = F.pad(input, [side for total in reversed(missing) for side in (0, total % 2)])
         padding = [total // 2 for total in missing]
-    return _run(tracer, given, (stride, _each(padding, n), dilation, False, [0] * n, given.get("groups", 1)), odd)
-
-
-def convolution_transposed(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Handle ``conv_transpose1d``, ``conv_transpose2d`` and ``conv_transpose3d``."""
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    n = _DIMENSIONS[func.__name__.replace("_transpose", "")]
-    stride, dilation = _each(given.get("stride", 1), n), _each(given.get("dilation", 1), n)
-    extra, padding = _each(given.get("output_padding", 0), n), _each(given.get("padding", 0), n)
-    return _run(tracer, given, (stride, padding, dilation, True, extra, given.get("groups", 1)))
-
-
-def _run(tracer: Tracer, given: Mapping[str, Any], settings: _Settings, pad: Sequence[int] = ()) -> Any:
-    """Run the layer, if the parameters are plain ones and the examples are the input's rows, padded beforehand."""
-    input, weight, bias = given["input"], given["weight"], given.get("bias")
-    axis = tracer.axis(input)
-    if axis is None or not axis.rows_first or input.dim() != len(settings[0]) + 2:
-        return NotImplemented
-    padded = F.pad(input, list(pad)) if any(pad) else input
-    return Convolution.handle(tracer, axis, (padded, weight, bias), settings)
+    output_padding, groups = _each(given.get("output_padding", 0), n), given.get("groups", 1)
+    settings = (stride, _each(padding, n), dilation, transposed, output_padding, groups)
+    return Convolution.handle(tracer, axis, (input, weight, given.get("bias")), settings)
 
 
 def _each(value: Any, n: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
-from memloc_ext.accounting.layers.convolution import convolution, convolution_transposed
+from memloc_ext.accounting.layers.convolution import convolution
 from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
 from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, getitem
 from memloc_ext.accounting.layers.linear import addmm, bilinear, linear, matmul
@@ -37,7 +37,7 @@ HANDLERS: dict[Any, Handler] = {
     torch.einsum: einsum,
     "prelu": prelu,
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),
-    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution_transposed),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution),
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     "__getitem__": getitem,
