@@ -208,8 +208,8 @@ def check_own_mean(
         cotangents = torch.autograd.grad(numbers, outputs.tensors, factors, retain_graph=True, allow_unused=True)
     if any(t is None for t in cotangents):
         return
-    inputs, parts = source.examples(backward.batch), [t for t in cotangents if t is not None]
-    expected = list(zip(outputs.by_example(outputs.tensors), outputs.by_example(parts), strict=True))
+    inputs, expected = source.examples(backward.batch), outputs.by_example(outputs.tensors)
+    parts = outputs.by_example([backward.batch * t for t in cotangents])
     for example in two_examples(outputs):
         try:
             with tracer.untraced():
@@ -218,11 +218,9 @@ def check_own_mean(
                 gradients = torch.autograd.grad(own, alone, factors)
         except Exception:  # a model that takes whole batches only
             return
-        for output, gradient, both in zip(alone, gradients, expected, strict=True):
-            same, part = (t[[example]] for t in both)
-            if agree(output.detach()[None], same, tracer.coarse) and not agree(
-                gradient[None], backward.batch * part, tracer.coarse
-            ):
+        for output, gradient, same, part in zip(alone, gradients, expected, parts, strict=True):
+            right = agree(gradient[None], part[[example]], tracer.coarse)
+            if agree(output.detach()[None], same[[example]], tracer.coarse) and not right:
                 raise ValueError(
                     "GradientAccountant: loss_reduction='mean' needs the mean of the examples' own losses, but the "
                     "model returned one that weights them in another way, as a mean over tokens of unequal numbers "

@@ -76,7 +76,7 @@ def outputs_of(
         return own
     with tracer.accounting(GradientPass(backward, {})):
         cotangents = torch.autograd.grad(root, outputs, retain_graph=True)
-    sources = [source for source in tracer.passes if any(t is own for t in outputs for own in source.outputs)]
+    sources = [source for source in tracer.passes if any(t is output for t in source.outputs for output in outputs)]
     source = sources[0] if len(sources) == 1 and sources[0].closed else None
     result = Outputs(outputs, list(cotangents), axes, source)
     if losses is not None and own is not None and _mixed(losses, result):
