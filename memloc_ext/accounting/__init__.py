@@ -4,15 +4,15 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
 
 - `accountant`: what users open. `account`: arguments and result of a backward pass.
 - `tracer`: sees every PyTorch function that is called while an accountant is open; a layer function runs those that get
-  a parameter. `example_axis`: which dimension of an activation holds the examples. `propagation`: where a function
-  leaves it.
+  a parameter. `places`: where the examples are in every tensor. `example_axis`: in which rows of which dimension.
+  `propagation`: where a function leaves them.
 - `layers`: one file per kind of layer. A layer function runs forward and backward as an autograd function of its own,
   whose backward knows the layer's input and the gradient of its output.
 - `contributions`: what one use of a parameter adds to each example's gradient: norms and sums, not the gradient itself.
 - `backward_pass`: adds up the contributions to every parameter.
 - `graph`: which parameters a loss depends on. `losses`: whether it is the mean that it is said to be.
 - `per_example`: where the above cannot tell examples apart, a pass for each, by running the model again
-  (`forward_pass`). `check`: holds two examples against plain autograd.
+  (`forward_pass`). `outputs`: what the model returned for each. `check`: holds two examples against plain autograd.
 - `sharded`: models that several processes share.
 """
 

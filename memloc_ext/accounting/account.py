@@ -73,16 +73,16 @@ def _divided(norm: Tensor, factors: Tensor) -> Tensor:
 
 
 def batch_of(
-    loss: Tensor, loss_reduction: str, group_ids: Tensor | None, batch_size: int | None, seen: int | None, unread: str
+    tracer: Tracer, loss: Tensor, loss_reduction: str, group_ids: Tensor | None, batch_size: int | None
 ) -> int:
-    """Return the number of examples, ``seen`` if not told; checks what it depends on. ``unread``: other inputs."""
+    """Return the number of examples, that of the model's inputs if not told; checks what it depends on."""
     if loss_reduction not in _REDUCTIONS:
         raise ValueError(f"GradientAccountant: loss_reduction must be mean, sum or none, got {loss_reduction!r}")
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise ValueError(
             "GradientAccountant: loss must be a tensor that depends on a parameter that requires a gradient"
         )
-    if (loss.numel() == 1 and loss.dim() == 0) == (loss_reduction == "none"):
+    if (loss.dim() == 0) == (loss_reduction == "none"):
         rule = "one loss per example, [batch, *]," if loss_reduction == "none" else "a scalar"
         raise ValueError(
             f"GradientAccountant: loss must be {rule} for loss_reduction={loss_reduction!r}, got {list(loss.shape)}"
@@ -95,7 +95,8 @@ def batch_of(
     known = {name: size for name, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
         raise ValueError(f"GradientAccountant: sizes of the batch must agree, got {known}")
-    batch = batch_size if batch_size is not None else next(iter(known.values()), None if unread else seen)
+    unread = tracer.passes[-1].unread if tracer.passes else ""
+    batch = batch_size if batch_size is not None else next(iter(known.values()), None if unread else tracer.batch)
     if batch is None and unread:
         raise ValueError(
             "GradientAccountant: the model must be called with tensors, or tuples, lists, mappings or dataclasses of "

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,30 +17,16 @@ from typing_extensions import Self
 
 from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.check import (
-    Alone,
-    Checked,
-    check_own_mean,
-    checked,
-    compare,
-    known_slow,
-    mistook,
-    outputs_of,
-    returned_by_model,
-    signature,
-    unchecked_signature,
-    wrong_norms,
-)
+from memloc_ext.accounting.check import Checks, Known, known_of, known_slow, mistook
 from memloc_ext.accounting.forward_pass import unwrapped
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
-from memloc_ext.accounting.per_example import account_examples, add_to_grads, no_outputs
-from memloc_ext.accounting.per_example import exact_groups as exact_groups_of
+from memloc_ext.accounting.per_example import add_to_grads, extra_passes
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
-from memloc_ext.borrowing import kept_state, uncompiled
+from memloc_ext.borrowing import uncompiled
 
 
 class GradientAccountant:
@@ -127,8 +112,7 @@ class GradientAccountant:
 
     def __enter__(self) -> Self:
         """Trace the model in this thread, until the end of the ``with``."""
-        first = self._known.input_of_examples
-        tracer = Tracer(self._model, self._batch_dim, HANDLERS, COMPLEX_HANDLERS, first)
+        tracer = Tracer(self._model, self._batch_dim, HANDLERS, COMPLEX_HANDLERS, self._known.input_of_examples)
         with ExitStack() as stack:
             for hook in self._hooks(tracer):
                 stack.callback(hook.remove)
@@ -238,8 +222,7 @@ class GradientAccountant:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         tracer = self._tracers[-1][0]
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
-            unread = tracer.passes[-1].unread if tracer.passes else ""
-            batch = batch_of(loss, loss_reduction, group_ids, batch_size, tracer.batch, unread)
+            batch = batch_of(tracer, loss, loss_reduction, group_ids, batch_size)
             check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             check_parallel(self._model, weight_grads, exact_groups)
@@ -250,33 +233,21 @@ class GradientAccountant:
             if mistaken := mistook(self._known, tracer, loss, batch, batch_size is not None):
                 found = Reached(unseen=found.all, nodes=found.nodes)
             check_sharded(tracer, found, exact_groups)
-        exact = exact_groups and weight_grads
-        calls = tracer.calls | found.uses  # the larger count of each
         slow = found.unseen | ({} if self._check == "never" else known_slow(self._known, tracer, found))
-        several = batch_size is not None and not mistaken
+        exact = groups if exact_groups and weight_grads else None
         backward = BackwardPass(
-            batch, None if exact else groups, weight_grads and not exact, calls, slow, several=several
+            batch,
+            None if exact else groups,
+            weight_grads and exact is None,
+            tracer.calls | found.uses,  # the larger count of each
+            slow,
+            several_rows=batch_size is not None and not mistaken,
         )
-        own = mean and not watched and batch > 1 and self._check != "never"
-        numbers = returned_by_model(tracer, loss) if own else []
-        sign = unchecked_signature(self._known, self._check, self._model, tracer, batch, found)
-        if slow or exact or numbers or sign is not None:
-            with kept_state(self._model):  # what runs again, and what checkpointing recomputes, leaves no trace
-                outputs = outputs_of(tracer, root, loss if loss_reduction == "none" else None, found.all, backward)
-                if numbers and outputs is not None:
-                    check_own_mean(tracer, loss, numbers, outputs, backward)
-                if sign is not None:
-                    self._warned |= compare(self._known, tracer, backward, outputs, found, sign)
-                if slow or exact:
-                    outputs = outputs or no_outputs(tracer, slow or found.all)
-                if slow and outputs is not None:
-                    self._warn({} if mistaken else found.unseen, tracer, batch)
-                    kind = signature(self._model, outputs.source, batch, slow)
-                    wrong = partial(wrong_norms, tracer, backward, outputs, slow)
-                    alone = Alone(self._known, self._check, kind, wrong)
-                    account_examples(tracer, backward, outputs, slow, alone)
-                if exact and groups is not None and outputs is not None:
-                    backward.group_grad = exact_groups_of(tracer, backward, outputs, found.all, groups)
+        own_mean = mean and not watched and batch > 1 and self._check != "never"
+        checks = Checks(self._known, self._check, self._model, tracer, backward)
+        self._warned |= extra_passes(checks, loss, root, found, exact, own_mean)
+        if not mistaken:
+            self._warn(found.unseen, tracer, batch)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
         try:
@@ -292,13 +263,13 @@ class GradientAccountant:
                 with torch._C.DisableTorchFunction():
                     tracer.drop_outputs(found.nodes)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if exact:
+            if exact is not None:
                 add_to_grads(found.all, backward.group_grad)
             return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
 
     @property
-    def _known(self) -> Checked:
-        return checked(self._model, (self._batch_dim, self._shared_inputs))
+    def _known(self) -> Known:
+        return known_of(self._model, (self._batch_dim, self._shared_inputs))
 
     def _warn(self, uncovered: Mapping[int, nn.Parameter], tracer: Tracer, batch: int) -> None:
         """Name the parameters that take a pass per example, once each."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,13 @@ class ParameterView:
         return [self.parameter] if self.derived is None else self.derived.parameters
 
     @property
-    def whole(self) -> bool:
+    def is_parameter(self) -> bool:
         """Whether no view was taken."""
         return self.tensor is self.parameter
 
-    def inside(self, parameter_like: Tensor) -> Tensor:
-        """Return the view, taken of a contiguous tensor of the parameter's shape."""
-        if self.whole:
+    def view_of(self, parameter_like: Tensor) -> Tensor:
+        """Return the same view of a contiguous tensor of the parameter's shape."""
+        if self.is_parameter:
             return parameter_like
         offset = parameter_like.storage_offset() + self.tensor.storage_offset() - self.parameter.storage_offset()
         return parameter_like.as_strided(self.tensor.shape, self.tensor.stride(), offset)
@@ -67,47 +67,44 @@ class Repeated:
     padding_idx: int = -1
 
 
+@dataclass(eq=False, repr=False)
 class BackwardPass:
     """One backward pass.
 
-    Args:
+    Attributes:
         batch: Number of examples.
         groups: Of the examples, or None.
         weight_grads: Whether parameters get gradients.
         calls: How often the forward pass used each parameter, by its ``id``.
         slow: Parameters that are accounted one example at a time, by their ``id``.
-        several: Whether an example may have several rows of the model's input, one behind the other.
+        several_rows: Whether an example may have several rows of the model's input, one behind the other.
+        constant_statistics: Whether batch normalisation takes the batch's statistics for constants.
+        sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
+        group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        groups: Groups | None,
-        weight_grads: bool,
-        calls: Mapping[int, int],
-        slow: dict[int, nn.Parameter],
-        several: bool = False,
-    ) -> None:
-        self._several = several
-        self.undivided = False  # whether per-example gradients are not needed
-        self.constant_statistics = False  # whether batch normalisation takes the batch's statistics for constants
-        self.batch, self.groups, self.weight_grads, self.slow = batch, groups, weight_grads, slow
-        self.sqnorm: dict[int, Tensor] = {}
-        self.group_grad: dict[int, Tensor] = {}
-        self._calls = calls
-        self._whole: Groups | None = None
-        self._held: dict[int, list[tuple[ParameterView, Contribution]]] = defaultdict(list)
-        self._derived: dict[Derived, list[Contribution]] = {}
+    per_example: ClassVar[bool] = True  # whether layers tell the examples' gradients apart
+
+    batch: int
+    groups: Groups | None
+    weight_grads: bool
+    calls: Mapping[int, int]
+    slow: dict[int, nn.Parameter]
+    several_rows: bool = False
+    constant_statistics: bool = False
+    sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
+    group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _single: Groups | None = field(default=None, init=False)
+    _held: dict[int, list[tuple[ParameterView, Contribution]]] = field(default_factory=dict, init=False)
+    _derived: dict[Derived, list[Contribution]] = field(default_factory=dict, init=False)
 
     def trial(self) -> BackwardPass:
         """Return a pass for the norms alone, to be compared."""
-        backward = BackwardPass(self.batch, None, False, self._calls, self.slow, self._several)
-        backward.constant_statistics = True
-        return backward
+        return replace(self, groups=None, weight_grads=False, constant_statistics=True)
 
     def fits(self, axis: ExampleAxis) -> bool:
         """Return whether rows of the model's input that are in these places are those of the examples."""
-        several = self._several and self.batch > 0 and axis.batch % self.batch == 0
+        several = self.several_rows and self.batch > 0 and axis.batch % self.batch == 0
         return several or axis.batch == self.batch
 
     def place(self, axis: ExampleAxis) -> ExampleAxis:
@@ -119,7 +116,7 @@ class BackwardPass:
                 f"GradientAccountant: the model's input must have a row per example, got {axis.batch} rows and "
                 f"{self.batch} examples; if each example has several, one behind the other, give batch_size"
             )
-        return axis.of(self.batch)
+        return axis.merged(self.batch)
 
     def is_slow(self, weight: ParameterView) -> bool:
         """Return whether all that is trained of it is accounted one example at a time."""
@@ -135,35 +132,35 @@ class BackwardPass:
         The norm of a parameter that the forward pass used once is computed here. The uses of another are held, with
         the tensors they are made of, until all of them are known.
         """
-        key, whole = id(weight.parameter), weight.tensor.numel() == weight.parameter.numel()
-        wanted = self.wants(weight)
+        key, wanted = id(weight.parameter), self.wants(weight)
         if self.is_slow(weight):
             return contribution.total().to(weight.tensor.dtype) if wanted else None
         if weight.derived is not None:
             self._derived.setdefault(weight.derived, []).append(contribution)
             return None
-        alone = self._calls.get(key) == 1 and key not in self._held and whole
+        all_of_it = weight.tensor.numel() == weight.parameter.numel()
+        only_use = self.calls.get(key) == 1 and key not in self._held and all_of_it
         if key in self.sqnorm:  # found out too late that there is another use
             raise ValueError(
                 f"GradientAccountant: a parameter of shape {list(weight.parameter.shape)} is used in a way that "
                 "reentrant checkpointing hides: give checkpoint use_reentrant=False"
             )
         gradient = None
-        if wanted and (alone or self.groups is not None):
-            groups = self.summed(contribution.device)
+        if wanted and (only_use or self.groups is not None):
+            groups = self.summation_groups(contribution.device)
             sqnorm, sums = contribution.sqnorm_and_groups(groups)
             gradient = sums.sum(0) if groups.num > 1 else sums[0]
             if self.groups is not None:
                 self._add_groups(weight, sums)
                 gradient = gradient.clone() if groups.num == 1 else gradient  # the parameter's own, to be changed
-            if alone:
+            if only_use:
                 self.sqnorm[key] = sqnorm
         elif wanted:
             gradient = contribution.total()
-        elif alone:
+        elif only_use:
             self.sqnorm[key] = contribution.sqnorm()
-        if not alone:
-            self._held[key].append((weight, contribution))
+        if not only_use:
+            self._held.setdefault(key, []).append((weight, contribution))
         return None if gradient is None else gradient.to(weight.tensor.dtype)
 
     def take(self, derived: Derived) -> list[Contribution]:
@@ -194,13 +191,13 @@ class BackwardPass:
             self.sqnorm.pop(key, None)
             self.group_grad.pop(key, None)
 
-    def summed(self, device: torch.device) -> Groups:
+    def summation_groups(self, device: torch.device) -> Groups:
         """Return the groups over whose examples gradients are added up: all in one, if there are none."""
         if self.groups is not None:
             return self.groups
-        if self._whole is None:
-            self._whole = Groups.single(self.batch, device)
-        return self._whole
+        if self._single is None:
+            self._single = Groups.single(self.batch, device)
+        return self._single
 
     def _groups_of(self, parameter: nn.Parameter) -> Tensor:
         key = id(parameter)
@@ -212,19 +209,21 @@ class BackwardPass:
 
     def _add_groups(self, weight: ParameterView, groups: Tensor) -> None:
         key = id(weight.parameter)
-        if weight.whole and key not in self.group_grad:
+        if weight.is_parameter and key not in self.group_grad:
             self.group_grad[key] = groups
             return
         for total, part in zip(self._groups_of(weight.parameter), groups, strict=True):
-            weight.inside(total).add_(part)
+            weight.view_of(total).add_(part)
 
 
 class GradientPass(BackwardPass):
     """A backward pass for one example, or for a group: gradients of some parameters only, and no norms."""
 
+    per_example = False
+
     def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
-        super().__init__(backward.batch, None, True, {}, dict(wanted), backward._several)
-        self.undivided = True
+        several_rows, constant_statistics = backward.several_rows, backward.constant_statistics
+        super().__init__(backward.batch, None, True, {}, dict(wanted), several_rows, constant_statistics)
 
     def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""
@@ -246,7 +245,7 @@ def _held_sqnorm(contributions: list[tuple[ParameterView, Contribution]]) -> Ten
     parameter = contributions[0][0].parameter
     touched = torch.zeros(parameter.shape, dtype=torch.int8)
     for weight in views.values():
-        weight.inside(touched).add_(1)
+        weight.view_of(touched).add_(1)
     if len(places) == 1 or not (touched > 1).any():
         return torch.stack([combined_sqnorm(contributions) for contributions in places.values()]).sum(0)
     batch, dtype = contributions[0][1].batch, contributions[0][1].dtype
@@ -254,6 +253,6 @@ def _held_sqnorm(contributions: list[tuple[ParameterView, Contribution]]) -> Ten
     for example in range(batch):
         gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         for weight, contribution in contributions:
-            weight.inside(gradient).add_(contribution.gradients(example, example + 1)[0])
+            weight.view_of(gradient).add_(contribution.gradients(example, example + 1)[0])
         norms[example] = Rows(gradient[None]).sqnorm()[0]
     return norms

@@ -19,17 +19,17 @@ BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where no
 class Contribution:
     """One use of a parameter, or of a view of it, by a batch.
 
-    Attributes:
+    Gradients are added up in ``dtype``, which is float64 for float64, else float32, on ``device``.
+
+    Args:
         batch: Number of examples.
         shape: Of the parameter or view.
-        dtype: That gradients are added up in: float64 for float64, else float32.
-        device: Of the gradients.
+        like: A tensor of the dtype and on the device of the gradients.
     """
 
-    batch: int
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(self, batch: int, shape: torch.Size, like: Tensor) -> None:
+        self.batch, self.shape = batch, shape
+        self.dtype, self.device = accumulated(like.dtype), like.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         """Return the gradients of examples ``begin`` to ``end``, ``[end - begin, *shape]``."""
@@ -59,9 +59,8 @@ class Rows(Contribution):
     """
 
     def __init__(self, gradients: Tensor) -> None:
+        super().__init__(len(gradients), gradients.shape[1:], gradients)
         self.rows, self._sqnorm = gradients, None
-        self.batch, self.shape = len(gradients), gradients.shape[1:]
-        self.dtype, self.device = accumulated(gradients.dtype), gradients.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         return self.rows[begin:end].to(self.dtype)
@@ -90,10 +89,9 @@ class LinearContribution(Contribution):
     """
 
     def __init__(self, input: Tensor, grad_output: Tensor, bias: Rows | None = None) -> None:
+        super().__init__(len(input), torch.Size((grad_output.shape[-1], input.shape[-1])), input)
         self.input, self.grad_output = input, grad_output
         self._bias = bias if input.dim() == 2 else None
-        self.batch, self.shape = len(input), torch.Size((grad_output.shape[-1], input.shape[-1]))
-        self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
@@ -124,12 +122,11 @@ class EmbeddingContribution(Contribution):
     """
 
     def __init__(self, indices: Tensor, grad_output: Tensor, num: int, padding_idx: int) -> None:
+        super().__init__(len(indices), torch.Size((num, grad_output.shape[-1])), grad_output)
         self.indices = indices.flatten(1).long() if indices.dim() > 1 else indices.long()[:, None]
-        self.dtype, self.device = accumulated(grad_output.dtype), grad_output.device
         self.grad_output = grad_output.reshape(*self.indices.shape, grad_output.shape[-1])
         if padding_idx >= 0:
             self.grad_output = self.grad_output * (self.indices != padding_idx)[..., None]
-        self.batch, self.shape = len(indices), torch.Size((num, grad_output.shape[-1]))
 
     def _sums(self, keys: Tensor, num: int) -> Tensor:
         rows = self.grad_output.flatten(0, 1).to(self.dtype)

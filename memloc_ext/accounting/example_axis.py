@@ -1,11 +1,9 @@
-"""Which example each row of a dimension belongs to, and a memory of what is known of tensors."""
+"""Which example each row of a dimension belongs to."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +35,15 @@ class ExampleAxis:
         """Whether the tensor is ``[batch * after, *]``, so that an example's part is a slice of it."""
         return self.dim == 0 and self.before == 1
 
-    def of(self, batch: int) -> ExampleAxis:
+    def merged(self, batch: int) -> ExampleAxis:
         """Return the axis for fewer examples, each of which takes the place of several."""
         return replace(self, batch=batch, after=self.after * (self.batch // batch))
 
-    def at(self, dim: int, t: Tensor) -> ExampleAxis:
-        """Return the axis with the examples in a dimension, if there is but one: all is its own; else this one."""
+    def prefer_dim(self, dim: int, t: Tensor) -> ExampleAxis:
+        """Return an axis in this dimension if there is but one example, to which everything belongs; else this one."""
         return ExampleAxis(dim, 1, 1, t.shape[dim]) if self.batch == 1 else self
 
-    def first(self, t: Tensor) -> Tensor:
+    def examples_first(self, t: Tensor) -> Tensor:
         """Return activations of this axis as ``[batch, *]``."""
         if self.before == self.after == 1:
             return t.movedim(self.dim, 0)
@@ -61,13 +59,11 @@ class ExampleAxis:
             return rows
         return rows.unflatten(0, (self.before, self.batch, self.after)).sum((0, 2))
 
-    def alone(self) -> ExampleAxis:
-        """Return the axis of the same activations of one example."""
-        return replace(self, batch=1)
-
-    def behind(self) -> ExampleAxis:
-        """Return the axis behind one more dimension."""
-        return replace(self, dim=self.dim + 1)
+    def alone(self, t: Tensor) -> Tensor:
+        """Return activations as ``[batch, *]``, each example's with the dimensions that it has alone."""
+        return self.examples_first(t).reshape(
+            self.batch, *t.shape[: self.dim], self.before * self.after, *t.shape[self.dim + 1 :]
+        )
 
 
 class Owners:
@@ -108,13 +104,13 @@ class Picked(ExampleAxis):
     def rows_first(self) -> bool:
         return False
 
-    def of(self, batch: int) -> ExampleAxis:
+    def merged(self, batch: int) -> ExampleAxis:
         return replace(self, batch=batch, owners=Owners(self.owners.ids // (self.batch // batch), batch))
 
     def owner(self, index: Tensor) -> Tensor:
         return self.owners.ids[index]
 
-    def first(self, t: Tensor) -> Tensor:
+    def examples_first(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``, with zeros behind those of examples that have fewer: a copy."""
         rows, empty = self.owners.places
         found = t.movedim(self.dim, 0)[rows]
@@ -137,30 +133,3 @@ def picked(axis: ExampleAxis, numbers: Tensor) -> ExampleAxis | None:
     ):
         return ExampleAxis(0, 1, batch, len(ids) // batch)
     return Picked(0, 1, batch, 1, Owners(ids, batch))
-
-
-UNKNOWN = object()
-"""Of a tensor that nothing is remembered of."""
-
-
-class TensorMemory:
-    """What is known of tensors, by identity; plain dictionaries compare tensors, and those of PyTorch are slow."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-
-    def get(self, t: Tensor) -> Any:
-        """Return what is known of a tensor, or `UNKNOWN`."""
-        entry = self._entries.get(id(t))
-        return UNKNOWN if entry is None or entry[0]() is not t else entry[1]
-
-    def put(self, t: Tensor, value: Any) -> None:
-        """Remember something of a tensor."""
-        key, entries = id(t), self._entries
-
-        def forget(gone: weakref.ref[Tensor]) -> None:
-            entry = entries.get(key)
-            if entry is not None and entry[0] is gone:
-                del entries[key]
-
-        entries[key] = (weakref.ref(t, forget), value)

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,7 +86,11 @@ class ForwardPass:
         return [t.index_select(dim, places.to(t.device)).flatten(dim, dim + 1) for t in rows]
 
     def again(
-        self, wanted: Sequence[Tensor], parts: Sequence[Tensor], batch: int, parameters: Mapping[str, Tensor]
+        self,
+        wanted: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        batch: int,
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[Tensor]:
         """Run the model on other values of `parts` and with other parameters; return what is now in place of outputs.
 

@@ -7,12 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.backward_pass import BackwardPass
-from memloc_ext.accounting.example_axis import ExampleAxis
-from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 
@@ -91,47 +87,3 @@ def _below(layer: LayerFunction, edges: Sequence[tuple[Any, int]], found: Reache
             found.seen[id(weight.parameter)] = weight.parameter
             found.uses[id(weight.parameter)] += 1
     return below
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What tells the examples apart: a loss is the sum of the products of these tensors with these cotangents.
-
-    Attributes:
-        tensors: A row per example.
-        cotangents: Of the loss by each.
-        axes: Where the examples are in each.
-        source: The call of the model that returned them, or None.
-        mixed: Whether the tensors are losses by example, of which one depends on what the model returned for others.
-    """
-
-    tensors: list[Tensor]
-    cotangents: list[Tensor]
-    axes: list[ExampleAxis]
-    source: ForwardPass | None = None
-    mixed: bool = False
-
-    def of(self, backward: BackwardPass, chosen: Tensor) -> list[Tensor]:
-        """Return the cotangents of the chosen examples only, zeros elsewhere; ``chosen``: indices."""
-        result = []
-        for cotangent, axis in zip(self.cotangents, self.axes, strict=True):
-            part = torch.zeros_like(cotangent, memory_format=torch.contiguous_format)
-            to, source = (backward.place(axis).first(t) for t in (part, cotangent.contiguous()))
-            to[chosen] = source[chosen]
-            result.append(part)
-        return result
-
-
-def minimal(
-    root: Tensor, tracer: Tracer, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
-) -> list[Tensor] | None:
-    """Return the outputs through which alone a loss depends on the parameters, none through another; else None."""
-    found = reached(root, tracer, parameters, outputs)
-    chosen = [outputs[i] for i in sorted(found.stops)]
-    if found.seen or found.unseen:
-        return None
-    for t in chosen:
-        others = [other for other in chosen if other is not t]
-        if reached(t, tracer, {}, others).stops:
-            return None
-    return chosen

@@ -49,7 +49,7 @@ class _Mean:
             counted = self.target != self.ignore_index
             weights = counted if weights is None else weights[self.target.where(counted, 0).long()] * counted
         assert weights is not None
-        return self.axis.of(batch).first(weights.double()).reshape(batch, -1).sum(1)
+        return self.axis.merged(batch).examples_first(weights.double()).reshape(batch, -1).sum(1)
 
 
 def remember_mean(tracer: Tracer, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:

@@ -85,6 +85,11 @@ def after(
     return _grown(func, args, kwargs, given, results)
 
 
+def writes(name: str) -> bool:
+    """Return whether a method writes to its tensor."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
 def _only(batch: int, result: Tensor) -> ExampleAxis | None:
     """Return the axis of the one example, of which every element is, or of none."""
     dims = [d for d, size in enumerate(result.shape) if batch == 1 or size == 0]
@@ -97,14 +102,14 @@ def aligned(axis: ExampleAxis, source: Tensor, result: Tensor) -> ExampleAxis | 
     return replace(axis, dim=dim) if dim >= 0 and result.shape[dim] == axis.size else None
 
 
-def inside(axis: ExampleAxis, part: Tensor, whole: Tensor) -> ExampleAxis | None:
+def axis_of_base(axis: ExampleAxis, part: Tensor, base: Tensor) -> ExampleAxis | None:
     """Return the axis of a tensor of which a part has this axis; None if that is not a plain slice."""
-    if part is whole:
+    if part is base:
         return axis
-    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+    if part.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
         return None
     step = part.stride(axis.dim)
-    dims = [d for d, size in enumerate(whole.shape) if size == axis.size and whole.stride(d) == step]
+    dims = [d for d, size in enumerate(base.shape) if size == axis.size and base.stride(d) == step]
     return replace(axis, dim=dims[0]) if len(dims) == 1 else None
 
 
@@ -117,8 +122,7 @@ def _reshaped(axis: ExampleAxis, old: Sequence[int], new: Sequence[int]) -> Exam
     for dim in range(len(new) - 1, -1, -1):
         above = below * new[dim]
         if weight < above or dim == 0:
-            whole = weight >= below > 0 and weight % below == 0 and above % max(1, weight * axis.batch) == 0
-            if not whole:
+            if not (weight >= below > 0 and weight % below == 0 and above % max(1, weight * axis.batch) == 0):
                 return None
             return ExampleAxis(dim, above // max(1, weight * axis.batch), axis.batch, weight // below)
         below = above

@@ -43,9 +43,9 @@ def watch(tracer: Tracer, name: str, module: nn.Module, others: Collection[str])
     own = [parameter for parameter, _ in module.named_parameters() if not _inside(parameter, smaller)]
 
     def gathered(module: nn.Module, _: object) -> None:
-        whole = {prefix + parameter: module.get_parameter(parameter) for parameter in own}
-        _refuse_parts([parameter for parameter, t in whole.items() if is_part(t)])
-        tracer.use_whole(whole)
+        parameters = {prefix + parameter: module.get_parameter(parameter) for parameter in own}
+        _refuse_parts([parameter for parameter, t in parameters.items() if is_part(t)])
+        tracer.use_gathered(parameters)
 
     return module.register_forward_pre_hook(gathered)
 
@@ -75,10 +75,10 @@ def check_parallel(model: nn.Module, weight_grads: bool, exact_groups: bool) -> 
 
 def check_sharded(tracer: Tracer, found: Reached, exact_groups: bool) -> None:
     """Refuse what takes several backward passes: processes with fewer would leave the others waiting."""
-    if tracer.whole and exact_groups:
+    if tracer.gathered and exact_groups:
         raise ValueError("GradientAccountant: exact_groups must be False after fully_shard, got True")
     names = [name for name, p in tracer.named_parameters() if id(p) in found.unseen]
-    if tracer.whole and names:
+    if tracer.gathered and names:
         raise ValueError(
             f"GradientAccountant: the layers of {', '.join(names)} are not covered, and fully_shard allows no "
             "backward pass per example; freeze them, or use DistributedDataParallel"

@@ -13,12 +13,12 @@ from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView, Repeated
-from memloc_ext.accounting.example_axis import UNKNOWN, ExampleAxis, Picked, TensorMemory
+from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
+from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
-from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, inside
+from memloc_ext.accounting.places import Places, TensorMemory
 from memloc_ext.batches import collect, tensors_of
 from memloc_ext.borrowing import in_parts
 
@@ -27,9 +27,6 @@ Handler = Callable[..., Any]
 _BACKWARD = {
     function: in_parts(function) for function in (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 }
-# what these return may be of the examples, though no tensor is given to them
-_DATA = ("rand", "normal", "bernoulli", "empty", "multinomial", "poisson", "tensor", "as_tensor", "asarray", "from")
-
 # called all the time, mostly for numbers
 _QUESTIONS = frozenset(
     (
@@ -37,26 +34,19 @@ _QUESTIONS = frozenset(
         "_set_grad_enabled",
     )
 )
-_SHARED = object()
-# of their second argument only shape or type counts
-_SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))
 _FORWARD_PASSES = 16  # whose outputs are kept for a backward pass
 
 
-class Tracer(TorchFunctionMode):
+class Tracer(Places, TorchFunctionMode):
     """What one ``with`` of an accountant knows.
-
-    A tensor belongs to examples, by an `ExampleAxis` or in a way that cannot be told (None), or it is the same for all
-    of them. Only what is computed from the model's inputs belongs to examples, whatever the sizes of other tensors;
-    outside of the model, what was not made inside of the ``with`` is an input, too.
 
     Args:
         model: Its parameters that require gradients are accounted.
         batch_dim: Dimension of the examples in the model's inputs.
-        handlers: Function, or name of one, to its handler: ``handler(tracer, function, args, kwargs)`` runs it or
+        handlers: Function, or name of one, to its handler: ``handler(tracer, function, *args, **kwargs)`` runs it or
             returns NotImplemented to leave it to PyTorch.
         complex_handlers: Likewise, of functions of complex tensors.
-        first: Which of the model's inputs tells the number of examples; None for the first of more than one row.
+        input_of_examples: Which of the model's inputs tells the number of examples, or None.
     """
 
     def __init__(
@@ -65,11 +55,10 @@ class Tracer(TorchFunctionMode):
         batch_dim: int,
         handlers: Mapping[Any, Handler],
         complex_handlers: Mapping[Any, Handler],
-        first: int | None = None,
+        input_of_examples: int | None = None,
     ) -> None:
-        super().__init__()
-        self.parameters = {id(parameter): parameter for parameter in model.parameters()}
-        self.whole: dict[str, nn.Parameter] = {}  # by name, where the model keeps parts
+        super().__init__(model, batch_dim)
+        self.gathered: dict[str, nn.Parameter] = {}  # by name, in place of sharded ones
         self.batch: int | None = None  # of the last forward pass
         self.calls: Counter[int] = Counter()
         self.backward: BackwardPass | None = None
@@ -79,14 +68,10 @@ class Tracer(TorchFunctionMode):
         self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
         self.plain_backward = False  # whether one is under way, or was the last
         self.replaying = False  # whether the model runs on one example, which is not to be seen
-        self._first = first
-        self._model, self.batch_dim = model, batch_dim
+        self._input_of_examples = input_of_examples
+        self._model = model
         self._handlers, self._complex_handlers = handlers, complex_handlers
         self.derived = TensorMemory()  # what stands in the place of a tensor
-        self._places = TensorMemory()  # a Layout, None, _SHARED, or Repeated: shared too
-        self._buffers = list(model.buffers())
-        self._fixed = {*self.parameters, *map(id, self._buffers)}
-        self._inside = 0
 
     def enter_model(self, args: Any, kwargs: Any, shared: Sequence[Tensor]) -> None:
         """Take the number of examples from the model's inputs, and these for what belongs to examples.
@@ -96,19 +81,16 @@ class Tracer(TorchFunctionMode):
             kwargs: What it is called with by name.
             shared: Inputs that are the same for all examples.
         """
-        self._inside += not self.replaying
-        if self.replaying or self._inside > 1 or not torch.is_grad_enabled():
+        self.depth += not self.replaying
+        if self.replaying or self.depth > 1 or not torch.is_grad_enabled():
             return
         entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
         if entered.inputs and self.backward is None:
-            first = self._first if self._first is not None and self._first < len(entered.sizes) else None
-            several = next((size for size in entered.sizes if size != 1), 1)  # what has one row may be for all
-            self.batch = several if first is None else entered.sizes[first]
+            sizes, known = entered.sizes, self._input_of_examples
+            several = next((size for size in sizes if size != 1), 1)  # what has one row may be for all
+            self.batch = several if known is None or known >= len(sizes) else sizes[known]
         entered.rows = self.batch
-        for t, size in zip(entered.inputs, entered.sizes, strict=True):
-            self._places.put(t, ExampleAxis(self.batch_dim, 1, size, 1) if size == self.batch else _SHARED)
-        for t in shared:
-            self._places.put(t, _SHARED)
+        self.remember_inputs(entered.inputs, self.batch, shared)
         if self.backward is None:
             self.passes.append(entered)
 
@@ -121,9 +103,9 @@ class Tracer(TorchFunctionMode):
 
     def leave_model(self, output: object) -> None:
         """Keep what the model returned, until a backward pass went through it."""
-        entered = self._inside > 0
-        self._inside -= entered and not self.replaying
-        if self.backward is not None or self._inside or self.replaying or not entered or not torch.is_grad_enabled():
+        entered = self.depth > 0
+        self.depth -= entered and not self.replaying
+        if self.backward is not None or self.depth or self.replaying or not entered or not torch.is_grad_enabled():
             return
         left = self.passes[-1]
         left.returned(output)
@@ -138,14 +120,6 @@ class Tracer(TorchFunctionMode):
         kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
         self.passes = deque(kept, maxlen=_FORWARD_PASSES)
 
-    def output_axis(self, t: Tensor, backward: BackwardPass) -> ExampleAxis | None:
-        """Return where the examples are in what the model returned: if that cannot be told, where they were."""
-        axis = self.axis(t)
-        if (axis is None or isinstance(axis, Picked) or not backward.fits(axis)) and t.dim() > self.batch_dim:
-            size = t.shape[self.batch_dim]
-            axis = ExampleAxis(self.batch_dim, 1, size, 1) if size == backward.batch else None
-        return axis
-
     @contextmanager
     def accounting(self, backward: BackwardPass) -> Iterator[None]:
         """Have the layers tell a backward pass of what they add."""
@@ -156,25 +130,24 @@ class Tracer(TorchFunctionMode):
             self.backward = None
 
     @contextmanager
-    def not_looking(self) -> Iterator[None]:
-        """Run the model without the accountant."""
+    def untraced(self) -> Iterator[None]:
+        """Run the model without the accountant, with gradients."""
         self.replaying = True
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.enable_grad():
                 yield
         finally:
             self.replaying = False
 
-    def use_whole(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def use_gathered(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Use gathered parameters in place of sharded ones, by name."""
-        self.whole.update(parameters)
-        self.parameters.update({id(parameter): parameter for parameter in parameters.values()})
-        self._fixed.update(map(id, parameters.values()))
+        self.gathered.update(parameters)
+        self.add_parameters(parameters.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the model's parameters, those that its layers run with."""
         for name, parameter in self._model.named_parameters():
-            yield name, self.whole.get(name, parameter)
+            yield name, self.gathered.get(name, parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function: by a handler if a parameter is among its arguments."""
@@ -200,13 +173,13 @@ class Tracer(TorchFunctionMode):
             handlers = self._complex_handlers if any(t.is_complex() for t in given) else self._handlers
             handler = handlers.get(func) or handlers.get(name)
             if handler is not None:
-                result = handler(self, func, args, kwargs)
+                result = handler(self, func, *args, **kwargs)
         handled = result is not NotImplemented
         if not handled:
             result = func(*args, **kwargs)
         if func in MEANS:
             remember_mean(self, func, args, kwargs, result)
-        self._place(func, name, args, kwargs, given, result)
+        self.place_results(func, name, args, kwargs, given, result)
         if weights and not handled and self.backward is not None:
             self._refuse_hidden(weights, result)
         return result
@@ -215,7 +188,7 @@ class Tracer(TorchFunctionMode):
         """Return which parameter, view of one whose elements are all different, or derived tensor this is, or None."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return None
-        parameter = self._parameter(t)
+        parameter = self.parameter_of(t)
         if parameter is not None and (t is parameter or _is_part(t, parameter)):
             return ParameterView(parameter, t)
         return derive(self, t)
@@ -226,94 +199,12 @@ class Tracer(TorchFunctionMode):
         other = any(w is None and t is not None and t.requires_grad for t, w in zip(values, weights, strict=True))
         return None if other else weights
 
-    def source(self, t: Tensor) -> Repeated | None:
-        """Return which parameter a tensor repeats, or looks up the same rows of for all examples, or None."""
-        place = self._places.get(t)
-        return place if isinstance(place, Repeated) else None
-
-    def remember(self, t: Tensor, place: ExampleAxis | Repeated) -> None:
-        """Say where the examples are in a tensor, or what it repeats for all of them."""
-        self._places.put(t, place)
-
-    def axis(self, t: Tensor) -> ExampleAxis | None:
-        """Return where the examples are in a tensor, or None if that cannot be told or it is the same for all."""
-        place = self._place_of(t)
-        return place if isinstance(place, ExampleAxis) else None
-
-    def shared(self, t: Tensor) -> bool:
-        """Return whether a tensor is the same for all examples."""
-        place = self._place_of(t)
-        return place is _SHARED or isinstance(place, Repeated)
-
-    def _place_of(self, t: Tensor) -> Any:
-        """Return what is known of a tensor: of one that was made where it could not be seen, by what it is."""
-        place = self._places.get(t)
-        if place is _SHARED and t._base is not None and isinstance(self._places.get(t._base), ExampleAxis | None):
-            return None  # what it is a view of was written to
-        if place is not UNKNOWN:
-            return place
-        if id(t) in self._fixed or self._parameter(t) is not None or (t.dim() == 0 and not t.requires_grad):
-            return _SHARED
-        if self._inside:
-            return _SHARED if t.is_leaf else None
-        return ExampleAxis(self.batch_dim, 1, t.shape[self.batch_dim], 1) if t.dim() > self.batch_dim else None
-
     def count(self, axis: ExampleAxis | None, *weights: ParameterView | None) -> None:
         """Take note that the forward pass uses these parameters; what a backward pass recomputes does not count."""
         if self.backward is None:
-            if axis is not None and not self._inside and not self.calls:
+            if axis is not None and not self.depth and not self.calls:
                 self.batch = axis.batch
             self.calls.update(id(weight.parameter) for weight in weights if weight is not None)
-
-    def _parameter(self, t: object) -> nn.Parameter | None:
-        """Return the parameter that a tensor is or is a view of, or None."""
-        if not isinstance(t, Tensor) or not t.requires_grad:
-            return None
-        return self.parameters.get(id(t if t.is_leaf or not t._is_view() else t._base))
-
-    def _place(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
-        """Find out where the examples are in what a function returned."""
-        if name.startswith("new_") or name in _SHAPED_LIKE:
-            given = given[:1] if name in _SHAPED_LIKE else []
-        own = [t for t in given if not self.shared(t)]
-        written = args[0] if args and isinstance(args[0], Tensor) and _writes(name) else kwargs.get("out")
-        if isinstance(written, Tensor):
-            self._write(name, written, args, own)
-            if name in MOVES and not self.shared(written):  # its dimensions are others now
-                self._places.put(written, None)
-        results = [result] if isinstance(result, Tensor) else tensors_of(result)
-        results = [t for t in results if self._places.get(t) is UNKNOWN]
-        if not results:
-            return
-        places: Sequence[Any] = [None] * len(results)
-        known = [(t, axis) for t in own if (axis := self.axis(t)) is not None]
-        if known:
-            places = after(func, args, kwargs, known, results)
-        elif not own:
-            if not given and not self._inside and name.startswith(_DATA):
-                return  # may be the data, made by hand
-            places = [_SHARED] * len(results)
-        for t, place in zip(results, places, strict=True):
-            self._places.put(t, place)
-
-    def _write(self, name: str, written: Tensor, args: Any, own: list[Tensor]) -> None:
-        """Find out where the examples are in a tensor, the same for all of them until now, that is written to."""
-        whole = written if written._base is None else written._base
-        values = [t for t in own if t is not written and t is not whole]
-        if not values or id(whole) in self._fixed or not self.shared(whole):
-            return
-        axis = self.axis(values[0])
-        part = written
-        if name == "__setitem__":
-            with torch.no_grad():
-                part = written[args[1]]
-        elif name != "copy_" and name not in ELEMENTWISE:
-            axis = None
-        if axis is not None and len(values) == 1:
-            axis = aligned(axis, values[0], part)
-        self._places.put(whole, None if axis is None else inside(axis, part, whole))
-        if written is not whole:
-            self._places.put(written, axis if part is written else None)
 
     def _refuse_hidden(self, weights: list[Tensor], result: Any) -> None:
         """Refuse a parameter that is not covered and was hidden until now, by reentrant checkpointing."""
@@ -325,11 +216,6 @@ class Tracer(TorchFunctionMode):
                     f"GradientAccountant: the layer of a parameter of shape {list(weight.parameter.shape)} is not "
                     "covered, and reentrant checkpointing hides it: give checkpoint use_reentrant=False"
                 )
-
-
-def _writes(name: str) -> bool:
-    """Return whether a method writes to its tensor."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def _is_part(t: Tensor, parameter: Tensor) -> bool:

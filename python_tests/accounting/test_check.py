@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import GradientAccountant
-from memloc_ext.accounting.check import _checked
+from memloc_ext.accounting.check import _known
 
 
 def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
@@ -324,13 +324,13 @@ def test_a_pass_is_checked_once_for_a_model_and_its_sizes() -> None:
 def test_what_is_known_of_a_model_goes_with_it() -> None:
     model = nn.Linear(3, 2)
     passes(model, torch.randn(4, 3))
-    (known,) = _checked[model].values()
+    (known,) = _known[model].values()
     assert known.signatures
     gc.collect()
-    before = len(_checked)
+    before = len(_known)
     del model, known
     gc.collect()
-    assert len(_checked) == before - 1
+    assert len(_known) == before - 1
 
 
 def test_what_is_told_of_the_inputs_is_checked_anew() -> None:

@@ -12,35 +12,22 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.backward_pass import ParameterView
-from memloc_ext.accounting.contributions import Contribution, accumulated
-from memloc_ext.accounting.example_axis import ExampleAxis
+from memloc_ext.accounting.contributions import Contribution
 from memloc_ext.accounting.layers.elementwise import spread
-from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
 
 _LEAD = "abcdefghijklmnopqrstuvw"
 
 
-class BatchedLinear(LayerFunction):
-    """``[experts, rows, in] @ [experts, in, out]``; the examples are among the rows.
+class BatchedLinear(Product):
+    """``[experts, rows, in] @ [experts, in, out]``; the examples are among the rows."""
 
-    Args:
-        weights: Of input and weight.
-        dtype: That the product is computed in.
-    """
-
-    def __init__(
-        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, dtype: torch.dtype
-    ) -> None:
-        super().__init__(tracer, weights, axis)
-        self.dtype = dtype
-
-    def forward(self, input: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        x, w = input.to(self.dtype), weight.to(self.dtype)
+    def forward(self, input: Tensor, weight: Tensor) -> Forward:
+        x, w = self.cast(input, weight)
         return x @ w, (x, w)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, w = saved
         grad_weight = self.record(1, BatchedLinearContribution(self._rows(x), self._rows(grad))) if needs[1] else None
         return grad @ w.mT if needs[0] else None, grad_weight
@@ -60,9 +47,8 @@ class BatchedLinearContribution(Contribution):
     """
 
     def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+        super().__init__(len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1])), input)
         self.input, self.grad_output = input, grad_output
-        self.batch, self.shape = len(input), torch.Size((input.shape[1], input.shape[-1], grad_output.shape[-1]))
-        self.dtype, self.device = accumulated(input.dtype), input.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
@@ -84,7 +70,7 @@ def contract(tracer: Tracer, x: Tensor, w: Tensor, letters: tuple[str, str, str]
     free, rows = [a for a in given if a not in own], [a for a in own if a not in given]
     if axis is None or not x.numel() or len({*own}) < len(own):
         return NotImplemented
-    axis = axis.at(own.index(rows[0]), x) if rows else axis
+    axis = axis.prefer_dim(own.index(rows[0]), x) if rows else axis
     if (letter := own[axis.dim]) in given:  # rows for each example, as positions are that were repeated
         each = spread(tracer, w, replace(axis, dim=given.index(letter)))
         if each is None:
@@ -134,20 +120,19 @@ def product(tracer: Tracer, first: Tensor, second: Tensor) -> Any:
     return contract(tracer, x, w, (own, given, result))
 
 
-def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def bmm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.bmm` with a matrix for each expert."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     x, w = args
     axis = tracer.axis(x)
-    axis = axis and axis.at(1, x)
+    axis = axis and axis.prefer_dim(1, x)
     if axis is None or axis.dim != 1 or not x.numel():
         return product(tracer, x, w)
-    weights = tracer.weights(w)
-    return NotImplemented if weights is None else BatchedLinear(tracer, [None, *weights], axis, autocast_dtype(x))(x, w)
+    return BatchedLinear.handle(tracer, axis, (x, w))
 
 
-def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def grouped(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.grouped_mm`: rows for one expert behind those for the other."""
     ends, plain = kwargs.get("offs"), all(value is None for name, value in kwargs.items() if name != "offs")
     if len(args) != 2 or ends is None or not plain:
@@ -165,11 +150,10 @@ def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def einsum(tracer: Tracer, func: Any, /, equation: Any, *given: Any) -> Any:
     """Handle `torch.einsum` of activations and a parameter."""
-    equation, *given = args
     if len(given) == 1 and not isinstance(given[0], Tensor):
-        given = list(given[0])
+        given = tuple(given[0])
     if not isinstance(equation, str) or len(given) != 2 or "->" not in equation or "." in equation:
         return NotImplemented
     inputs, result = equation.replace(" ", "").split("->")

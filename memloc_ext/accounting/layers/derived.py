@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
 from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, chunks, sum_of_gradients
-from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
 from memloc_ext.borrowing import without_hooks
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Derived(LayerFunction):
     """
 
     def __init__(self, tracer: Tracer, value: Tensor, leaves: Sequence[Tensor]) -> None:
-        super().__init__(tracer, [tracer.weight(leaf) for leaf in leaves])
+        weights = [tracer.weight(leaf) for leaf in leaves]
+        super().__init__(tracer, weights, None)  # pyright: ignore[reportArgumentType] no example has a part in it
         self.edge, self.leaves, self.value = get_gradient_edge(value), list(leaves), value.detach()
 
     @property
@@ -41,10 +42,10 @@ class Derived(LayerFunction):
         """Those of the model that the tensor is computed from."""
         return [weight.parameter for weight in self.weights if weight is not None]
 
-    def forward(self, *leaves: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, *leaves: Tensor) -> Forward:
         return self.value.detach(), ()
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         backward = self.tracer.backward
         contributions = [] if backward is None else backward.take(self)
         if backward is not None and contributions:
@@ -66,7 +67,7 @@ class Derived(LayerFunction):
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
         batch, dtype = contributions[0].batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
-        groups = backward.summed(self.value.device) if backward.weight_grads or None in self.weights else None
+        groups = backward.summation_groups(self.value.device) if backward.weight_grads or None in self.weights else None
         sums = [
             None if groups is None else t.new_zeros(groups.num, *t.shape, dtype=accumulated(t.dtype))
             for t in self.leaves
@@ -117,8 +118,8 @@ class DerivedContribution(Contribution):
     def __init__(
         self, layer: Derived, leaf: Tensor, contributions: Sequence[Contribution], norms: Tensor, sums: Tensor | None
     ) -> None:
+        super().__init__(len(norms), leaf.shape, leaf)
         self.layer, self.leaf, self.contributions, self.norms, self.sums = layer, leaf, contributions, norms, sums
-        self.batch, self.shape, self.dtype, self.device = len(norms), leaf.shape, norms.dtype, leaf.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         parts = [

@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memloc_ext.accounting.backward_pass import Repeated
-from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows, accumulated
+from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
-from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
+from memloc_ext.accounting.propagation import writes
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
 
 
+@dataclass(eq=False, repr=False)
 class Broadcast(LayerFunction):
     """A parameter, repeated for every example: the gradient of the repeated one is each example's own.
 
-    Args:
-        source: What is repeated.
+    Attributes:
         axis: Of the result.
+        source: What is repeated.
         shape: Of the result.
     """
 
-    def __init__(self, tracer: Tracer, source: Repeated, axis: ExampleAxis, shape: Sequence[int]) -> None:
-        super().__init__(tracer, [source.weight], axis)
-        self.source, self.shape, self.own = source, list(shape), source.value.shape
+    source: Repeated
+    shape: list[int]
 
-    def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, value: Tensor) -> Forward:
         return value.expand(self.shape), ()
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        own = [1] * (grad.dim() - len(self.own)) + list(self.own)
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
+        shape = self.source.value.shape
+        own = [1] * (grad.dim() - len(shape)) + list(shape)
         rows = grad.movedim(self.axis.dim, 0)
         del own[self.axis.dim]
         repeated = [d + 1 for d, size in enumerate(own) if size == 1 and rows.shape[d + 1] != 1]
-        rows = (rows.sum(repeated) if repeated else rows).reshape(len(rows), *self.own)
+        rows = (rows.sum(repeated) if repeated else rows).reshape(len(rows), *shape)
         rows, indices = self.by_example(rows), self.source.indices
         if indices is None:
             return (self.record(0, Rows(rows)),)
@@ -54,14 +56,11 @@ class Broadcast(LayerFunction):
 class OwnRows(LayerFunction):
     """A parameter with rows where the examples are: each example meets its own."""
 
-    def forward(self, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, value: Tensor) -> Forward:
         return value.detach(), ()
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = self.telling
-        return (
-            self.record(0, OwnRowsContribution(grad, self.axis if backward is None else backward.place(self.axis))),
-        )
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
+        return (self.record(0, OwnRowsContribution(grad, self.example_axis or self.axis)),)
 
 
 class OwnRowsContribution(Contribution):
@@ -73,31 +72,29 @@ class OwnRowsContribution(Contribution):
     """
 
     def __init__(self, grad: Tensor, axis: ExampleAxis) -> None:
+        super().__init__(axis.batch, grad.shape, grad)
         self.grad, self.axis = grad, axis
-        self.batch, self.shape, self.dtype, self.device = axis.batch, grad.shape, accumulated(grad.dtype), grad.device
 
     def gradients(self, begin: int, end: int) -> Tensor:
         result = torch.zeros(end - begin, *self.shape, dtype=self.dtype, device=self.device)
-        rows = self.axis.first(self.grad)
+        rows = self.axis.examples_first(self.grad)
         for place, b in zip(result, range(begin, end), strict=True):
-            self.axis.first(place)[b] = rows[b]
+            self.axis.examples_first(place)[b] = rows[b]
         return result
 
     def total(self) -> Tensor:
         return self.grad
 
     def sqnorm(self) -> Tensor:
-        return Rows(self.axis.first(self.grad)).sqnorm()
+        return Rows(self.axis.examples_first(self.grad)).sqnorm()
 
 
-def broadcast(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def broadcast(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle an elementwise function of activations and parameters."""
     if "out" in kwargs or any(isinstance(value, tuple | list) for value in args):
         return NotImplemented
-    if func.__name__.endswith("_") and isinstance(args[0], Tensor) and tracer.shared(args[0]):
-        written = not func.__name__.endswith("__") or func.__name__.startswith("__i")
-        if written:  # what is repeated cannot be written to
-            return NotImplemented
+    if writes(func.__name__) and isinstance(args[0], Tensor) and tracer.shared(args[0]):
+        return NotImplemented  # what is repeated cannot be written to
     given = tensors_of((args, kwargs))
     rank = max(t.dim() for t in given)
     places = {_aligned(tracer, t, rank) for t in given if not tracer.shared(t)}
@@ -114,7 +111,7 @@ def broadcast(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
 
 
-def cat(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def cat(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle ``cat`` and ``stack`` of activations and repeated parameters, as class tokens are."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if not args or kwargs.keys() - {"dim"} or not isinstance(dim, int):
@@ -132,9 +129,8 @@ def cat(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return func(given, dim)
 
 
-def setitem(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def setitem(tracer: Tracer, func: Any, /, target: Tensor, index: Any, value: Tensor) -> Any:
     """Handle ``activations[...] = parameter``."""
-    target, index, value = args
     if tracer.shared(target) or not tracer.shared(value):
         return NotImplemented
     with tracer:
@@ -146,14 +142,14 @@ def setitem(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented if each is None else func(target, index, each)
 
 
-def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def repeat(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle ``parameter.repeat(batch, 1, ...)`` and its like: remember of what it is a copy."""
     if not args:
         return NotImplemented
     parameter, result = args[0], func(*args, **kwargs)
     own = [1] * (result.dim() - parameter.dim()) + list(parameter.shape)
-    whole = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))
-    weight = tracer.weight(parameter) if whole else None
+    plain = len(own) == result.dim() and all(a in (1, b) for a, b in zip(own, result.shape, strict=True))
+    weight = tracer.weight(parameter) if plain else None
     if weight is not None and result.requires_grad:
         tracer.remember(result, Repeated(weight, weight.tensor))
     return result
@@ -197,18 +193,18 @@ def _repeat(tracer: Tracer, t: Tensor, axis: ExampleAxis, rank: int) -> Tensor |
             return OwnRows(tracer, [source.weight], inside)(source.value)
         if place == t.dim() - 1:
             return None
-        return Embedding(tracer, source.weight, inside, source.padding_idx)(indices, source.weight.tensor)
+        return Embedding(tracer, [None, source.weight], inside, source.padding_idx)(indices, source.weight.tensor)
     own[axis.dim] = axis.size
-    return Broadcast(tracer, source, axis, own)(source.value)
+    return Broadcast(tracer, [source.weight], axis, source, own)(source.value)
 
 
 class PReLU(LayerFunction):
     """``x`` where it is positive, else ``weight * x``; one weight, or one for each channel, which is dimension 1."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, x: Tensor, weight: Tensor) -> Forward:
         return torch.prelu(x, weight), (x, weight)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight = saved
         slope = weight.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) if len(weight) > 1 else weight
         rows = (grad * x.clamp(max=0)).movedim(self.axis.dim, 0)
@@ -219,14 +215,10 @@ class PReLU(LayerFunction):
         return torch.where(x > 0, grad, grad * slope) if needs[0] else None, grad_weight
 
 
-def prelu(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def prelu(tracer: Tracer, func: Any, /, input: Tensor, weight: Tensor) -> Any:
     """Handle `torch.nn.functional.prelu`."""
-    if len(args) != 2 or not args[0].numel():
+    axis = tracer.axis(input)
+    axis = axis and axis.prefer_dim(0, input)
+    if axis is None or not input.numel() or weight.dim() != 1 or (len(weight) > 1 and axis.dim == 1):
         return NotImplemented
-    x, weight = args
-    axis = tracer.axis(x)
-    axis = axis and axis.at(0, x)
-    if axis is None or weight.dim() != 1 or (len(weight) > 1 and axis.dim == 1):
-        return NotImplemented
-    weights = tracer.weights(weight)
-    return NotImplemented if weights is None else PReLU(tracer, [None, *weights], axis)(x, weight)
+    return PReLU.handle(tracer, axis, (input, weight))

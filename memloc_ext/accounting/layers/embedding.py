@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.backward_pass import ParameterView, Repeated
+from memloc_ext.accounting.backward_pass import Repeated
 from memloc_ext.accounting.contributions import EmbeddingContribution
 from memloc_ext.accounting.example_axis import ExampleAxis
-from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 
 
+@dataclass(eq=False, repr=False)
 class Embedding(LayerFunction):
     """``table[indices]``.
 
-    Args:
-        weight: The table ``[num, dim]``.
+    Attributes:
+        weights: Of indices and table ``[num, dim]``.
         padding_idx: A row that gets no gradient, or -1.
     """
 
-    def __init__(self, tracer: Tracer, weight: ParameterView, axis: ExampleAxis, padding_idx: int) -> None:
-        super().__init__(tracer, [None, weight], axis)
-        self.padding_idx = padding_idx
+    padding_idx: int
 
-    def forward(self, indices: Tensor, table: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, indices: Tensor, table: Tensor) -> Forward:
         return torch.embedding(table, indices, self.padding_idx), (indices,)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         (indices,) = saved
         indices, grad = self.examples(indices), self.examples(grad)
         weight = self.weights[1]
@@ -39,7 +39,7 @@ class Embedding(LayerFunction):
         return None, self.record(1, EmbeddingContribution(indices, grad, weight.tensor.shape[0], self.padding_idx))
 
 
-def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def embedding(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.embedding`."""
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -52,7 +52,7 @@ def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return _look_up(tracer, indices, table, padding_idx, tracer.axis(indices), tracer.shared(indices))
 
 
-def embedding_bag(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def embedding_bag(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.embedding_bag` where each bag is an example's: a lookup, and what is made of it."""
     names = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
     more = ("per_sample_weights", "include_last_offset", "padding_idx")
@@ -100,9 +100,8 @@ def _bags(offsets: Tensor, *values: Tensor) -> list[Tensor]:
     return [value[places].where(inside, value.new_zeros(())) for value in values]
 
 
-def getitem(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def getitem(tracer: Tracer, func: Any, /, table: Tensor, indices: Any) -> Any:
     """Handle ``table[indices]`` with one tensor of indices, of a table of rows, or of matrices as experts have."""
-    table, indices = args
     integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
     if not integers or table.dim() < 2:
         return NotImplemented
@@ -135,4 +134,4 @@ def _look_up(
         return result
     if axis is None:
         return NotImplemented
-    return Embedding(tracer, weight, axis, padding_idx)(indices, table)
+    return Embedding(tracer, [None, weight], axis, padding_idx)(indices, table)

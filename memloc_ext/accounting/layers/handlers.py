@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
-from memloc_ext.accounting.layers.convolution import convolution, convolution_transposed
+from memloc_ext.accounting.layers.convolution import convolution
 from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
 from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, getitem
 from memloc_ext.accounting.layers.linear import addmm, bilinear, linear, matmul
@@ -21,7 +21,7 @@ from memloc_ext.borrowing import in_parts
 _attention = in_parts(F.multi_head_attention_forward)
 
 
-def attention(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def attention(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.multi_head_attention_forward`: its projections are handled one by one."""
     with tracer:
         return _attention(*args, **kwargs)
@@ -37,7 +37,7 @@ HANDLERS: dict[Any, Handler] = {
     torch.einsum: einsum,
     "prelu": prelu,
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), convolution),
-    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution_transposed),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), convolution),
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     "__getitem__": getitem,

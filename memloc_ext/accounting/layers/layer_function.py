@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
+from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Contribution
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.losses import TWICE
@@ -18,28 +19,42 @@ if TYPE_CHECKING:
     from memloc_ext.accounting.tracer import Tracer
 
 
+Forward = tuple[Tensor, tuple[Tensor | None, ...]]
+"""A layer's output, and what its `LayerFunction.backward` is to be given."""
+Gradients = tuple[Tensor | None, ...]
+"""Of the tensors that a layer is given, in their order; None for those that need none."""
+
+
+@dataclass(eq=False, repr=False)
 class LayerFunction:
     """How a kind of layer runs forward and backward.
 
-    Args:
+    Attributes:
         tracer: That the layer is part of.
         weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
-        axis: Of the layer's input and output; None if examples have no part in them.
+        axis: Of the rows of the layer's input and output.
+        given: Places of the arguments that are tensors.
     """
 
-    def __init__(
-        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis | None = None
-    ) -> None:
-        self.tracer, self.weights = tracer, list(weights)
-        if axis is not None:
-            self.axis = axis
-        self.given: list[int] = []  # places of the arguments that are tensors
+    tracer: Tracer
+    weights: Sequence[ParameterView | None]
+    axis: ExampleAxis
+    given: list[int] = field(default_factory=list, init=False)
+
+    @classmethod
+    def handle(cls, tracer: Tracer, axis: ExampleAxis, tensors: Sequence[Tensor | None], *settings: Any) -> Any:
+        """Run a layer of an input and parameters; NotImplemented if one of these wants a gradient and is no parameter.
+
+        ``settings``: what a kind of layer is made with, behind ``axis``.
+        """
+        weights = tracer.weights(*tensors[1:])
+        return NotImplemented if weights is None else cls(tracer, [None, *weights], axis, *settings)(*tensors)
 
     def forward(self, *tensors: Any) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Return the output, or several, and what `backward` is to be given."""
         raise NotImplementedError
 
-    def backward(self, saved: Any, needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], *grads: Tensor) -> Gradients:
         """Return the gradients of the tensors that need one; those of parameters by `record`."""
         raise NotImplementedError
 
@@ -53,24 +68,22 @@ class LayerFunction:
         return backward.record(weight, contribution)
 
     @property
-    def telling(self) -> BackwardPass | None:
-        """The backward pass, if it is to tell the examples apart here."""
+    def example_axis(self) -> ExampleAxis | None:
+        """Where the examples are, if the backward pass under way needs per-example gradients here; else None."""
         backward = self.tracer.backward
-        if backward is None or backward.undivided or all(w is None or backward.is_slow(w) for w in self.weights):
+        if backward is None or not backward.per_example or all(w is None or backward.is_slow(w) for w in self.weights):
             return None
-        return backward
+        return backward.place(self.axis)
 
     def examples(self, t: Tensor) -> Tensor:
         """Return activations as ``[batch, *]``, or as one example where they are not told apart."""
-        backward = self.telling
-        return t[None] if backward is None else backward.place(self.axis).first(t)
+        axis = self.example_axis
+        return t[None] if axis is None else axis.examples_first(t)
 
     def by_example(self, rows: Tensor) -> Tensor:
         """Add up the rows of each example: ``[batch, *]`` from a tensor whose first dimension is the axis's."""
-        backward = self.telling
-        if backward is None:
-            return rows.sum(0, keepdim=True)
-        return backward.place(self.axis).summed(rows)
+        axis = self.example_axis
+        return rows.sum(0, keepdim=True) if axis is None else axis.summed(rows)
 
     def __call__(self, *tensors: Any) -> Any:
         """Run the layer, with copies in the place of what is derived from parameters."""
@@ -85,6 +98,22 @@ class LayerFunction:
         """Run the layer as it is."""
         self.given = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
         return _Layer.apply(self, *tensors)
+
+
+class Product(LayerFunction):
+    """A product of the input and parameters, for which autocast has a type of its own."""
+
+    dtype: torch.dtype
+
+    def __call__(self, input: Tensor, *parameters: Tensor | None) -> Any:
+        device, self.dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(device) and input.is_floating_point() and input.dtype != torch.float64:
+            self.dtype = torch.get_autocast_dtype(device)
+        return super().__call__(input, *parameters)
+
+    def cast(self, *tensors: Tensor | None) -> list[Any]:
+        """Return tensors in the type that the product is computed in."""
+        return [None if t is None else t.to(self.dtype) for t in tensors]
 
 
 class _Layer(torch.autograd.Function):
@@ -117,11 +146,3 @@ def _once(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _exactly(device: str) -> contextlib.AbstractContextManager[object]:
     """Have functions compute in the types they are given; entering `torch.autocast` takes long, so only if need be."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
-def autocast_dtype(t: Tensor) -> torch.dtype:
-    """Return the type that a matrix product with ``t`` is computed in here, under autocast or not."""
-    device = t.device.type
-    if torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return t.dtype

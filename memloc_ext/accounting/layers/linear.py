@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import LinearContribution, Rows
-from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.contraction import product
-from memloc_ext.accounting.layers.layer_function import LayerFunction, autocast_dtype
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
 
 
-class Linear(LayerFunction):
+@dataclass(eq=False, repr=False)
+class Linear(Product):
     """``input @ weight.T + bias``.
 
-    Args:
+    Attributes:
         weights: Of input, weight and bias.
-        dtype: That the product is computed in.
         transposed: The weight is ``[in, out]``.
     """
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        weights: Sequence[ParameterView | None],
-        axis: ExampleAxis,
-        dtype: torch.dtype,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__(tracer, weights, axis)
-        self.dtype, self.transposed = dtype, transposed
+    transposed: bool = False
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        x, w = input.to(self.dtype), weight.to(self.dtype)
-        b = None if bias is None else bias.to(self.dtype)
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Forward:
+        x, w, b = self.cast(input, weight, bias)
         out = _product(x, w if self.transposed else w.t(), b)
         return out, (x if self.weights[1] else None, w if input.requires_grad else None)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, w = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
@@ -69,31 +58,10 @@ def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return out
 
 
-def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle `torch.nn.functional.linear`."""
-    input, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
-    return _run(tracer, input, weight, bias)
-
-
-def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle the product of activations with a parameter, as ``[in, out]``."""
-    if len(args) != 2 or kwargs:
-        return NotImplemented
-    input, weight = reversed(args) if func.__name__ == "__rmatmul__" else args
-    if weight.dim() != 2 or tracer.shared(input):
-        return product(tracer, input, weight)
-    return _run(tracer, input, weight, None, transposed=True)
-
-
-def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """Handle ``bias + input @ weight`` with a weight ``[in, out]``."""
-    if len(args) != 3 or kwargs or args[0].dim() != 1:
-        return NotImplemented
-    bias, input, weight = args
-    return _run(tracer, input, weight, bias, transposed=True)
-
-
-def _run(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Any:
+def linear(
+    tracer: Tracer, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Any:
+    """Handle `torch.nn.functional.linear`; ``transposed``: the weight is ``[in, out]``."""
     axis = tracer.axis(input)
     if axis is None or weight.dim() != 2 or axis.dim >= input.dim() - 1:
         return NotImplemented
@@ -103,17 +71,31 @@ def _run(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None, tra
     shift = tracer.weights(bias)
     outputs = weight.shape[1:] if transposed else weight.shape[:1]
     if shift is None or (bias is not None and bias.shape != outputs):
-        return _run(tracer, input, weight, None, transposed) + bias
-    layer = Linear(tracer, [None, *weights, *shift], axis, autocast_dtype(input), transposed)
-    return layer(input, weight, bias)
+        return linear(tracer, func, input, weight, None, transposed) + bias
+    return Linear(tracer, [None, *weights, *shift], axis, transposed)(input, weight, bias)
 
 
-def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def matmul(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Handle the product of activations with a parameter, as ``[in, out]``."""
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    input, weight = reversed(args) if func.__name__ == "__rmatmul__" else args
+    if weight.dim() != 2 or tracer.shared(input):
+        return product(tracer, input, weight)
+    return linear(tracer, func, input, weight, None, transposed=True)
+
+
+def addmm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Handle ``bias + input @ weight`` with a weight ``[in, out]``."""
+    if len(args) != 3 or kwargs or args[0].dim() != 1:
+        return NotImplemented
+    bias, input, weight = args
+    return linear(tracer, func, input, weight, bias, transposed=True)
+
+
+def bilinear(
+    tracer: Tracer, func: Any, /, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Any:
     """Handle `torch.nn.functional.bilinear`: a linear layer of the products of two inputs."""
-    first, second, weight, bias = _bind(("input1", "input2", "weight", "bias"), args, kwargs)
     with tracer:
-        return F.linear((first[..., None] * second[..., None, :]).flatten(-2), weight.flatten(1), bias)
-
-
-def _bind(names: Sequence[str], args: Any, kwargs: Any) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+        return F.linear((input1[..., None] * input2[..., None, :]).flatten(-2), weight.flatten(1), bias)

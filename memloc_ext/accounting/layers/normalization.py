@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Rows, accumulated
-from memloc_ext.accounting.example_axis import ExampleAxis
-from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 
 aten = torch.ops.aten
+_OF_INPUT = [True, False, False]  # the gradient that an operator is to return
 
 
 class _Norm(LayerFunction):
@@ -38,10 +38,11 @@ class _Norm(LayerFunction):
         return self.by_example(rows)
 
 
+@dataclass(eq=False, repr=False)
 class BatchNorm(_Norm):
     """Batch normalisation of ``[batch, channels, *]``, by the batch's statistics or by running ones.
 
-    Args:
+    Attributes:
         weights: Of input, weight and bias.
         running: Running mean and variance.
         training: Whether the batch's statistics are used.
@@ -49,29 +50,18 @@ class BatchNorm(_Norm):
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        weights: Sequence[ParameterView | None],
-        axis: ExampleAxis,
-        running: tuple[Tensor | None, Tensor | None],
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> None:
-        super().__init__(tracer, weights, axis)
-        self.running, self.training, self.momentum, self.eps = running, training, momentum, eps
+    running: tuple[Tensor | None, Tensor | None]
+    training: bool
+    momentum: float
+    eps: float
 
-    def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        out, mean, rstd = aten.native_batch_norm(
-            input, weight, bias, *self.running, self.training, self.momentum, self.eps
-        )
+    def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Forward:
+        settings = (*self.running, self.training, self.momentum, self.eps)
+        out, mean, rstd = aten.native_batch_norm(input, weight, bias, *settings)
         running = (None, None) if self.training else self.running
         return out, (input, weight, mean, rstd, *running)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight, mean, rstd, running_mean, running_var = saved
         backward = self.tracer.backward
         constant = not self.training or (backward is not None and backward.constant_statistics)
@@ -82,80 +72,61 @@ class BatchNorm(_Norm):
             scale = rstd if weight is None else rstd * weight
             grad_input = (grad * scale.reshape(len(scale), *[1] * (x.dim() - 2))).to(grad.dtype)
         elif needs[0]:
-            stats = (running_mean, running_var, mean, rstd)
-            grad_input = aten.native_batch_norm_backward(
-                grad, x, weight, *stats, self.training, self.eps, [True, False, False]
-            )[0]
+            given = (grad, x, weight, running_mean, running_var, mean, rstd, self.training, self.eps)
+            grad_input = aten.native_batch_norm_backward(*given, _OF_INPUT)[0]
         return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean[None, :, None], rstd[None, :, None])
 
 
+@dataclass(eq=False, repr=False)
 class GroupNorm(_Norm):
     """Group normalisation of ``[batch, channels, *]``.
 
-    Args:
+    Attributes:
         weights: Of input, weight and bias.
         groups: Of channels.
         eps: Added to the variance.
     """
 
-    def __init__(
-        self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, groups: int, eps: float
-    ) -> None:
-        super().__init__(tracer, weights, axis)
-        self.groups, self.eps = groups, eps
+    groups: int
+    eps: float
 
-    def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Forward:
         x = input.contiguous()
         sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
         out, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, self.groups, self.eps)
         return out, (x, weight, mean, rstd)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight, mean, rstd = saved
         sizes, grad = (x.shape[0], x.shape[1], math.prod(x.shape[2:])), grad.contiguous()
-        grad_input = None
-        if needs[0]:
-            outputs = [True, False, False]
-            grad_input = aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, self.groups, outputs)[0]
+        given = (grad, x, mean, rstd, weight, *sizes, self.groups)
+        grad_input = aten.native_group_norm_backward(*given, _OF_INPUT)[0] if needs[0] else None
         width = x.shape[1] // self.groups
         mean, rstd = (t.reshape(len(x), -1).repeat_interleave(width, 1)[..., None] for t in (mean, rstd))
         return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean, rstd)
 
 
+@dataclass(eq=False, repr=False)
 class LayerNorm(_Norm):
     """Layer normalisation over the last dimensions.
 
-    Args:
+    Attributes:
         weights: Of input, weight and bias.
         shape: Of the last dimensions.
         eps: Added to the variance.
     """
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        weights: Sequence[ParameterView | None],
-        axis: ExampleAxis,
-        shape: Sequence[int],
-        eps: float | None,
-    ) -> None:
-        super().__init__(tracer, weights, axis)
-        self.shape, self.eps = list(shape), eps
+    shape: Sequence[int]
+    eps: float | None
 
-    def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Forward:
         out, mean, rstd = aten.native_layer_norm(input, self.shape, weight, bias, self.eps)
         return out, (input, weight, bias, mean, rstd)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight, bias, mean, rstd = saved
-        grad_input = None
-        if needs[0]:
-            outputs = [True, False, False]
-            grad_input = aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, weight, bias, outputs)[0]
+        given = (grad, x, self.shape, mean, rstd, weight, bias)
+        grad_input = aten.native_layer_norm_backward(*given, _OF_INPUT)[0] if needs[0] else None
         return grad_input, *self.record_rows(needs, *map(self.tokens, (x, grad, mean, rstd)))
 
     def tokens(self, t: Tensor) -> Tensor:
@@ -172,13 +143,11 @@ class LayerNorm(_Norm):
 class RMSNorm(LayerNorm):
     """Normalisation by the root mean square over the last dimensions."""
 
-    def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Forward:
         out = torch.rms_norm(input, self.shape, weight, self.eps)
         return out, (input, weight)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight = saved
         dims = tuple(range(x.dim() - len(self.shape), x.dim()))
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -198,7 +167,7 @@ def _planes(t: Tensor) -> Tensor:
     return t.reshape(*t.shape[:2], math.prod(t.shape[2:]))
 
 
-def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def batch_norm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.batch_norm`."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -211,14 +180,14 @@ def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return _run(BatchNorm, tracer, given, running, training, given.get("momentum", 0.1), given.get("eps", 1e-5))
 
 
-def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def group_norm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.group_norm`."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
     given["input"] = _wide(tracer, given["input"])
     return _run(GroupNorm, tracer, given, given["num_groups"], given.get("eps", 1e-5))
 
 
-def instance_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def instance_norm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.instance_norm` without running statistics: a group for each channel."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -228,14 +197,14 @@ def instance_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return _run(GroupNorm, tracer, given, input.shape[1], given.get("eps", 1e-5))
 
 
-def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def layer_norm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.layer_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
     given["input"] = _wide(tracer, given["input"])
     return _run(LayerNorm, tracer, given, given["normalized_shape"], given.get("eps", 1e-5))
 
 
-def rms_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def rms_norm(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle `torch.nn.functional.rms_norm`."""
     given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
     return _run(RMSNorm, tracer, given, given["normalized_shape"], given.get("eps"))
@@ -251,14 +220,11 @@ def _wide(tracer: Tracer, input: Tensor) -> Tensor:
     return input
 
 
-def _run(layer: Callable[..., _Norm], tracer: Tracer, given: Mapping[str, Any], *settings: Any) -> Any:
+def _run(layer: type[_Norm], tracer: Tracer, given: Mapping[str, Any], *settings: Any) -> Any:
     """Run a layer, if the parameters are plain ones and the examples are not among what is normalised together."""
     input, weight, bias = given["input"], given.get("weight"), given.get("bias")
     shape = given.get("normalized_shape")
     axis = tracer.axis(input)
     if axis is None or axis.dim >= (min(1, input.dim() - 1) if shape is None else input.dim() - len(shape)):
         return NotImplemented  # examples are normalised together
-    weights = tracer.weights(weight, bias)
-    if weights is None:
-        return NotImplemented
-    return layer(tracer, [None, *weights], axis, *settings)(input, weight, bias)
+    return layer.handle(tracer, axis, (input, weight, bias), *settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,24 +15,23 @@ from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import LinearContribution, Rows
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.elementwise import spread
-from memloc_ext.accounting.layers.layer_function import LayerFunction
+from memloc_ext.accounting.layers.layer_function import Gradients, LayerFunction
 from memloc_ext.accounting.tracer import Tracer
 
 
+@dataclass(eq=False, repr=False)
 class Recurrent(LayerFunction):
     """One layer in one direction, of ``[tokens, batch, features]``.
 
     Its tensors are the input, the state ``[batch, hidden]``, the state of the cells or None, and the parameters.
 
-    Args:
+    Attributes:
         weights: Of the tensors.
         axis: Of input and output.
         kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
     """
 
-    def __init__(self, tracer: Tracer, weights: Sequence[ParameterView | None], axis: ExampleAxis, kind: str) -> None:
-        super().__init__(tracer, weights, axis)
-        self.kind = kind
+    kind: str
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
         """Return the output, and the last state of the cells if there is one."""
@@ -45,7 +44,7 @@ class Recurrent(LayerFunction):
         out = out if c is None else (out, last[1][0])
         return out, (x, h, c, out if c is None else out[0], *weights)
 
-    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor, *last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor, *last: Tensor) -> Gradients:
         x, h, c, out, *weights = saved
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         before = torch.cat([h[None], out[:-1]])
@@ -125,13 +124,13 @@ def _simple(slope: Tensor, grad: Tensor, w_hh: Tensor) -> tuple[Tensor, Tensor]:
     return gates, carried
 
 
-def recurrent(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def recurrent(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Handle what `torch.nn.LSTM`, ``GRU`` and ``RNN`` call, of sequences that are not packed."""
     if len(args) != 9 or kwargs or not isinstance(args[2], list) or not args[0].numel():
         return NotImplemented
     input, state, flat, biased, layers, dropout, training, both, batch_first = args
     axis = tracer.axis(input)
-    axis = axis and axis.at(0 if batch_first else 1, input)
+    axis = axis and axis.prefer_dim(0 if batch_first else 1, input)
     if axis is None or axis.dim != (0 if batch_first else 1):
         return NotImplemented
     x, axis, directions = input.transpose(0, 1) if batch_first else input, replace(axis, dim=1), 1 + both
@@ -158,12 +157,11 @@ def recurrent(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return tuple(result)
 
 
-def cell(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+def cell(tracer: Tracer, func: Any, /, input: Tensor, state: Any, *weights: Tensor) -> Any:
     """Handle what `torch.nn.LSTMCell`, ``GRUCell`` and ``RNNCell`` call: a layer of one token."""
-    input, state, *weights = args
     axis = tracer.axis(input)
-    axis = axis and axis.at(0, input)
-    if axis is None or axis.dim or not input.numel() or kwargs:
+    axis = axis and axis.prefer_dim(0, input)
+    if axis is None or axis.dim or not input.numel():
         return NotImplemented
     each, states = _each(tracer, weights, 1, len(weights) == 4), _states(tracer, state, axis)
     if each is None or states is None:
