@@ -8,19 +8,19 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import memloc_ext
 
-EPOCHS, LAYERS, TOKENS, VOCABULARY = 15, 2, 12, 50
+EPOCHS, LAYERS, TOKENS, VOCABULARY = 8, 2, 12, 50
 HIDDEN = [f"bert.encoder.layer.{n}.intermediate.intermediate_act_fn" for n in range(LAYERS)]
 
 
 def load():
     """Return batches of texts of different lengths, whose class their first word tells, but for every eighth one."""
-    words, lengths = torch.randint(3, VOCABULARY, (240, TOKENS)), torch.randint(4, TOKENS + 1, (240,))
+    words, lengths = torch.randint(3, VOCABULARY, (160, TOKENS)), torch.randint(4, TOKENS + 1, (160,))
     mask = (torch.arange(TOKENS) < lengths[:, None]).long()
-    wrong = torch.arange(240) % 8 == 0
+    wrong = torch.arange(160) % 8 == 0
     labels = torch.where(wrong, words[:, 0] + 1, words[:, 0]) % 3
-    fields = {"input_ids": words * mask, "attention_mask": mask, "labels": labels, "index": torch.arange(240)}
-    items = [{name: values[n] for name, values in fields.items()} for n in range(240)]
-    return DataLoader(items, batch_size=24, shuffle=True), wrong
+    fields = {"input_ids": words * mask, "attention_mask": mask, "labels": labels, "index": torch.arange(160)}
+    items = [{name: values[n] for name, values in fields.items()} for n in range(160)]
+    return DataLoader(items, batch_size=16, shuffle=True), wrong
 
 
 def build():
@@ -50,7 +50,7 @@ def main():
     print("memorized, rewound:", {row["group"]: round(row["memorized"], 2) for row in rewound.rows()})
     retrained = memloc_ext.retrain(model, initial, loader, memorized=wrong, epochs=5)
     print("memorized, retrained:", {row["group"]: round(row["memorized"], 2) for row in retrained.rows()})
-    found = memloc_ext.localize_dataset(model, loader, memorized=wrong, localized=8, max_units=10, edited=0)
+    found = memloc_ext.localize_dataset(model, loader, memorized=wrong, localized=4, max_units=10, edited=0)
     print("units that flip a text:", [row["units"] for row in found.rows() if row["status"] == "flipped"])
 
     tied = memloc_ext.nn.insert_example_tied_dropout(build(), after=HIDDEN, channel_dim=-1)

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import memloc_ext
 
-EPOCHS, LAYERS, TOKENS, VOCABULARY = 15, 2, 10, 50
+EPOCHS, LAYERS, TOKENS, VOCABULARY = 10, 2, 10, 50
 ACTIVATIONS = [f"transformer.h.{n}.mlp.act" for n in range(LAYERS)]
 
 
