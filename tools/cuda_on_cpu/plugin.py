@@ -48,7 +48,10 @@ def _needs_a_device(*_: object, **__: object) -> NoReturn:
 
 def pytest_configure() -> None:
     """Put the CUDA operators in the place of the CPU's, before the tests are collected."""
-    build(sanitize="libasan" in os.environ.pop("LD_PRELOAD", ""))  # which compilers started from here do without
+    with pytest.MonkeyPatch.context() as patch:
+        preloaded = os.environ.get("LD_PRELOAD", "")
+        patch.delenv("LD_PRELOAD", raising=False)  # which compilers do without, and the processes of tests do not
+        build(sanitize="libasan" in preloaded)
     aten.impl("bmm.dtype_out", _bmm_into, "CPU")
     for name in ("Stream", "CUDAGraph", "mem_get_info", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _needs_a_device)
