@@ -91,6 +91,8 @@ class DropoutConfig:
         p_mem: Probability that an example keeps a memorization channel, in [0, 1].
         rescale: What drop multiplies generalization channels by, see ExampleTiedDropout.
         sites: Modules after which dropout goes; by default the model's own sites.
+        channels_last: Take the last dimension of what these return for its channels, as tokens have them (channel_dim
+            -1); otherwise the model's own, or 1.
         standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
     """
 
@@ -98,6 +100,7 @@ class DropoutConfig:
     p_mem: float = 0.1
     rescale: Literal["none", "authors", "expectation"] = "none"
     sites: tuple[str, ...] = ()
+    channels_last: bool = False
     standard_p: float = 0.2
 
 

@@ -22,6 +22,8 @@ MODEL = "(model)"
 """The layer group, in a table, of all parameters together."""
 AS_TRAINED = "as trained"
 """The mode, in a table, of a model that has only one."""
+TOKENS = {part: f"{part}_tokens" for part in ("clean", "memorized", "test")}
+"""Part to the column, in a table, of the share of right ones among its labelled tokens."""
 
 
 def save(folder: Path, name: str, result: Any, rows: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -32,8 +34,12 @@ def save(folder: Path, name: str, result: Any, rows: Sequence[Mapping[str, Any]]
 
 
 def metrics_rows(model: str, modes: Mapping[str, Accuracy]) -> list[dict[str, Any]]:
-    """Return a row per mode of a model."""
-    return [{"model": model, "mode": mode, **found.shares()} for mode, found in modes.items()]
+    """Return a row per mode of a model: shares of right examples, and of right tokens if there are tokens."""
+    rows = []
+    for mode, found in modes.items():
+        tokens = {name: found.tokens[part] for part, name in TOKENS.items() if part in found.tokens}
+        rows.append({"model": model, "mode": mode, **found.shares(), **tokens})
+    return rows
 
 
 def accounting_rows(table: Sequence[AccountedEpoch]) -> list[dict[str, Any]]:

@@ -117,8 +117,6 @@ def run_study(
         raise ValueError("account needs the calls of single modules: leave out --compile, or give --no-account")
     if "account" in wanted and not config.account:
         raise ValueError("the stage account needs a training that keeps an account: leave out --no-account")
-    if "train" in wanted and config.account and config.task != "classification":
-        raise ValueError(f"account needs the task classification, got {config.task}: give --no-account")
     if config.data.download:
         once(lambda: load_data(config).name)  # fetches the files for all processes
     dataset = load_data(config, say)

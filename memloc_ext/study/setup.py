@@ -88,7 +88,8 @@ def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn
         model = _untrained(config, dataset)
     if variant != "plain":
         sites = list(settings.sites) or models.dropout_sites(model)
-        dim = models.channel_dim(model)
+        own = models.channel_dim(model) if hasattr(model, "layout") else None  # then a dropout refuses tokens
+        dim = -1 if settings.channels_last else own
         if variant == "example_tied":
             shares = {"p_gen": settings.p_gen, "p_mem": settings.p_mem, "rescale": settings.rescale}
             insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim)

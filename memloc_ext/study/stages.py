@@ -133,7 +133,7 @@ class Study:
 def _account(study: Study, folder: Path) -> None:
     settings, training = study.config.train, study.folders["train"]
     table = once(lambda: accounted_epochs(training / ACCOUNTS, settings.epochs))
-    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings)
+    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings, study.config.task)
     once(lambda: results.save(folder, results.ACCOUNTING, table, results.accounting_rows(table)))
     once(lambda: write_csv(folder / f"{results.PARAMETERS}.csv", results.parameter_rows(table)))
     once(lambda: results.save(folder, results.COST, cost))

@@ -98,7 +98,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
     page = write_report(finished).read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for sentence in (*plain_answers(finished.metrics, True), *dropout_answers(finished.metrics, True)):
+    for sentence in (*plain_answers(finished.metrics), *dropout_answers(finished.metrics)):
         assert sentence.split("%")[0] in page
     assert sorted(file.name for file in (finished.path / "figures").iterdir()) == [
         "accuracy.png",

@@ -36,7 +36,7 @@ def numbers(run: Run) -> list[Number]:
         found += retraining.numbers(run.retraining)
     for model, result in run.localizations.items():
         found += localization.numbers(model, result)
-    return found + accuracies.dropout_numbers(run.metrics, accuracies.is_mislabelled(run))
+    return found + accuracies.dropout_numbers(run.metrics)
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
