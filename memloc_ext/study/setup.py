@@ -128,7 +128,11 @@ def _untrained(config: StudyConfig, dataset: StudyData) -> nn.Module:
             import timm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(f"--model {name} needs timm; run: pip install timm") from error
-        return timm.create_model(inner, num_classes=classes, in_chans=channels)
+        if not timm.is_model(inner):
+            raise ValueError(f"--model {name} must be of timm.list_models(), got {inner}")
+        known = timm.models.get_pretrained_cfg(inner)
+        sized = {"img_size": size} if known is not None and known.fixed_input_size else {}
+        return timm.create_model(inner, num_classes=classes, in_chans=channels, **sized)
     if width is None:
         width = 0.5 if (name, dataset.name) == ("resnet9", "digits") else 1.0
     return models.build(name, num_classes=classes, in_channels=channels, image_size=size, width=width)

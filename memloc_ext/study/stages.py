@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from memloc_ext.distributed import once
@@ -56,6 +57,8 @@ class Study:
         """Raise what is wrong with the settings of some stages, before anything is written."""
         config = self.config
         models = {v: build_model(config, self.dataset, v) for v, (stage, _) in TRAINED.items() if stage in stages}
+        for model in models.values():  # which may not go together with the data or the task
+            accuracy(model, self.dataset.train.subset(torch.arange(1)), task=config.task)
         asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
         for stage, names in asked.items():
             if stage in stages:
