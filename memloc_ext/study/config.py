@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from memloc_ext import data
 from memloc_ext.tasks import TaskName
@@ -13,7 +13,6 @@ from memloc_ext.training import TrainConfig
 from memloc_ext.training.config import check_rules, check_types
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
 """The ways to train a model: without dropout, or with one of three."""
 
 

@@ -58,18 +58,9 @@ def parameter_rows(table: Sequence[AccountedEpoch]) -> list[dict[str, Any]]:
 
 
 def localization_rows(localization: DatasetLocalization) -> list[dict[str, Any]]:
-    """Return a row per example; ``units`` are ``site:unit`` in the order in which they were switched off."""
-    return [
-        {
-            "example": row.example,
-            "kind": row.kind,
-            "status": row.status,
-            "num_units": len(row.units),
-            "units": " ".join(f"{site}:{unit}" for site, unit in row.units),
-            "loss": row.loss,
-        }
-        for row in localization.examples
-    ]
+    """Return a row per example: those of the library, the numbers of the units in their sites, and the last loss."""
+    pairs = zip(localization.rows(), localization.examples, strict=True)
+    return [{**row, "numbers": " ".join(str(unit) for _, unit in one.units), "loss": one.loss} for row, one in pairs]
 
 
 TABLES: dict[type, tuple[str, Callable[[Any], Sequence[Mapping[str, Any]]]]] = {

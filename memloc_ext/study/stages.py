@@ -91,9 +91,8 @@ class Study:
             modes = accuracy_by_mode(model, dataset.train, test=dataset.test, task=task)
         else:
             modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test, task=task)}
-        rows = results.metrics_rows(variant, modes)
         once(lambda: results.save(folder, results.HISTORY, history, history))
-        once(lambda: results.save(folder, results.METRICS, modes, rows))
+        once(lambda: results.save(folder, results.METRICS, modes, results.metrics_rows(variant, modes)))
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
