@@ -37,6 +37,7 @@ IMPORTED = (
     "jinja2",
     "matplotlib.backends.backend_agg",
     "sklearn.model_selection",
+    "torch._dynamo",  # by any optimizer
     "tqdm",
     "tyro",
 )

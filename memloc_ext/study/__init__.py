@@ -5,14 +5,13 @@ each does), `results` (what it found, on disk), `accounting` (a training that ke
 by a hash), `run` (which stages to do), `report`, and `command_line`.
 """
 
-from memloc_ext.study.config import VARIANTS, DataConfig, DropoutConfig, ModelConfig, StudyConfig, Variant
+from memloc_ext.study.config import DataConfig, DropoutConfig, ModelConfig, StudyConfig, Variant
 from memloc_ext.study.run import Run, load_run, run_study
 from memloc_ext.study.setup import build_model, load_data
 from memloc_ext.study.stages import STAGES, StageName
 
 __all__ = [
     "STAGES",
-    "VARIANTS",
     "DataConfig",
     "DropoutConfig",
     "ModelConfig",

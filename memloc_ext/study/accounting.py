@@ -20,7 +20,7 @@ from memloc_ext.accounting import GradientAccountant
 from memloc_ext.examples import Examples
 from memloc_ext.marks import marked
 from memloc_ext.probes import EpochAccount, GradientAccounting, GroupAccount, ParameterAccount
-from memloc_ext.tasks import task_of
+from memloc_ext.tasks import Task, TaskName, task_of
 from memloc_ext.tensor_files import load_tensors, save_tensors
 from memloc_ext.training import Backward, TrainConfig
 from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
@@ -167,7 +167,9 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
     return table
 
 
-def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
+def accounting_cost(
+    model: nn.Module, split: Examples, config: TrainConfig, task: TaskName = "classification"
+) -> dict[str, float]:
     """Time plain and accounted training of a copy of a model, step about, on a batch drawn at random.
 
     Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
@@ -179,11 +181,10 @@ def accounting_cost(model: nn.Module, split: Examples, config: TrainConfig) -> d
         the one beside it; ``epoch_end``, seconds; ``ratio``, of an accounted epoch to a plain one, from these;
         ``pairs``, the number of ratios.
     """
-    return distributed.once(lambda: _cost(model, split, config))
+    return distributed.once(lambda: _cost(copy.deepcopy(model).train(), split, config, task_of(task)))
 
 
-def _cost(model: nn.Module, split: Examples, config: TrainConfig) -> dict[str, float]:
-    model, task = copy.deepcopy(model).train(), task_of("classification")
+def _cost(model: nn.Module, split: Examples, config: TrainConfig, task: Task) -> dict[str, float]:
     with epoch_rng(config.seed, 0, split.device) as generator:
         batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])
         optimizer = torch.optim.SGD(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from memloc_ext import data
 from memloc_ext.tasks import TaskName
@@ -13,7 +13,6 @@ from memloc_ext.training import TrainConfig
 from memloc_ext.training.config import check_rules, check_types
 
 Variant = Literal["plain", "example_tied", "standard", "fixed"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
 """The ways to train a model: without dropout, or with one of three."""
 
 
@@ -91,6 +90,8 @@ class DropoutConfig:
         p_mem: Probability that an example keeps a memorization channel, in [0, 1].
         rescale: What drop multiplies generalization channels by, see ExampleTiedDropout.
         sites: Modules after which dropout goes; by default the model's own sites.
+        channels_last: Take the last dimension of what these return for its channels, as tokens have them (channel_dim
+            -1); otherwise the model's own, or 1.
         standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
     """
 
@@ -98,6 +99,7 @@ class DropoutConfig:
     p_mem: float = 0.1
     rescale: Literal["none", "authors", "expectation"] = "none"
     sites: tuple[str, ...] = ()
+    channels_last: bool = False
     standard_p: float = 0.2
 
 

@@ -122,7 +122,6 @@ class OwnExamples:
 class OwnDataset:
     """What a user's factory returned, and whether it says itself which of the training examples are memorized."""
 
-    name: str
     train: OwnExamples
     test: OwnExamples
     marked: bool
@@ -134,7 +133,7 @@ class OwnDataset:
         if not isinstance(made, tuple | list) or len(made) != 2:
             raise ValueError(f"--dataset {name} must return the training and the test set, got {type(made).__name__}")
         train, is_marked = OwnExamples.of(f"{name}, train", made[0], device)
-        return cls(name, train, OwnExamples.of(f"{name}, test", made[1], device)[0], is_marked)
+        return cls(train, OwnExamples.of(f"{name}, test", made[1], device)[0], is_marked)
 
     def with_noise(self, fraction: float, kind: NoiseKind, seed: int) -> OwnDataset:
         """Return the data set with label noise on its training examples."""

@@ -22,6 +22,8 @@ MODEL = "(model)"
 """The layer group, in a table, of all parameters together."""
 AS_TRAINED = "as trained"
 """The mode, in a table, of a model that has only one."""
+TOKENS = {part: f"{part}_tokens" for part in ("clean", "memorized", "test")}
+"""Part to the column, in a table, of the share of right ones among its labelled tokens."""
 
 
 def save(folder: Path, name: str, result: Any, rows: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -32,8 +34,12 @@ def save(folder: Path, name: str, result: Any, rows: Sequence[Mapping[str, Any]]
 
 
 def metrics_rows(model: str, modes: Mapping[str, Accuracy]) -> list[dict[str, Any]]:
-    """Return a row per mode of a model."""
-    return [{"model": model, "mode": mode, **found.shares()} for mode, found in modes.items()]
+    """Return a row per mode of a model: shares of right examples, and of right tokens if there are tokens."""
+    rows = []
+    for mode, found in modes.items():
+        tokens = {name: found.tokens[part] for part, name in TOKENS.items() if part in found.tokens}
+        rows.append({"model": model, "mode": mode, **found.shares(), **tokens})
+    return rows
 
 
 def accounting_rows(table: Sequence[AccountedEpoch]) -> list[dict[str, Any]]:
@@ -52,18 +58,9 @@ def parameter_rows(table: Sequence[AccountedEpoch]) -> list[dict[str, Any]]:
 
 
 def localization_rows(localization: DatasetLocalization) -> list[dict[str, Any]]:
-    """Return a row per example; ``units`` are ``site:unit`` in the order in which they were switched off."""
-    return [
-        {
-            "example": row.example,
-            "kind": row.kind,
-            "status": row.status,
-            "num_units": len(row.units),
-            "units": " ".join(f"{site}:{unit}" for site, unit in row.units),
-            "loss": row.loss,
-        }
-        for row in localization.examples
-    ]
+    """Return a row per example: those of the library, the numbers of the units in their sites, and the last loss."""
+    pairs = zip(localization.rows(), localization.examples, strict=True)
+    return [{**row, "numbers": " ".join(str(unit) for _, unit in one.units), "loss": one.loss} for row, one in pairs]
 
 
 TABLES: dict[type, tuple[str, Callable[[Any], Sequence[Mapping[str, Any]]]]] = {

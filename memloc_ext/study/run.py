@@ -14,7 +14,7 @@ import torch
 
 from memloc_ext._version import __version__
 from memloc_ext.distributed import once, rank
-from memloc_ext.files import plain, read_json, remove_temporaries, write_csv, write_json
+from memloc_ext.files import plain, read_json, remove_temporaries, write_json
 from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.progress import named
 from memloc_ext.study import results
@@ -25,10 +25,10 @@ from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fin
 from memloc_ext.study.stages import LOCALIZED, STAGES, TRAINED, StageName, Study
 from memloc_ext.study.store import Result, Source, check_inside, is_result, locked
 
-RUN, METRICS, NUMBERS, REPORT, FIGURES = "run.json", "metrics", "numbers", "report.html", "figures"
+RUN, NUMBERS, REPORT, FIGURES = "run.json", "numbers", "report.html", "figures"
 SEEDS = "seeds.json"
 """File in the folder of several runs that differ in the seed: the names of their folders."""
-_SEALED = (RUN, f"{METRICS}.*", f"{NUMBERS}.*", REPORT, f"{FIGURES}/*")
+_SEALED = (RUN, f"{results.METRICS}.*", f"{NUMBERS}.*", REPORT, f"{FIGURES}/*")
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,8 @@ def run_study(
         raise ValueError("account needs the calls of single modules: leave out --compile, or give --no-account")
     if "account" in wanted and not config.account:
         raise ValueError("the stage account needs a training that keeps an account: leave out --no-account")
-    if "train" in wanted and config.account and config.task != "classification":
-        raise ValueError(f"account needs the task classification, got {config.task}: give --no-account")
     if config.data.download:
-        once(lambda: load_data(config).name)  # fetches the files for all processes
+        once(lambda: len(load_data(config).train))  # fetches the files for all processes
     dataset = load_data(config, say)
     wanted = _possible(config, dataset, wanted, say)
     sources = _sources(config, dataset)
@@ -285,8 +283,7 @@ def _write_run(path: Path, run: _Run) -> None:
 
 
 def _write_metrics(run: Run) -> None:
-    write_csv(run.path / f"{METRICS}.csv", run.metrics)
-    write_json(run.path / f"{METRICS}.json", run.metrics)
+    results.save(run.path, results.METRICS, run.metrics, run.metrics)
     run.seal()
 
 

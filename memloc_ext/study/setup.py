@@ -7,14 +7,15 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext import data, models
 from memloc_ext._libraries import has_cuda_kernels
-from memloc_ext.data import Dataset, Split
+from memloc_ext._torchvision import import_torchvision
+from memloc_ext.data import Dataset
 from memloc_ext.distributed import own_device
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
 from memloc_ext.parts import fingerprint
@@ -22,7 +23,6 @@ from memloc_ext.study.config import StudyConfig, Variant
 from memloc_ext.study.own import OwnDataset, OwnExamples, called, is_own
 
 StudyData: TypeAlias = Dataset | OwnDataset
-S = TypeVar("S", Split, OwnExamples)
 _ROWS = 1024
 """Images whose pixels are read at a time."""
 
@@ -46,7 +46,9 @@ def load_data(config: StudyConfig, say: Callable[[str], object] = lambda _: None
         thresholds = {"below": settings.below, "above": settings.above}
         mask = data.memorized_mask(settings.memorized, count, **thresholds, part=rows, say=say)
         dataset = replace(dataset, train=replace(dataset.train, memorized=mask.to(dataset.train.device)))
-    dataset = replace(dataset, train=_part(dataset.train, rows), test=_part(dataset.test, test_rows))  # type: ignore
+    parts: dict[str, Any] = {"train": rows, "test": test_rows}
+    parts = {name: getattr(dataset, name).subset(rows) for name, rows in parts.items() if rows is not None}
+    dataset = replace(dataset, **parts)
     if isinstance(dataset, OwnDataset):
         noisy = settings.memorized is None and not dataset.marked and config.task == "classification"
         return dataset.with_noise(settings.noise, settings.noise_kind, seed) if noisy else dataset
@@ -61,10 +63,6 @@ def _drawn(name: str, count: int, wanted: int | None, seed: int) -> Tensor | Non
     if wanted > count:
         raise ValueError(f"{name} must be at most {count}, which there are, got {wanted}")
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
-
-
-def _part(split: S, rows: Tensor | None) -> S:
-    return split if rows is None else split.subset(rows)
 
 
 def fingerprint_data(dataset: StudyData) -> str:
@@ -88,7 +86,8 @@ def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn
         model = _untrained(config, dataset)
     if variant != "plain":
         sites = list(settings.sites) or models.dropout_sites(model)
-        dim = models.channel_dim(model)
+        own = models.channel_dim(model) if hasattr(model, "layout") else None  # then a dropout refuses tokens
+        dim = -1 if settings.channels_last else own
         if variant == "example_tied":
             shares = {"p_gen": settings.p_gen, "p_mem": settings.p_mem, "rescale": settings.rescale}
             insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim)
@@ -117,19 +116,22 @@ def _untrained(config: StudyConfig, dataset: StudyData) -> nn.Module:
     else:
         classes, channels, size = dataset.num_classes, dataset.in_channels, dataset.image_size
     if library == "torchvision" and colon:
-        from torchvision.models import get_model
-
         if channels != 3:
             raise ValueError(f"--model {name} takes images of 3 channels, got {channels}")
-        return get_model(inner, weights=None, num_classes=classes)
+        return import_torchvision("models").get_model(inner, weights=None, num_classes=classes)
     if library == "timm" and colon:
         try:
+            import_torchvision()  # which timm imports
             import timm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(f"--model {name} needs timm; run: pip install timm") from error
-        return timm.create_model(inner, num_classes=classes, in_chans=channels)
+        if not timm.is_model(inner):
+            raise ValueError(f"--model {name} must be of timm.list_models(), got {inner}")
+        known = timm.models.get_pretrained_cfg(inner)
+        sized = {"img_size": size} if known is not None and known.fixed_input_size else {}
+        return timm.create_model(inner, num_classes=classes, in_chans=channels, **sized)
     if width is None:
-        width = 0.5 if (name, dataset.name) == ("resnet9", "digits") else 1.0
+        width = 0.5 if (name, config.data.dataset) == ("resnet9", "digits") else 1.0
     return models.build(name, num_classes=classes, in_channels=channels, image_size=size, width=width)
 
 

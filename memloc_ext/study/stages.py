@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from memloc_ext.distributed import once
@@ -56,6 +57,8 @@ class Study:
         """Raise what is wrong with the settings of some stages, before anything is written."""
         config = self.config
         models = {v: build_model(config, self.dataset, v) for v, (stage, _) in TRAINED.items() if stage in stages}
+        for model in models.values():  # which may not go together with the data or the task
+            accuracy(model, self.dataset.train.subset(torch.arange(1)), task=config.task)
         asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
         for stage, names in asked.items():
             if stage in stages:
@@ -88,9 +91,8 @@ class Study:
             modes = accuracy_by_mode(model, dataset.train, test=dataset.test, task=task)
         else:
             modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test, task=task)}
-        rows = results.metrics_rows(variant, modes)
         once(lambda: results.save(folder, results.HISTORY, history, history))
-        once(lambda: results.save(folder, results.METRICS, modes, rows))
+        once(lambda: results.save(folder, results.METRICS, modes, results.metrics_rows(variant, modes)))
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
@@ -133,7 +135,7 @@ class Study:
 def _account(study: Study, folder: Path) -> None:
     settings, training = study.config.train, study.folders["train"]
     table = once(lambda: accounted_epochs(training / ACCOUNTS, settings.epochs))
-    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings)
+    cost = accounting_cost(study.trained("plain"), study.dataset.train, settings, study.config.task)
     once(lambda: results.save(folder, results.ACCOUNTING, table, results.accounting_rows(table)))
     once(lambda: write_csv(folder / f"{results.PARAMETERS}.csv", results.parameter_rows(table)))
     once(lambda: results.save(folder, results.COST, cost))

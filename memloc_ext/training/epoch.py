@@ -43,7 +43,7 @@ class Backward:
         """Give the parameters their gradients, as ``loss.backward()`` does.
 
         Args:
-            loss: Cross-entropy of the slice, mean over its B examples, multiplied by ``share`` and by ``scale``; 0-d.
+            loss: Of the slice, mean over its B examples, multiplied by ``share`` and by ``scale``; 0-d.
                 Over the processes it adds up to the batch's, mean over its examples.
             ids: Numbers of its examples in the data set, ``[B]``, int64.
             scale: What the loss is multiplied by for float16, 0-d, on the device of ``loss``; None for 1.

@@ -102,7 +102,7 @@ def test_another_source_or_other_data_are_another_training(package: str, capsys:
         (["--model", "{}:nothing"], "must return a torch.nn.Module, got NoneType"),
         (["--model", "resnet9"], "takes square images; name a function of your own"),
         (["--model", "torchvision:resnet18", "--dataset", "digits"], "takes images of 3 channels, got 1"),
-        (["--task", "tokens"], "account needs the task classification, got tokens: give --no-account"),
+        (["--task", "tokens"], "task 'tokens' needs logits [batch, tokens, classes]"),
     ],
 )
 def test_what_is_wrong_with_it_is_told_before_anything_is_written(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from memloc_ext.data import Dataset
-from memloc_ext.study import DataConfig, StudyConfig, load_data, load_run
+from memloc_ext.data import Dataset, Split
+from memloc_ext.study import DataConfig, ModelConfig, StudyConfig, build_model, load_data, load_run
 from memloc_ext.study.command_line import main
 from memloc_ext.study.setup import fingerprint_data
 
@@ -76,3 +76,25 @@ def test_a_threshold_needs_a_file(name: str) -> None:
     with pytest.raises(ValueError, match=rf"DataConfig: {name} must come with memorized \(--memorized\).* got 0.5"):
         DataConfig(**{name: 0.5})
     DataConfig(**{name: 0.5}, memorized=Path("scores.csv"))
+
+
+def test_a_model_of_timm_needs_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="--model timm:resnet10t needs timm; run: pip install timm"):
+        build_model(replace(PART, model=ModelConfig("timm:resnet10t")), load_data(PART), "plain")
+
+
+def test_models_of_timm_fit_the_images(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    images = Split.clean(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    dataset = Dataset("images", images, images, ("a", "b", "c", "d"))
+    for name in ("resnet10t", "vit_tiny_patch16_224"):  # the second is made for one size of images
+        model = build_model(replace(PART, model=ModelConfig(f"timm:{name}")), dataset, "plain").eval()
+        assert model(images.batch(torch.arange(2)).x).shape == (2, 4)
+    with pytest.raises(ValueError, match="--model timm:resnet0 must be of timm"):
+        build_model(replace(PART, model=ModelConfig("timm:resnet0")), dataset, "plain")
+    few = ["--examples", "12", "--test-examples", "4", "--batch-size", "12", "--epochs", "1", "--device", "cpu"]
+    main(["account", "--model", "timm:resnet10t", *few, "--output", str(tmp_path / "run")])
+    accounting = load_run(tmp_path / "run").accounting
+    assert accounting is not None
+    assert accounting.groups == ["conv1", "bn1", "layer1.0", "layer2.0", "layer3.0", "layer4.0", "fc"]

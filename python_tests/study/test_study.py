@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import memloc_ext
 from memloc_ext.nn import ExampleTiedDropout, FixedDropout
 from memloc_ext.study import (
     DataConfig,
@@ -32,7 +31,7 @@ from memloc_ext.study.report.accuracies import dropout_answers, plain_answers
 from memloc_ext.study.report.localization import notes
 from memloc_ext.study.report.sections import numbers, sections
 from memloc_ext.study.run import load_runs
-from memloc_ext.study.stages import STAGES
+from memloc_ext.study.stages import STAGES, TRAINED
 from memloc_ext.training import TrainConfig
 
 SMALL = StudyConfig(model=ModelConfig("lenet"), train=TrainConfig(epochs=1, batch_size=256, learning_rate=0.05))
@@ -98,7 +97,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
     page = write_report(finished).read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for sentence in (*plain_answers(finished.metrics, True), *dropout_answers(finished.metrics, True)):
+    for sentence in (*plain_answers(finished.metrics), *dropout_answers(finished.metrics)):
         assert sentence.split("%")[0] in page
     assert sorted(file.name for file in (finished.path / "figures").iterdir()) == [
         "accuracy.png",
@@ -192,9 +191,9 @@ def test_a_localized_run_holds_every_example_of_both_models(localized) -> None:
         assert clean.curve[0].examples == clean.edited.examples == 2
         stage = {"plain": "localize", "example_tied": "localize-dropout"}[model]
         with open(folder(localized, stage, "localization.csv"), newline="") as file:
-            assert [int(row["num_units"]) for row in csv.DictReader(file)] == [
-                len(row.units) for row in localization.examples
-            ]
+            found = [(int(row["index"]), row["sites"].split(), row["numbers"].split()) for row in csv.DictReader(file)]
+        units = [(row.example, row.units) for row in localization.examples]
+        assert found == [(i, [site for site, _ in some], [str(unit) for _, unit in some]) for i, some in units]
     assert localized.localizations["plain"].memorization_share == 0
     assert localized.localizations["example_tied"].memorization_share > 0.75
     assert localized.accounting is None
@@ -221,7 +220,7 @@ def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized,
         "[3/4] dropout: finished before, reused",
         "[4/4] localize-dropout: finished before, reused",
     ]
-    assert "Localization, example-tied dropout: " in output.out
+    assert "Units that flip an example, example-tied dropout: " in output.out
     again = load_run(path)
     assert again.localizations["example_tied"] == localized.localizations["example_tied"]
     plain = replace(again.localizations["plain"], seconds=localized.localizations["plain"].seconds)
@@ -300,7 +299,7 @@ def test_damaged_and_missing_runs_are_named(finished, tmp_path: Path) -> None:
 def test_variants_start_from_the_same_weights_and_differ_in_dropout_only() -> None:
     dataset = load_data(SMALL)
     state = torch.get_rng_state()
-    networks = {variant: build_model(SMALL, dataset, variant) for variant in memloc_ext.study.VARIANTS}
+    networks = {variant: build_model(SMALL, dataset, variant) for variant in TRAINED}
     assert torch.equal(torch.get_rng_state(), state)
     plain = dict(networks["plain"].named_parameters())
     for model in networks.values():

@@ -23,10 +23,8 @@ _HISTOGRAMS = 4
 _BINS = 40
 
 
-def section(accounting: Accounting | None) -> Section | None:
-    """Return the section on an accounting; None without one."""
-    if accounting is None:
-        return None
+def section(accounting: Accounting) -> Section:
+    """Return the section on an accounting."""
     return Section(
         name="accounting",
         title="Whose gradient is it?",
@@ -68,10 +66,8 @@ def numbers(accounting: Accounting) -> list[Number]:
     ]
 
 
-def cost(accounting: Accounting | None) -> list[str]:
-    """Return what an accounting cost, in a sentence; none without one."""
-    if accounting is None:
-        return []
+def cost(accounting: Accounting) -> list[str]:
+    """Return what an accounting cost, in a sentence."""
     times = accounting.cost
     return [
         f"Gradient accounting: an epoch with it takes {times['ratio']:.2f}x the time of plain training, a step "
@@ -214,18 +210,15 @@ def bands_and_auc(norms: Mapping[int, Mapping[str, np.ndarray]], accounting: Acc
     if left.lines:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False, fontsize=8)
     for group, color in _group_colors(accounting.groups).items():
-        right.plot(accounting.epochs, _floats(accounting.column("auc", group)), color=color, label=group, linewidth=1)
-    whole = _floats(accounting.column("auc"))
-    right.plot(accounting.epochs, whole, color="black", label="whole model", linewidth=2.2, marker=".")
+        auc = np.array(accounting.column("auc", group), float)  # NaN where there is none
+        right.plot(accounting.epochs, auc, color=color, label=group, linewidth=1)
+    auc = np.array(accounting.column("auc"), float)
+    right.plot(accounting.epochs, auc, color="black", label="whole model", linewidth=2.2, marker=".")
     right.axhline(0.5, color="#999", linestyle=":", linewidth=1)
     right.set_ylabel("area under the ROC curve")
     titled(right, "“memorized” predicted from the norm", epochs=True)
     legend(figure, right, right="norm of the gradient of")
     return figure
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
 
 
 def _group_colors(groups: Sequence[str]) -> dict[str, Any]:

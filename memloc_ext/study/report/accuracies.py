@@ -17,7 +17,7 @@ from memloc_ext.study.report.figures import (
     titled,
 )
 from memloc_ext.study.report.section import Number, Picture, Section, percent
-from memloc_ext.study.results import AS_TRAINED
+from memloc_ext.study.results import AS_TRAINED, TOKENS
 from memloc_ext.study.run import Run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def memorization(run: Run) -> Section | None:
         title="Does it memorize?",
         method="Plain training, without dropout. A network that fits examples with wrong labels, or atypical ones, has "
         "memorized them; what it predicts for the others, it may have learned from all of them.",
-        answers=plain_answers(run.metrics, is_mislabelled(run)),
+        answers=plain_answers(run.metrics),
         pictures=[
             Picture("plain_curves", "Accuracy over the epochs", curves, "Accuracy on the labels that were given."),
         ],
@@ -53,7 +53,7 @@ def dropout(run: Run) -> Section | None:
         method="Example-tied dropout ties some channels to single examples during training, so that memorization "
         "settles there. If it does, switching those channels off takes the memorized labels with it and leaves the "
         "rest. The controls: standard dropout, and one fixed mask for all examples, which is a narrower network.",
-        answers=dropout_answers(run.metrics, is_mislabelled(run)),
+        answers=dropout_answers(run.metrics),
         pictures=[
             Picture(
                 "accuracy",
@@ -71,22 +71,24 @@ def dropout(run: Run) -> Section | None:
     )
 
 
-def is_mislabelled(run: Run) -> bool:
-    """Return whether the memorized examples of a run have wrong labels; if not they are atypical."""
-    return run.config.data.memorized is None
+def _is_mislabelled(rows: Sequence[Row]) -> bool:
+    """Return whether the memorized examples have wrong labels, as far as shares tell; if not they are atypical."""
+    return any(row["memorized"] != row["memorized_true"] for row in rows)
 
 
-def plain_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
+def plain_answers(rows: Sequence[Row]) -> list[str]:
     """Return whether plain training memorizes examples that are mislabelled, or else atypical."""
     plain = _row(rows, "plain", AS_TRAINED)
     if plain is None or plain["memorized"] is None:
         return []
-    if not mislabelled:
-        return [f"Plain training fits {percent(plain['memorized'])} % of the memorized examples."]
-    return [
-        f"Plain training gives {percent(plain['memorized'])} % of the memorized examples the wrong label that they "
-        f"came with, and {percent(plain['memorized_true'])} % their true one."
-    ]
+    sentences = [f"Plain training fits {percent(plain['memorized'])} % of the memorized examples."]
+    if _is_mislabelled(rows):
+        sentences = [
+            f"Plain training gives {percent(plain['memorized'])} % of the memorized examples the wrong label that they "
+            f"came with, and {percent(plain['memorized_true'])} % their true one."
+        ]
+    tokens = [f"{percent(plain[name])} % in {part} examples" for part, name in TOKENS.items() if name in plain]
+    return [*sentences, *([f"Of the labelled tokens it predicts {', '.join(tokens)}."] if tokens else [])]
 
 
 def plain_numbers(rows: Sequence[Row]) -> list[Number]:
@@ -100,7 +102,7 @@ def plain_numbers(rows: Sequence[Row]) -> list[Number]:
     ]
 
 
-def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
+def dropout_answers(rows: Sequence[Row]) -> list[str]:
     """Return what switching the memorization channels off does to examples that are mislabelled, or else atypical."""
     own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
     plain = _row(rows, "plain", AS_TRAINED)
@@ -112,13 +114,13 @@ def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
         f"{percent(own['memorized'])} % to {percent(drop['memorized'])} %, and on clean training examples from "
         f"{percent(own['clean'])} % to {percent(drop['clean'])} %.",
         "Without those channels, "
-        + (back if mislabelled else "")
+        + (back if _is_mislabelled(rows) else "")
         + f"{percent(drop['test'])} % of the test examples are right"
         + (f" ({percent(plain['test'])} % after plain training)." if plain else "."),
     ]
 
 
-def dropout_numbers(rows: Sequence[Row], mislabelled: bool) -> list[Number]:
+def dropout_numbers(rows: Sequence[Row]) -> list[Number]:
     """Return the numbers of these sentences."""
     own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
     if own is None or drop is None:
@@ -130,7 +132,7 @@ def dropout_numbers(rows: Sequence[Row], mislabelled: bool) -> list[Number]:
         Number(f"{name}: memorized examples, dropped", drop["memorized"], "%", "0.1 % (MNIST), 3 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, own mask", own["clean"], "%", "99.9 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, dropped", drop["clean"], "%", "90.8 % (CIFAR-10)"),
-        *([returned] if mislabelled else []),
+        *([returned] if _is_mislabelled(rows) else []),
         Number(f"{name}: test accuracy, dropped", drop["test"], "%", "82.7 % (CIFAR-10)"),
     ]
 

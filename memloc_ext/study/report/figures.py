@@ -94,8 +94,7 @@ def accuracy_panels(groups: Sequence[str], xlabel: str) -> tuple[Figure, dict[st
     figure = new_figure(9, 1.7 * down + 0.9)
     panels = figure.subplots(down, _ACROSS, squeeze=False, sharex=True, sharey=True)
     for axes, group in zip(panels.flat, groups, strict=False):
-        axes.set_title(group, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        titled(axes, group)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     panels[0, 0].set_ylim(-3, 103)

@@ -21,10 +21,8 @@ _ENDS = {CAPPED: "not within the limit", EXHAUSTED: "not with all units off", AL
 _WIDTH = 0.4
 
 
-def section(localizations: Mapping[str, DatasetLocalization]) -> Section | None:
-    """Return the section on the localizations of a run, model to localization; None without any."""
-    if not localizations:
-        return None
+def section(localizations: Mapping[str, DatasetLocalization]) -> Section:
+    """Return the section on the localizations of a run, model to localization, of which there is at least one."""
     return Section(
         name="localization",
         title="Which units flip an example?",
@@ -40,55 +38,50 @@ def section(localizations: Mapping[str, DatasetLocalization]) -> Section | None:
 def summary(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
     """Return the number of units per example in a line per model, for the terminal."""
     return [
-        f"Localization, {NAMES[model]}: {', '.join(_flips(kind, result) for kind, result in found.kinds.items())}; "
-        f"{_times(found)}."
+        f"Units that flip an example, {NAMES[model]}: {_counts(found)}; {1000 * found.seconds:.0f} ms per example."
         for model, found in localizations.items()
     ]
-
-
-def _flips(kind: str, result: KindLocalization) -> str:
-    if not result.searched:
-        return f"no {kind} example is fitted, {statuses(result)}"
-    median = "-" if result.median is None else f"{result.median:g}"
-    if result.mean is None:
-        return f"of the {kind} examples {statuses(result)} (median {median} units)"
-    return f"{result.mean:.2f} units flip a {kind} example (median {median})"
 
 
 def answers(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
     """Return what the localizations of a run say, in sentences."""
     sentences = []
     for model, found in localizations.items():
-        sentences += [_counts(found), *_where(found), *_edits(found)] if model == "plain" else _pool(found)
+        if model != "plain":
+            sentences += _pool(found)
+            continue
+        sentences += [
+            "After plain training, the number of units that are switched off, one at a time, until the prediction "
+            f"flips is {_counts(found)}. The paper: around 5 for noisy examples, more for clean ones.",
+            *_where(found),
+            *_edits(found),
+        ]
     return sentences
 
 
-def numbers(model: str, localization: DatasetLocalization) -> list[Number]:
-    """Return the numbers of a localization."""
-    name = NAMES[model]
+def numbers(localizations: Mapping[str, DatasetLocalization]) -> list[Number]:
+    """Return the numbers of the localizations of a run."""
     found = []
-    for kind, result in localization.kinds.items():
-        what, paper = f"{name}: units that flip a {kind} example", _PAPER[kind] if model == "plain" else ""
-        share = result.flipped / result.searched if result.searched else None
-        found += [
-            Number(f"{what}, mean", result.mean, "", paper),
-            Number(f"{what}, median", result.median, ""),
-            Number(f"{name}: {kind} examples that units flip", share),
-        ]
-    memorized = localization.kinds.get("memorized")
-    if model != "plain" and memorized is not None and memorized.units:
-        share = memorized.memorization / memorized.units
-        found.append(Number(f"{name}: memorization channels among the units of memorized examples", share))
+    for model, localization in localizations.items():
+        name = NAMES[model]
+        for kind, result in localization.kinds.items():
+            what, paper = f"{name}: units that flip a {kind} example", _PAPER[kind] if model == "plain" else ""
+            share = result.flipped / result.searched if result.searched else None
+            found += [
+                Number(f"{what}, mean", result.mean, "", paper),
+                Number(f"{what}, median", result.median, ""),
+                Number(f"{name}: {kind} examples that units flip", share),
+            ]
+        memorized = localization.kinds.get("memorized")
+        if model != "plain" and memorized is not None and memorized.units:
+            share = memorized.memorization / memorized.units
+            found.append(Number(f"{name}: memorization channels among the units of memorized examples", share))
     return found
 
 
 def _counts(localization: DatasetLocalization) -> str:
     kinds = localization.kinds.items()
-    parts = [f"{_units(result)} for {kind} examples ({statuses(result)})" for kind, result in kinds]
-    return (
-        "After plain training, the number of units that are switched off, one at a time, until the prediction flips is "
-        f"{' and '.join(parts)}. The paper: around 5 for noisy examples, more for clean ones."
-    )
+    return " and ".join(f"{_units(result)} for {kind} examples ({statuses(result)})" for kind, result in kinds)
 
 
 def _where(localization: DatasetLocalization) -> list[str]:
@@ -158,7 +151,7 @@ def notes(localizations: Mapping[str, DatasetLocalization]) -> list[str]:
         ]
         sentences.append(
             f"{NAMES[model].capitalize()}: {', '.join(parts)}, on at most {EVALUATED} examples of each kind. "
-            f"The search took {_times(localization)}."
+            f"The search took {1000 * localization.seconds:.0f} ms per example."
         )
     return sentences
 
@@ -168,10 +161,6 @@ def statuses(result: KindLocalization) -> str:
     counts = result.statuses
     others = [f", {counts[status]} {end}" for status, end in _ENDS.items() if counts[status]]
     return "".join([f"{counts[FLIPPED]} of {result.localized} flipped", *others])
-
-
-def _times(localization: DatasetLocalization) -> str:
-    return f"{1000 * localization.seconds:.0f} ms per example"
 
 
 def _units(result: KindLocalization) -> str:
@@ -235,11 +224,7 @@ def units_per_example(localizations: Mapping[str, DatasetLocalization]) -> Figur
         for place, (kind, result) in zip((-0.5, 0.5), localization.kinds.items(), strict=False):
             places = np.arange(len(result.histogram)) + place * _WIDTH
             shares = 100 * np.array(result.histogram) / result.localized
-            label = f"{KINDS[kind]}: {result.statuses[FLIPPED]} of {result.localized} flip"
-            if result.mean is not None:
-                label += f", mean {result.mean:.2f}"
-            elif result.median is not None:
-                label += f", median {result.median:g}"
+            label = f"{KINDS[kind]}: {result.flipped} of {result.localized} flip; units: {_units(result)}"
             axes.bar(places, shares, _WIDTH, color=COLORS[kind], label=label)
         axes.set_xlim(0.4, max([1, *(len(r.histogram) - 1 for r in localization.kinds.values())]) + 0.6)
         axes.locator_params(axis="x", integer=True)
@@ -285,8 +270,7 @@ def accuracy_after_units(localizations: Mapping[str, DatasetLocalization]) -> Fi
             units = [point.units for point in curve]
             sizes = [4 + 40 * point.examples / curve[0].examples for point in curve]
             for column, label in _COLUMNS.items():
-                shares = [getattr(point, column) for point in curve]
-                values = [np.nan if share is None else 100 * share for share in shares]
+                values = 100 * np.array([getattr(point, column) for point in curve], float)  # NaN where there is none
                 axes.plot(units, values, color=COLORS[column], linewidth=1)
                 axes.scatter(units, values, sizes, color=COLORS[column], label=label, linewidth=0)
             axes.locator_params(axis="x", integer=True)

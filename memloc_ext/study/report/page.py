@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memloc_ext._version import __version__
-from memloc_ext.files import plain, write_atomically, write_csv, write_json
+from memloc_ext.files import plain, write_atomically, write_json
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.report.figures import COLUMNS, encoded, row_name
 from memloc_ext.study.report.section import Number, Section
 from memloc_ext.study.report.sections import numbers, sections
-from memloc_ext.study.run import FIGURES, METRICS, NUMBERS, REPORT, SEEDS, Run, load_run
+from memloc_ext.study.results import METRICS, save
+from memloc_ext.study.run import FIGURES, NUMBERS, REPORT, SEEDS, Run, load_run
 from memloc_ext.study.stages import STAGES
 
 _HERE = ("data.download", "device")
@@ -56,7 +57,8 @@ def write_seeds_report(path: str | Path, runs: Sequence[Run]) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / SEEDS, [run.path.name for run in runs])
-    _write_rows(path, METRICS, [{"seed": run.config.train.seed, **row} for run in runs for row in run.metrics])
+    rows = [{"seed": run.config.train.seed, **row} for run in runs for row in run.metrics]
+    save(path, METRICS, rows, rows)
     return _write(path, runs)
 
 
@@ -124,21 +126,6 @@ def command(runs: Sequence[Run]) -> str:
     return " ".join([*words, *([f"--seeds {len(runs)}"] if len(runs) > 1 else [])])
 
 
-def _write_table(path: Path, every: Mapping[str, Sequence[Number | None]]) -> None:
-    rows = []
-    for what, found in every.items():
-        first, (mean, deviation, count) = _first(found), _moments(found)
-        unit = "share" if first.unit == "%" else ""
-        moments = {"mean": mean, "deviation": deviation, "runs": count}
-        rows.append({"what": what, **moments, "unit": unit, "paper": first.paper})
-    _write_rows(path, NUMBERS, rows)
-
-
-def _write_rows(path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_csv(path / f"{name}.csv", rows)
-    write_json(path / f"{name}.json", rows)
-
-
 def _drawn(run: Run) -> list[tuple[Section, dict[str, str]]]:
     """Draw the sections of a run, write its figures into its directory, return each with its pictures as base64."""
     folder, parts = run.path / FIGURES, []
@@ -159,17 +146,19 @@ def _write(path: Path, runs: Sequence[Run]) -> Path:
         raise ImportError("reports need jinja2; run: pip install 'memloc_ext[study]'") from error
     seeds, config = [run.config.train.seed for run in runs], runs[0].config
     every = _aligned([{number.what: number for number in numbers(run)} for run in runs])
-    several, rows, table = len(runs) > 1, [], []
+    several, rows, table, compared = len(runs) > 1, [], [], []
     heads = ["mean ± standard deviation", *(f"seed {seed}" for seed in seeds)] if several else ["here"]
     parts = [(f"Seed {run.config.train.seed}" if several else None, _drawn(run)) for run in runs]
     for what, found in every.items():
-        first = _first(found)
+        first, (mean, deviation, count) = _first(found), _moments(found)
+        moments = {"mean": mean, "deviation": deviation, "runs": count}
+        rows.append({"what": what, **moments, "unit": "share" if first.unit == "%" else "", "paper": first.paper})
         cells = [spread(found), *("-" if number is None else first.text(number.value) for number in found)]
-        rows.append((what, cells[: len(heads)], first.paper))
+        compared.append((what, cells[: len(heads)], first.paper))
     for name, lines in _aligned([{row_name(row): row for row in run.metrics} for run in runs]).items():
         shares = [[None if row is None else Number("", row[column]) for row in lines] for column in COLUMNS]
         table.append((name, [spread(values).replace(" %", "") for values in shares]))
-    _write_table(path, every)
+    save(path, NUMBERS, rows, rows)
     template = resources.files("memloc_ext.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(template).render(
@@ -177,7 +166,7 @@ def _write(path: Path, runs: Sequence[Run]) -> Path:
         config=config,
         seeds=seeds,
         parts=parts,
-        numbers=rows,
+        numbers=compared,
         heads=heads,
         table=table,
         columns=COLUMNS,

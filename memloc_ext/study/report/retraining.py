@@ -30,10 +30,8 @@ MOST = 0.9
 """Share of the accuracy on memorized examples that counts as come back."""
 
 
-def section(retraining: Retraining | None) -> Section | None:
-    """Return the section on a retraining; None without one."""
-    if retraining is None:
-        return None
+def section(retraining: Retraining) -> Section:
+    """Return the section on a retraining."""
     return Section(
         name="retraining",
         title="Which layers does memorization need?",

@@ -18,10 +18,8 @@ HALF, MOST = 0.5, 0.9
 """Shares of the accuracy on memorized examples that count as kept."""
 
 
-def section(rewinding: Rewinding | None) -> Section | None:
-    """Return the section on a rewinding; None without one."""
-    if rewinding is None:
-        return None
+def section(rewinding: Rewinding) -> Section:
+    """Return the section on a rewinding."""
     return Section(
         name="rewinding",
         title="Which layers can be turned back?",

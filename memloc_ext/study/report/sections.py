@@ -12,31 +12,23 @@ from memloc_ext.study.run import Run
 _COLUMNS = {"clean": "clean", "memorized": "memorized", "memorized_true": "memorized -> true", "test": "test"}
 
 
+def _probed(run: Run) -> list[tuple[Any, Any]]:
+    """Return the modules of this package that tell of a probe, each with what the probe found."""
+    found = {accounting: run.accounting, rewinding: run.rewinding, retraining: run.retraining}
+    return [(module, result) for module, result in {**found, localization: run.localizations}.items() if result]
+
+
 def sections(run: Run) -> list[Section]:
     """Return a section for everything that is finished of a run, in the order of the paper."""
-    found = [
-        accuracies.memorization(run),
-        accounting.section(run.accounting),
-        rewinding.section(run.rewinding),
-        retraining.section(run.retraining),
-        localization.section(run.localizations),
-        accuracies.dropout(run),
-    ]
+    probed = [module.section(result) for module, result in _probed(run)]
+    found = [accuracies.memorization(run), *probed, accuracies.dropout(run)]
     return [section for section in found if section is not None]
 
 
 def numbers(run: Run) -> list[Number]:
     """Return every number of a run that a report compares with the paper's."""
-    found = accuracies.plain_numbers(run.metrics)
-    if run.accounting:
-        found += accounting.numbers(run.accounting)
-    if run.rewinding:
-        found += rewinding.numbers(run.rewinding)
-    if run.retraining:
-        found += retraining.numbers(run.retraining)
-    for model, result in run.localizations.items():
-        found += localization.numbers(model, result)
-    return found + accuracies.dropout_numbers(run.metrics, accuracies.is_mislabelled(run))
+    probed = [number for module, result in _probed(run) for number in module.numbers(result)]
+    return [*accuracies.plain_numbers(run.metrics), *probed, *accuracies.dropout_numbers(run.metrics)]
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -50,4 +42,4 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def summary(run: Run) -> list[str]:
     """Return what a run says besides its table, in a few lines."""
-    return [*accounting.cost(run.accounting), *localization.summary(run.localizations)]
+    return [*(accounting.cost(run.accounting) if run.accounting else []), *localization.summary(run.localizations)]

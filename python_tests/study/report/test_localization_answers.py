@@ -8,11 +8,11 @@ def test_the_terminal_gets_a_line_per_model() -> None:
     localization = make_localization()
     plain, tied = summary({"plain": localization, "example_tied": localization})
     assert plain == (
-        "Localization, plain training: "
-        "of the memorized examples 2 of 3 flipped, 1 not within the limit (median 3 units), "
-        "of the clean examples 2 of 3 flipped, 1 not within the limit (median 3 units); 250 ms per example."
+        "Units that flip an example, plain training: "
+        "3 in the median for memorized examples (2 of 3 flipped, 1 not within the limit) and "
+        "3 in the median for clean examples (2 of 3 flipped, 1 not within the limit); 250 ms per example."
     )
-    assert tied.startswith("Localization, example-tied dropout: of the memorized examples 2 of 3 flipped")
+    assert tied == plain.replace("plain training", "example-tied dropout")
     assert summary({}) == answers({}) == notes({}) == []
 
 
@@ -43,7 +43,7 @@ def test_example_tied_dropout_answers_whether_the_units_are_memorization_channel
 def test_a_search_that_found_nothing_has_no_numbers() -> None:
     localization = make_localization(**NOTHING)
     (line,) = summary({"plain": localization})
-    assert "no memorized example is fitted, 0 of 3 flipped, 3 wrong already, no clean" in line
+    assert "unknown for memorized examples (0 of 3 flipped, 3 wrong already) and unknown for clean" in line
     (counts,) = answers({"plain": localization})
     assert "is unknown for memorized examples (0 of 3 flipped, 3 wrong already) and unknown for clean" in counts
     assert answers({"example_tied": localization}) == []
@@ -55,24 +55,24 @@ FEW = {"statuses": {**dict.fromkeys(STATUSES, 0), "flipped": 1, "capped": 1, "ex
 
 def test_searches_without_a_flip_are_not_called_flips() -> None:
     plain = summary({"plain": make_localization(**ALL)})[0]
-    assert "2.67 units flip a memorized example (median 3), 2.67 units flip a clean example (median 3);" in plain
+    assert "2.67 on average (median 3) for clean examples (3 of 4 flipped, 1 wrong already); 250" in plain
     (counts, *_) = answers({"plain": make_localization(**ALL)})
     assert "2.67 on average (median 3) for memorized examples (3 of 4 flipped, 1 wrong already)" in counts
     few = make_localization(**FEW)
     ends = "1 of 3 flipped, 1 not within the limit, 1 not with all units off"
-    assert f"of the clean examples {ends} (median - units)" in summary({"plain": few})[0]
+    assert f"unknown for clean examples ({ends});" in summary({"plain": few})[0]
     assert f"is unknown for memorized examples ({ends}) and unknown for clean" in answers({"plain": few})[0]
 
 
 def test_numbers_are_missing_where_they_are_bounds() -> None:
-    rows = {row.what: row.value for row in numbers("plain", make_localization())}
+    rows = {row.what: row.value for row in numbers({"plain": make_localization()})}
     name = "plain training"
     for kind in ("memorized", "clean"):
         assert rows[f"{name}: units that flip a {kind} example, mean"] is None
         assert rows[f"{name}: units that flip a {kind} example, median"] == 3
         assert rows[f"{name}: {kind} examples that units flip"] == 2 / 3
     for change, values in ((ALL, {8 / 3, 3, 1}), (FEW, {None, 1 / 3}), (NOTHING, {None})):
-        assert {row.value for row in numbers("plain", make_localization(**change))} == values
+        assert {row.value for row in numbers({"plain": make_localization(**change)})} == values
 
 
 def test_notes_say_what_was_searched_and_evaluated() -> None:

@@ -9,7 +9,6 @@ from memloc_ext.study.report.localization import (
     accuracy_after_units,
     memorization_share,
     pictures,
-    section,
     units_per_example,
     units_per_site,
 )
@@ -31,15 +30,14 @@ def test_every_localization_can_be_drawn(kinds: tuple[str, ...], change: dict, n
 
 def test_only_example_tied_dropout_has_memorization_channels() -> None:
     assert [picture.name for picture in pictures({"plain": make_localization()})] == NAMES[:3]
-    assert section({}) is None
 
 
 def test_bars_are_percent_of_the_examples_of_a_kind() -> None:
     (axes,) = units_per_example({"plain": make_localization()}).axes
     assert axes.get_title() == "plain training"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "memorized examples: 2 of 3 flip, median 3",
-        "clean examples: 2 of 3 flip, median 3",
+        "memorized examples: 2 of 3 flip; units: 3 in the median",
+        "clean examples: 2 of 3 flip; units: 3 in the median",
     ]
     memorized, clean = axes.containers
     for bars in (memorized, clean):
