@@ -82,7 +82,8 @@ build/.switches: FORCE
 
 ifneq ($(VENV),)
 $(READY): $(VENV)/.installed $(SOURCES) build/.switches
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	MEMLOC_EXTENSIONS=0 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@mkdir -p build && touch $@
 
 $(VENV)/.installed: requirements-dev.txt tools/mend_torchvision.py
