@@ -8,7 +8,7 @@ A map, in the order of a scan:
 - `kept` keeps recordings for the next call, as long as nothing but the values of the model's tensors changes.
 - `sites` says which recorded values hold the units of a module, and which modules are searched by default.
 - `network`: a recording with its sites, and how much memory they take.
-- `interpreter` runs a recording: the unchanged network once (`Graph`), and from a site on for many variants (`Suffix`).
+- `interpreter` runs a recording for rows: the unchanged network (`Graph`), and from a site on many variants (`Suffix`).
   `rows` runs one call for many variants; `deltas` keeps a change to a few channels as small as it is through operators
   on single elements, pooling and reshapes; `layers` has a convolution or linear layer meet the one changed channel.
 - `scan`: `ablation_losses`, every unit of some sites off, one at a time.

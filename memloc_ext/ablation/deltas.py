@@ -38,6 +38,11 @@ class Slab:
         """How many indices are replaced."""
         return self.values.shape[self.dim + 1]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the values."""
+        return self.values.nbytes
+
     def indices(self) -> Tensor:
         """Return the replaced indices, ``[rows, width]``."""
         return self.start[:, None] + torch.arange(self.width, device=self.start.device)
@@ -73,21 +78,19 @@ def run_slab(
     shapes: Sequence[torch.Size],
     unchanged: Callable[[int], Tensor],
     rows: Tensor,
-    dense: Callable[[int], bool],
 ) -> list[Slab] | None:
     """Run a call on slabs if its outputs are slabs too, else return None.
 
     Args:
-        call: That reads a slab.
+        call: That reads a slab, and else what is the unchanged network's.
         slabs: Value to slab.
         shapes: Of the values, without rows.
         unchanged: Value to what it is in the unchanged network, ``[examples, *shape]``.
         rows: Example of each row.
-        dense: Whether a value differs all over.
     """
     refs = call.refs
     own = [slabs[ref] for ref in refs if ref in slabs]
-    if any(dense(ref) for ref in refs) or any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
+    if any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
         return None
     first = own[0]
     if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.edits import SiteHook, apply_ablation, hooked
-from memloc_ext.ablation.interpreter import Edit, Graph, Suffix
+from memloc_ext.ablation.interpreter import Edit, Graph, Suffix, with_slab
 from memloc_ext.ablation.network import Network, Question
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
@@ -150,12 +150,7 @@ class _ModelSuffix(Suffix):
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
     ) -> list[Tensor]:
         def changed(i: int) -> dict[int, Edit]:
-            one, own = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim), edits or {}
-
-            def then(edit: Edit | None) -> Edit:
-                return lambda t, *given: one.written_into((edit(t, *given) if edit else t).clone())
-
-            return own | {value: then(own.get(value)) for value in self.site}
+            return with_slab(edits, self.site, Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim))
 
         recording = self.model_graph.recording
         inputs = [unchanged[value][rows, 0] for value in recording.inputs]
