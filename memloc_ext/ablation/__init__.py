@@ -3,8 +3,8 @@
 A map, in the order of a scan:
 
 - `signature`: what a model is given and returns, taken apart into tensors, and what its outputs are worth to a task.
-- `recorder` runs a model once on one example and notes each call of an operator in a `recording`; `batch_recorder` does
-  so for a whole batch with the model's tensors as inputs. `channels` follows where the channels of tensors are.
+- `recorder` runs a model once on one example and notes each call of an operator in a `recording`. `channels` follows
+  where the channels of tensors are.
 - `kept` keeps recordings for the next call, as long as nothing but the values of the model's tensors changes.
 - `sites` says which recorded values hold the units of a module, and which modules are searched by default.
 - `network`: a recording with its sites, and how much memory they take.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ablation.channels import permutation
-from memloc_ext.ablation.recording import Call, Ref
+from memloc_ext.ablation.recording import Call, Ref, as_list
 from memloc_ext.ablation.rows import BATCH_NORMS, POOLS, normalises_by_batch
 
 _REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
@@ -97,13 +97,10 @@ def run_slab(
         return None
     name = call.name
     function: Any = call.function
-    if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
+    if len(call.outputs) == 1 and (call.is_pointwise or name in _SAME):
         shape = shapes[call.outputs[0]]
-        if any(shapes[ref].numel() and len(shapes[ref]) != len(shape) for ref in refs):
+        if any(len(shapes[ref]) != len(shape) or shapes[ref][first.dim] != shape[first.dim] for ref in refs):
             return None
-        for ref in refs:
-            if shapes[ref][first.dim] != shape[first.dim]:
-                return None
         given = []
         for leaf in call.leaves:
             if isinstance(leaf, Ref):
@@ -131,8 +128,7 @@ def run_slab(
         )
         return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
     if name in POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
-        pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
-        pooled = pooled if isinstance(pooled, tuple) else (pooled,)
+        pooled = as_list(function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs))
         return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]
     if name in _REDUCTIONS and len(call.args) > 1 and call.args[1]:
         rank = len(shapes[ref.index])

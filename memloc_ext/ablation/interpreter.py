@@ -157,11 +157,8 @@ class Suffix:
         self.bytes_per_row = 0
         self.slabs: set[int] = set()
         self._whole = frozenset(whole)
-        depends, steps, done = set(site), list[tuple[int, Call | Layer]](), set[int]()
-        for i, call in enumerate(recording.calls):
-            if not depends.intersection(call.refs):
-                continue
-            depends.update(index for index in call.outputs if index >= 0)
+        steps, done = list[tuple[int, Call | Layer]](), set[int]()
+        for i, call in recording.after(site):
             if i in done:
                 continue
             layer = find_layer(recording, graph.readers, i, done, (*self.site, *whole))
@@ -177,8 +174,8 @@ class Suffix:
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
-    ) -> list[Tensor]:
-        """Return the outputs of each row, ``[rows, *shape]``.
+    ) -> dict[int, Tensor]:
+        """Return the recording's outputs of each row, ``[rows, *shape]``.
 
         Args:
             unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``.
@@ -187,7 +184,7 @@ class Suffix:
             edits: Those that ``unchanged`` was computed with.
         """
         found = self._run(self.steps, unchanged, rows, slab, edits)
-        return [found.dense(output) for output in self.graph.recording.outputs]
+        return {output: found.dense(output) for output in self.graph.recording.outputs}
 
     def feature(self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab) -> Slab | None:
         """Return what the `head` is given in each row, if it differs in one feature only; see `run`."""

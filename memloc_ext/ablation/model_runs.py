@@ -148,14 +148,12 @@ class _ModelSuffix(Suffix):
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
-    ) -> list[Tensor]:
+    ) -> dict[int, Tensor]:
         def changed(i: int) -> dict[int, Edit]:
             return with_slab(edits, self.site, Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim))
 
-        recording = self.model_graph.recording
-        inputs = [unchanged[value][rows, 0] for value in recording.inputs]
-        found = self.model_graph.rows(inputs, rows, (), changed)
-        return [found[output] for output in recording.outputs]
+        inputs = [unchanged[value][rows, 0] for value in self.model_graph.recording.inputs]
+        return self.model_graph.rows(inputs, rows, (), changed)
 
 
 class _Seen(SiteHook):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.interpreter import Graph
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
-from memloc_ext.ablation.signature import Judged, Signature, judge, opened
+from memloc_ext.ablation.signature import Judged, Signature, check_output, judge, opened
 from memloc_ext.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.borrowing import evaluating
 from memloc_ext.tasks import Classification, Task, wide
@@ -68,17 +68,21 @@ class Network:
         with torch.no_grad():
             self._probe([t[:1] for t in given], question)
 
-    def output(self, values: Sequence[Tensor]) -> Any:
-        """Return what the model returns, of the recorded outputs ``[rows, 1, *]``."""
-        return self.graph.recording.build([t[:, 0] for t in values])
+    def output(self, values: Mapping[int, Tensor]) -> Any:
+        """Return what the model returns, given the recording's outputs, ``[rows, 1, *]``, among some values."""
+        return self.graph.recording.build([values[value][:, 0] for value in self.graph.recording.outputs])
 
-    def output_of(self, values: dict[int, Tensor]) -> Any:
-        """Return the same, of what `Graph.examples` returns."""
-        return self.output([values[value] for value in self.graph.recording.outputs])
-
-    def judge(self, values: Sequence[Tensor], y: Tensor) -> Judged:
-        """Return what the recorded outputs of some rows are worth."""
+    def judge(self, values: Mapping[int, Tensor], y: Tensor) -> Judged:
+        """Return what the outputs of some rows are worth."""
         return judge(self.task, self.output(values), y)
+
+    def judge_unchanged(
+        self, model: nn.Module, given: Sequence[Tensor], values: Mapping[int, Tensor], y: Tensor
+    ) -> Judged:
+        """Return the same of examples in the unchanged network, checked by `check_output`, and against the model."""
+        judged = check_output(self.task, self.output(values), y)
+        self._check_agreement(model, given, [values[value] for value in self.graph.recording.outputs])
+        return judged
 
     def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what each site's units are replaced by, ``[units]``; for ``how="mean"`` their mean over examples."""
@@ -150,7 +154,7 @@ class Network:
         share = self.share if device.type == "cuda" else min(self.share, max(row_bytes, _CACHED))
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
-    def check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def _check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Raise UnsupportedError if a model gives other than the recorded ``[batch, 1, *]``: examples meet in it."""
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):

@@ -14,7 +14,7 @@ from memloc_ext.ablation.kept import ask
 from memloc_ext.ablation.model_runs import one_by_one
 from memloc_ext.ablation.network import HOWS, Network, Question
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.signature import Judged, check_examples, check_output, given
+from memloc_ext.ablation.signature import Judged, check_examples, given
 from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.tasks import Task, TaskName, task_of
 
@@ -131,9 +131,7 @@ def _by_graph(
     for begin in range(0, len(y), step):
         some, labels = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
         unchanged = network.graph.examples(some, network.needed)
-        outputs = [unchanged[value] for value in network.graph.recording.outputs]
-        base.append(check_output(network.task, network.output(outputs), labels))
-        network.check_agreement(model, some, outputs)
+        base.append(network.judge_unchanged(model, some, unchanged, labels))
         scans = [_scan_features if features else _scan for features in network.ends_in_feature]
         parts.append([scans[i](network, i, unchanged, labels, b, done) for i, b in enumerate(baselines)])
     sites = {site.name: Judged.joined([part[i] for part in parts], 1) for i, site in enumerate(network.sites)}

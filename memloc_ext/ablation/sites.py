@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from memloc_ext.ablation.recording import Call, Recording, Ref
@@ -210,7 +209,7 @@ def _is_linear(call: Call) -> bool:
 
 def _is_elementwise(call: Call) -> bool:
     """Return whether a call keeps channels apart."""
-    return torch.Tag.pointwise in getattr(call.function, "tags", ()) or call.name in BATCH_NORMS or call.name in _LOCAL
+    return call.is_pointwise or call.name in BATCH_NORMS or call.name in _LOCAL
 
 
 def _is_local(call: Call) -> bool:

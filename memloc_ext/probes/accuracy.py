@@ -89,8 +89,7 @@ def accuracy(
         ValueError: If an argument breaks the above, or the numbers of the examples cannot be known.
         TypeError: If data can be iterated only once.
     """
-    settings = {"memorized": memorized, "true_labels": true_labels, "test": test, "task": task}
-    evaluation = Evaluation("accuracy", model, data, **settings, batch_size=batch_size, num_workers=num_workers)
+    evaluation = Evaluation("accuracy", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     return evaluation.accuracy(model)
 
 
@@ -117,6 +116,7 @@ class Evaluation:
         test: Test examples; None if there are none, or they would need masks of their own.
         task: The task.
         memorized: Tells by number which training examples are memorized; None if that is not known.
+        batch_size: Examples at a time.
     """
 
     def __init__(
@@ -124,7 +124,6 @@ class Evaluation:
         function: str,
         model: nn.Module,
         data: Data,
-        *,
         memorized: Marks | None = None,
         true_labels: Any | None = None,
         test: Data | None = None,
@@ -139,7 +138,7 @@ class Evaluation:
         if test is not None and not masks_test_examples(model):
             self.test = examples(function, test, device, num_workers=num_workers, numbered=False)
         self.memorized = marked(function, memorized, data)
-        self._truth, self._batch_size = truth(function, true_labels, data), batch_size
+        self._truth, self.batch_size = truth(function, true_labels, data), batch_size
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """Return the accuracy of a model in evaluation mode; several processes share the work."""
@@ -200,7 +199,7 @@ class Evaluation:
 
         def share(k: int) -> list[dict[str, Tensor]]:
             found = []
-            for x, y, ids in data.batches(self._batch_size * world, shard=(k, world)):
+            for x, y, ids in data.batches(self.batch_size * world, shard=(k, world)):
                 with example_ids(ids):
                     found.append(self._judged(outputs(x), y, ids, None if truth is None else truth(ids)))
             return found if world == 1 else [{name: t.cpu() for name, t in part.items()} for part in found]
