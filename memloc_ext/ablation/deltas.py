@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.channels import permutation
+from memloc_ext.ablation.channels import RESHAPES, permutation
 from memloc_ext.ablation.recording import Call, Ref, as_list
-from memloc_ext.ablation.rows import BATCH_NORMS, POOLS, normalises_by_batch
+from memloc_ext.ablation.rows import BATCH_NORMS, COPIES, POOLS, normalises_by_batch
 
 _REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
-_RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"))
-_SAME = frozenset(("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh"))
 
 
 @dataclass
@@ -97,7 +95,7 @@ def run_slab(
         return None
     name = call.name
     function: Any = call.function
-    if len(call.outputs) == 1 and (call.is_pointwise or name in _SAME):
+    if len(call.outputs) == 1 and (call.is_pointwise or name in COPIES):
         shape = shapes[call.outputs[0]]
         if any(len(shapes[ref]) != len(shape) or shapes[ref][first.dim] != shape[first.dim] for ref in refs):
             return None
@@ -138,7 +136,7 @@ def run_slab(
         keep = len(shapes[call.outputs[0]]) == rank
         dim = first.dim if keep else first.dim - sum(d < first.dim for d in dims)
         return [Slab(torch.vmap(lambda t: function(t, *call.args[1:], **call.kwargs))(first.values), first.start, dim)]
-    if name in _RESHAPES and getattr(function, "_overloadname", "") != "dtype":
+    if name in RESHAPES and getattr(function, "_overloadname", "") != "dtype":
         return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
     if name in ("transpose", "permute", "t"):
         order = permutation(name, call.args, len(shapes[ref.index]))
@@ -154,9 +152,7 @@ def _reshaped(slab: Slab, old: torch.Size, new: torch.Size) -> list[Slab] | None
     outer, inner = math.prod(old[: slab.dim]), math.prod(old[slab.dim + 1 :])
     for dim, size in enumerate(new):
         block = math.prod(new[dim + 1 :])
-        if math.prod(new[:dim]) != outer or (size == 1 and old[slab.dim] != 1) or not block:
-            continue
-        if inner % block:
+        if math.prod(new[:dim]) != outer or (size == 1 and old[slab.dim] != 1) or not block or inner % block:
             continue
         shape = (len(slab.values), *new[:dim], slab.width * inner // block, *new[dim + 1 :])
         return [Slab(slab.values.reshape(shape), (slab.start * inner).div(block, rounding_mode="floor"), dim)]

@@ -109,10 +109,10 @@ class Interpreter:
 
 
 class Graph:
-    """What a model computes, example by example; ``kept`` says whether its recording is of an earlier call."""
+    """What a model computes, example by example; ``cached`` says whether its recording is of an earlier call."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.kept = recording, False
+        self.recording, self.cached = recording, False
         self.readers = recording.readers()
 
     def examples(

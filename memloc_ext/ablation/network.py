@@ -24,7 +24,7 @@ _CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """What a network is asked.
 
     Attributes:
@@ -53,20 +53,20 @@ class Network:
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, given: Sequence[Tensor], signature: Signature, question: Question
+        self, model: nn.Module, graph: Graph, given: Sequence[Tensor], signature: Signature, query: Query
     ) -> None:
-        self.graph, self.signature, self.task, self.how = graph, signature, question.task, question.how
+        self.graph, self.signature, self.task, self.how = graph, signature, query.task, query.how
         recording = graph.recording
-        self.sites = find_sites(model, recording, question.sites)
+        self.sites = find_sites(model, recording, query.sites)
         self.places = [_place(graph, site, self.how) for site in self.sites]
-        every = [value for place in self.places for value in place.values] if question.edited else []
+        every = [value for place in self.places for value in place.values] if query.edited else []
         for i, value in enumerate(every):
             if value in every[:i]:
                 same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
                 raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
         self.suffixes = [graph.suffix(place.values, every) for place in self.places]
         with torch.no_grad():
-            self._probe([t[:1] for t in given], question)
+            self._probe([t[:1] for t in given], query)
 
     def output(self, values: Mapping[int, Tensor]) -> Any:
         """Return what the model returns, given the recording's outputs, ``[rows, 1, *]``, among some values."""
@@ -117,7 +117,7 @@ class Network:
         places = zip(sums, self.places, strict=True)
         return [(total / len(x)).to(self.graph.recording.dtypes[place.values[0]]) for total, place in places]
 
-    def _probe(self, given: Sequence[Tensor], question: Question) -> None:
+    def _probe(self, given: Sequence[Tensor], query: Query) -> None:
         """Run every suffix on one row, to see what it needs."""
         recording = self.graph.recording
         unchanged = self.graph.examples(given, range(len(recording.shapes)))
@@ -137,13 +137,13 @@ class Network:
             for values in [*([value] for value in slabs), slabs] if slabs else []:
                 suffix.run(unchanged, row, slab, dict.fromkeys(values, lambda t, *_: t))
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), recording.outputs)
-        if question.weights:
+        if query.weights:
             self.needed.update(producer(recording, site).refs[0] for site in self.sites)
         sizes = {v: t.nbytes for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
-        example += sum(sizes[v] for place in self.places for v in place.values) if question.edited else 0
+        example += sum(sizes[v] for place in self.places for v in place.values) if query.edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
-        least, budget = _SHARE * max(example, row_bytes, 1), int(question.memory_budget)
+        least, budget = _SHARE * max(example, row_bytes, 1), int(query.memory_budget)
         if budget < least:
             raise ValueError(
                 f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
@@ -158,7 +158,7 @@ class Network:
         """Raise UnsupportedError if a model gives other than the recorded ``[batch, 1, *]``: examples meet in it."""
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
-            few = 1 if self.graph.kept else 2  # a number in a call may still be that of the examples
+            few = 1 if self.graph.cached else 2  # a number in a call may still be that of the examples
             if len(given[0]) < few:
                 return
             given, outputs = ([t[:few] for t in tensors] for tensors in (given, outputs))

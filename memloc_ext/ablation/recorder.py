@@ -112,15 +112,10 @@ class Recorder(FollowingChannels):
         name = func._opname
         if any(id(t) in self._stale for t in tensors):
             self.refuse(f"{func} reads what was written through a view of it")
-        for t in tensors:
-            if (
-                id(t) not in self._values
-                and t.numel()
-                and storage_address(t) in self._dependent
-                and name not in _SHAPED_LIKE
-            ):
-                self.refuse(f"{func} reads an activation that no operator returned")
-        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
+        unknown = [t for t in tensors if id(t) not in self._values]
+        if name not in _SHAPED_LIKE and any(t.numel() and storage_address(t) in self._dependent for t in unknown):
+            self.refuse(f"{func} reads an activation that no operator returned")
+        if name in _SHAPED_LIKE or len(unknown) == len(tensors):
             result = func(*args, **kwargs)
             for t in as_list(result):
                 if isinstance(t, Tensor) and id(t) not in self._values:

@@ -16,6 +16,7 @@ POOLS = {"avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"}
 # their first dimension is the batch, whatever its size: rows become more of it
 _BATCHED = POOLS | {"convolution", "upsample_nearest2d", "upsample_bilinear2d"}
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
+COPIES = frozenset(("clone", "_to_copy", "alias", "detach"))
 _ATTENTION = {f"_scaled_dot_product_{k}" for k in ("flash_attention_for_cpu", "flash_attention", "efficient_attention")}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.ablation.kept import ask
 from memloc_ext.ablation.model_runs import one_by_one
-from memloc_ext.ablation.network import HOWS, Network, Question
+from memloc_ext.ablation.network import HOWS, Network, Query
 from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.recording_cache import with_network
 from memloc_ext.ablation.signature import Judged, check_examples, given
 from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.tasks import Task, TaskName, task_of
@@ -92,17 +92,16 @@ def ablation_losses(
         raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
     tensors, signature = given(x)
     others = tensors if reference is None else given(reference)[0]
-    question = Question(task, sites, how, memory_budget)
+    query = Query(task, sites, how, memory_budget)
     try:
         with torch.no_grad():
             use = partial(_by_graph, model=model, inputs=tensors, y=y, reference=others, progress=progress)
-            return ask(model, tensors, signature, question, use)
+            return with_network(model, tensors, signature, query, use)
     except UnsupportedError as error:
         message = f"ablation_losses: {error}; running the model once per unit instead"
         warnings.warn(message, UserWarning, stacklevel=2)
         reason = error
-    others = x if reference is None else reference
-    return AblationLosses(*one_by_one(model, x, y, question, others, reason, progress))
+    return AblationLosses(*one_by_one(model, tensors, signature, y, query, others, reason, progress))
 
 
 def _counted(tell: Callable[[int], object], examples: int) -> Callable[[int], None]:

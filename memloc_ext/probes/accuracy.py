@@ -148,7 +148,7 @@ class Evaluation:
 
     def accuracies(self, outputs: Callable[[Any], Sequence[Any]], models: int) -> list[Accuracy]:
         """Return the accuracy of so many models, given what each of them returns for a batch."""
-        train = self.judged(outputs, models, self.train, self._truth)
+        train = self._outcomes(outputs, models, self.train, self._truth)
         ids, right = train["ids"], train["right"]
         memorized = torch.zeros_like(ids, dtype=torch.bool) if self.memorized is None else self.memorized(ids)
         kinds = {"clean": ~memorized, "memorized": memorized}
@@ -156,7 +156,7 @@ class Evaluation:
         parts["memorized_true"] = train["truly"][:, memorized] if "truly" in train else right[:, :0]
         tokens = {part: train["tokens"][:, kind] for part, kind in kinds.items() if "tokens" in train}
         if self.test is not None:
-            test = self.judged(outputs, models, self.test)
+            test = self._outcomes(outputs, models, self.test)
             parts["test"] = test["right"]
             tokens |= {"test": test["tokens"]} if "tokens" in test else {}
         counts = {part: parts[part].shape[1] if part in parts else 0 for part in PARTS}
@@ -175,7 +175,7 @@ class Evaluation:
         """Return about which training examples a model is right, in the order of their ``indices``, ``[N]``, bool."""
         with kept_training_flags(model):
             model.eval()
-            found = self.judged(lambda x: [call(model, x)], 1, self.train)
+            found = self._outcomes(lambda x: [call(model, x)], 1, self.train)
         right = torch.empty_like(found["right"][0])
         right[self.train.indices.argsort()] = found["right"][0][found["ids"].argsort()]
         return right
@@ -187,7 +187,7 @@ class Evaluation:
         return fingerprint(parts, told, identity(self.task))
 
     @torch.no_grad()
-    def judged(
+    def _outcomes(
         self, outputs: Callable[[Any], Sequence[Any]], models: int, data: Examples, truth: Lookup | None = None
     ) -> dict[str, Tensor]:
         """Return about which examples models are right, as for `accuracies`; several processes share the batches.
@@ -201,14 +201,14 @@ class Evaluation:
             found = []
             for x, y, ids in data.batches(self.batch_size * world, shard=(k, world)):
                 with example_ids(ids):
-                    found.append(self._judged(outputs(x), y, ids, None if truth is None else truth(ids)))
+                    found.append(self._outcome(outputs(x), y, ids, None if truth is None else truth(ids)))
             return found if world == 1 else [{name: t.cpu() for name, t in part.items()} for part in found]
 
         none = {"ids": torch.empty(0, dtype=torch.int64), "right": torch.empty(models, 0, dtype=torch.bool)}
         found = [part for shares in spread(share, range(world)) for part in shares] or [none]
         return {name: torch.cat([part[name] for part in found], 0 if name == "ids" else 1) for name in found[0]}
 
-    def _judged(self, outputs: Sequence[Any], y: Any, ids: Tensor, truth: Any) -> dict[str, Tensor]:
+    def _outcome(self, outputs: Sequence[Any], y: Any, ids: Tensor, truth: Any) -> dict[str, Tensor]:
         def each(judge: Callable[[Any], Tensor]) -> Tensor:
             return torch.stack([judge(output) for output in outputs])
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.sets import Candidates, Switched, finite
 from memloc_ext.ablation.signature import Judged, check_classes
 from memloc_ext.ablation.sites import producer
+from memloc_ext.ablation.unit_sets import Candidates, Switched, finite
 from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.ablation.weights import find_filters
 from memloc_ext.probes.localization.effects import Population, Sets, noisy_copies, reference_inputs, seeds_of, verify
