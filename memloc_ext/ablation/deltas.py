@@ -36,11 +36,6 @@ class Slab:
         """How many indices are replaced."""
         return self.values.shape[self.dim + 1]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the values."""
-        return self.values.nbytes
-
     def indices(self) -> Tensor:
         """Return the replaced indices, ``[rows, width]``."""
         return self.start[:, None] + torch.arange(self.width, device=self.start.device)
@@ -86,15 +81,12 @@ def run_slab(
         unchanged: Value to what it is in the unchanged network, ``[examples, *shape]``.
         rows: Example of each row.
     """
-    refs = call.refs
-    own = [slabs[ref] for ref in refs if ref in slabs]
-    if any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
+    first, *others = slabs.values()
+    if any((s.dim, s.width) != (first.dim, first.width) for s in others):
         return None
-    first = own[0]
-    if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
+    if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in others):
         return None
-    name = call.name
-    function: Any = call.function
+    name, refs, function = call.name, call.refs, call.function
     if len(call.outputs) == 1 and (call.is_pointwise or name in COPIES):
         shape = shapes[call.outputs[0]]
         if any(len(shapes[ref]) != len(shape) or shapes[ref][first.dim] != shape[first.dim] for ref in refs):
@@ -113,18 +105,7 @@ def run_slab(
     if not isinstance(ref, Ref) and name != "cat":
         return None
     if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
-        _, weight, bias, mean, var, *_, eps = call.args
-        if normalises_by_batch(call):
-            var, mean = torch.var_mean(first.values.transpose(1, 2).flatten(2), 2, correction=0)
-        else:
-            var, mean = var[first.indices()], mean[first.indices()]
-        scale = (var + eps).rsqrt() * (1 if weight is None else weight[first.indices()])
-        shift = 0 if bias is None else bias[first.indices()]
-        rank = first.values.dim() - 3
-        scale, mean, shift = (
-            t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
-        )
-        return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
+        return [_normalised(call, first)]
     if name in POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
         pooled = as_list(function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs))
         return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]
@@ -145,6 +126,20 @@ def run_slab(
     if name == "cat":
         return _concatenated(call, first, slabs, shapes)
     return None
+
+
+def _normalised(call: Call, slab: Slab) -> Slab:
+    """Return what a batch norm makes of a slab of channels."""
+    _, weight, bias, mean, var, *_, eps = call.args
+    index, shape = slab.indices(), (len(slab.values), 1, slab.width, *[1] * (slab.values.dim() - 3))
+    if normalises_by_batch(call):
+        var, mean = torch.var_mean(slab.values.transpose(1, 2).flatten(2), 2, correction=0)
+    else:
+        var, mean = var[index], mean[index]
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight[index])
+    values = (slab.values - mean.reshape(shape)) * scale.reshape(shape)
+    values = values + (0 if bias is None else bias[index].reshape(shape))
+    return Slab(values.to(slab.values.dtype), slab.start, 1)
 
 
 def _reshaped(slab: Slab, old: torch.Size, new: torch.Size) -> list[Slab] | None:

@@ -83,7 +83,8 @@ class Interpreter:
                 if value in self.keep:
                     found[~value] = t
                 found[value] = self.edits[value](t, self.rows, self.dense)
-        self.nbytes = max(self.nbytes, sum(state.nbytes for state in (*self.states.values(), *found.values())))
+        held = (s.values if isinstance(s, Slab) else s for s in (*self.states.values(), *found.values()))
+        self.nbytes = max(self.nbytes, sum(t.nbytes for t in held))
         return found
 
     def _layer(self, layer: Layer) -> Tensor:
