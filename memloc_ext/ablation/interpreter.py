@@ -42,7 +42,7 @@ class Interpreter:
         keep: Values that are kept, as ``~value``, as they were before their edit.
         needed: Those of ``others`` that were read.
         slabs: Values that were slabs before their edit.
-        nbytes: Largest memory of all states together, so far.
+        nbytes: Largest memory of all states together, so far; not measured without ``others``.
     """
 
     shapes: Sequence[torch.Size]
@@ -83,8 +83,9 @@ class Interpreter:
                 if value in self.keep:
                     found[~value] = t
                 found[value] = self.edits[value](t, self.rows, self.dense)
-        held = (s.values if isinstance(s, Slab) else s for s in (*self.states.values(), *found.values()))
-        self.nbytes = max(self.nbytes, sum(t.nbytes for t in held))
+        if self.others:
+            held = (s.values if isinstance(s, Slab) else s for s in (*self.states.values(), *found.values()))
+            self.nbytes = max(self.nbytes, sum(t.nbytes for t in held))
         return found
 
     def _layer(self, layer: Layer) -> Tensor:
@@ -98,10 +99,9 @@ class Interpreter:
         return run_layer(layer, self.dense(layer.input), residual)
 
     def _call(self, call: Call) -> dict[int, State]:
-        states = {ref: self.states[ref] for ref in call.refs if ref in self.states}
-        slabs = {ref: state for ref, state in states.items() if isinstance(state, Slab)}
+        slabs = {ref: s for ref in call.refs if isinstance(s := self.states.get(ref), Slab)}
         results: Sequence[State | None] | None = None
-        if slabs and len(slabs) == len(states):
+        if slabs and not any(ref in self.states and ref not in slabs for ref in call.refs):
             results = run_slab(call, slabs, self.shapes, self.unchanged, self.rows)
         if results is None:
             results = run_rows(call, self.dense)
