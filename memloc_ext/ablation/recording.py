@@ -71,7 +71,7 @@ class Call:
         """Name of the operator without namespace and overload."""
         return getattr(self.function, "_opname", getattr(self.function, "__name__", ""))
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """Whether it is an operator on single elements."""
         return torch.Tag.pointwise in getattr(self.function, "tags", ())
