@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memloc_ext.ablation.recording import leaves
 
-_RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"))
+RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"))
 _REDUCTIONS = frozenset(("mean", "sum", "amax", "amin", "var", "std", "prod", "logsumexp", "all", "any"))
 
 
@@ -91,7 +91,7 @@ def _dim(name: str, args: Any, known: Sequence[tuple[torch.Size, int]], shape: t
     old, dim = next((k for k in known if len(k[0]) == rank and k[0][k[1]] == shape[k[1]]), known[0])
     if name in ("permute", "transpose", "t"):
         return permutation(name, args, rank).index(dim)
-    if name in _RESHAPES:
+    if name in RESHAPES:
         return _reshaped(old, dim, shape)
     if "pool" in name and dim != 1:
         return None

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.channels import permutation
-from memloc_ext.ablation.recording import Call, Ref
-from memloc_ext.ablation.rows import BATCH_NORMS, POOLS, normalises_by_batch
+from memloc_ext.ablation.channels import RESHAPES, permutation
+from memloc_ext.ablation.recording import Call, Ref, as_list
+from memloc_ext.ablation.rows import BATCH_NORMS, COPIES, POOLS, normalises_by_batch
 
 _REDUCTIONS = frozenset(("mean", "amax", "amin", "sum"))
-_RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"))
-_SAME = frozenset(("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh"))
 
 
 @dataclass
@@ -73,34 +71,26 @@ def run_slab(
     shapes: Sequence[torch.Size],
     unchanged: Callable[[int], Tensor],
     rows: Tensor,
-    dense: Callable[[int], bool],
 ) -> list[Slab] | None:
     """Run a call on slabs if its outputs are slabs too, else return None.
 
     Args:
-        call: That reads a slab.
+        call: That reads a slab, and else what is the unchanged network's.
         slabs: Value to slab.
         shapes: Of the values, without rows.
         unchanged: Value to what it is in the unchanged network, ``[examples, *shape]``.
         rows: Example of each row.
-        dense: Whether a value differs all over.
     """
-    refs = call.refs
-    own = [slabs[ref] for ref in refs if ref in slabs]
-    if any(dense(ref) for ref in refs) or any((s.dim, s.width) != (own[0].dim, own[0].width) for s in own):
+    first, *others = slabs.values()
+    if any((s.dim, s.width) != (first.dim, first.width) for s in others):
         return None
-    first = own[0]
-    if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in own[1:]):
+    if any(s.start is not first.start and not torch.equal(s.start, first.start) for s in others):
         return None
-    name = call.name
-    function: Any = call.function
-    if len(call.outputs) == 1 and (torch.Tag.pointwise in getattr(function, "tags", ()) or name in _SAME):
+    name, refs, function = call.name, call.refs, call.function
+    if len(call.outputs) == 1 and (call.is_pointwise or name in COPIES):
         shape = shapes[call.outputs[0]]
-        if any(shapes[ref].numel() and len(shapes[ref]) != len(shape) for ref in refs):
+        if any(len(shapes[ref]) != len(shape) or shapes[ref][first.dim] != shape[first.dim] for ref in refs):
             return None
-        for ref in refs:
-            if shapes[ref][first.dim] != shape[first.dim]:
-                return None
         given = []
         for leaf in call.leaves:
             if isinstance(leaf, Ref):
@@ -115,21 +105,9 @@ def run_slab(
     if not isinstance(ref, Ref) and name != "cat":
         return None
     if name in BATCH_NORMS and first.dim == 1 and len(refs) == 1:
-        _, weight, bias, mean, var, *_, eps = call.args
-        if normalises_by_batch(call):
-            var, mean = torch.var_mean(first.values.transpose(1, 2).flatten(2), 2, correction=0)
-        else:
-            var, mean = var[first.indices()], mean[first.indices()]
-        scale = (var + eps).rsqrt() * (1 if weight is None else weight[first.indices()])
-        shift = 0 if bias is None else bias[first.indices()]
-        rank = first.values.dim() - 3
-        scale, mean, shift = (
-            t if isinstance(t, int) else t.reshape(len(t), 1, first.width, *[1] * rank) for t in (scale, mean, shift)
-        )
-        return [Slab(((first.values - mean) * scale + shift).to(first.values.dtype), first.start, 1)]
+        return [_normalised(call, first)]
     if name in POOLS and first.dim == 1 and len(shapes[ref.index]) == 4:
-        pooled = function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs)
-        pooled = pooled if isinstance(pooled, tuple) else (pooled,)
+        pooled = as_list(function(first.values.flatten(0, 1), *call.args[1:], **call.kwargs))
         return [Slab(t.unflatten(0, (len(rows), -1)), first.start, 1) for t in pooled]
     if name in _REDUCTIONS and len(call.args) > 1 and call.args[1]:
         rank = len(shapes[ref.index])
@@ -139,7 +117,7 @@ def run_slab(
         keep = len(shapes[call.outputs[0]]) == rank
         dim = first.dim if keep else first.dim - sum(d < first.dim for d in dims)
         return [Slab(torch.vmap(lambda t: function(t, *call.args[1:], **call.kwargs))(first.values), first.start, dim)]
-    if name in _RESHAPES and getattr(function, "_overloadname", "") != "dtype":
+    if name in RESHAPES and getattr(function, "_overloadname", "") != "dtype":
         return _reshaped(first, shapes[ref.index], shapes[call.outputs[0]])
     if name in ("transpose", "permute", "t"):
         order = permutation(name, call.args, len(shapes[ref.index]))
@@ -150,14 +128,26 @@ def run_slab(
     return None
 
 
+def _normalised(call: Call, slab: Slab) -> Slab:
+    """Return what a batch norm makes of a slab of channels."""
+    _, weight, bias, mean, var, *_, eps = call.args
+    index, shape = slab.indices(), (len(slab.values), 1, slab.width, *[1] * (slab.values.dim() - 3))
+    if normalises_by_batch(call):
+        var, mean = torch.var_mean(slab.values.transpose(1, 2).flatten(2), 2, correction=0)
+    else:
+        var, mean = var[index], mean[index]
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight[index])
+    values = (slab.values - mean.reshape(shape)) * scale.reshape(shape)
+    values = values + (0 if bias is None else bias[index].reshape(shape))
+    return Slab(values.to(slab.values.dtype), slab.start, 1)
+
+
 def _reshaped(slab: Slab, old: torch.Size, new: torch.Size) -> list[Slab] | None:
     """Return a slab of the same elements in another shape, if they are neighbours there too."""
     outer, inner = math.prod(old[: slab.dim]), math.prod(old[slab.dim + 1 :])
     for dim, size in enumerate(new):
         block = math.prod(new[dim + 1 :])
-        if math.prod(new[:dim]) != outer or (size == 1 and old[slab.dim] != 1) or not block:
-            continue
-        if inner % block:
+        if math.prod(new[:dim]) != outer or (size == 1 and old[slab.dim] != 1) or not block or inner % block:
             continue
         shape = (len(slab.values), *new[:dim], slab.width * inner // block, *new[dim + 1 :])
         return [Slab(slab.values.reshape(shape), (slab.start * inner).div(block, rounding_mode="floor"), dim)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,11 +18,102 @@ State = Slab | Tensor
 Edit = Callable[[Tensor, Tensor, Callable[[int], Tensor]], Tensor]
 
 
+def with_slab(edits: Mapping[int, Edit] | None, site: Iterable[int], slab: Slab) -> dict[int, Edit]:
+    """Return edits after which a slab is written into each value of a site."""
+
+    def then(edit: Edit | None) -> Edit:
+        # of a copy: others may read the same memory as another value
+        return lambda t, *given: slab.written_into((edit(t, *given) if edit else t).clone())
+
+    edits = edits or {}
+    return {**edits, **{value: then(edits.get(value)) for value in site}}
+
+
+@dataclass
+class Interpreter:
+    """Runs steps of a recording for rows, each an example in a variant.
+
+    Attributes:
+        shapes: Of the recording's values.
+        rows: Example of each row, ``[rows]``, int64.
+        states: Value to what it is in the rows, given or computed: ``[rows, *shape]``, or a slab of the unchanged one.
+        edits: Value to what is done to it, once it is computed.
+        others: Values of the unchanged network, ``[examples, *shape]``, in the place of those without a state.
+        keep: Values that are kept, as ``~value``, as they were before their edit.
+        needed: Those of ``others`` that were read.
+        slabs: Values that were slabs before their edit.
+        nbytes: Largest memory of all states together, so far; not measured without ``others``.
+    """
+
+    shapes: Sequence[torch.Size]
+    rows: Tensor
+    states: dict[int, State]
+    edits: Mapping[int, Edit]
+    others: Mapping[int, Tensor] = field(default_factory=dict)
+    keep: Collection[int] = ()
+    needed: set[int] = field(default_factory=set)
+    slabs: set[int] = field(default_factory=set)
+    nbytes: int = 0
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Compute the states of what the steps return."""
+        run_steps(steps, self.states, self._results)
+
+    def unchanged(self, value: int) -> Tensor:
+        """Return a value of the unchanged network, ``[examples, *shape]``."""
+        self.needed.add(value)
+        return self.others[value]
+
+    def dense(self, value: int) -> Tensor:
+        """Return a value of every row, ``[rows, *shape]``."""
+        return self._dense(value, self.states.get(value))
+
+    def _dense(self, value: int, state: State | None) -> Tensor:
+        if state is None:
+            return self.unchanged(value).index_select(0, self.rows)
+        return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
+
+    def _results(self, run: Call | Layer) -> dict[int, State]:
+        found: dict[int, State] = {run.output: self._layer(run)} if isinstance(run, Layer) else self._call(run)
+        for value, state in list(found.items()):
+            if isinstance(state, Slab):
+                self.slabs.add(value)
+            if value in self.edits:
+                t = self._dense(value, state)
+                if value in self.keep:
+                    found[~value] = t
+                found[value] = self.edits[value](t, self.rows, self.dense)
+        if self.others:
+            held = (s.values if isinstance(s, Slab) else s for s in (*self.states.values(), *found.values()))
+            self.nbytes = max(self.nbytes, sum(t.nbytes for t in held))
+        return found
+
+    def _layer(self, layer: Layer) -> Tensor:
+        x = self.states.get(layer.input)
+        residual = None if layer.residual is None else self.dense(layer.residual)
+        if isinstance(x, Slab) and x.dim == 1 and x.width == 1:
+            change = x.values - x.of(self.unchanged(layer.input), self.rows)
+            value = layer.call.outputs[0]
+            own = self.others.get(~value, self.unchanged(value))  # as it was before its edit
+            return run_layer_on_channel(layer, change, x.start, own, self.rows, residual)
+        return run_layer(layer, self.dense(layer.input), residual)
+
+    def _call(self, call: Call) -> dict[int, State]:
+        slabs = {ref: s for ref in call.refs if isinstance(s := self.states.get(ref), Slab)}
+        results: Sequence[State | None] | None = None
+        if slabs and not any(ref in self.states and ref not in slabs for ref in call.refs):
+            results = run_slab(call, slabs, self.shapes, self.unchanged, self.rows)
+        if results is None:
+            results = run_rows(call, self.dense)
+        pairs = zip(call.outputs, results, strict=False)  # a slab is of the first outputs alone
+        return {value: state for value, state in pairs if value >= 0 and state is not None}
+
+
 class Graph:
-    """What a model computes, example by example; ``kept`` says whether its recording is of an earlier call."""
+    """What a model computes, example by example; ``cached`` says whether its recording is of an earlier call."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.kept = recording, False
+        self.recording, self.cached = recording, False
         self.readers = recording.readers()
 
     def examples(
@@ -35,29 +126,16 @@ class Graph:
             keep: Values to return, besides the outputs: ``[examples, *shape]`` each.
             edits: Value to what is done to it, once it is computed; ``~value`` of one to keep is what it was before.
         """
-        keep, edits = {*keep, *self.recording.outputs}, edits or {}
-        rows = torch.arange(len(inputs[0]), device=inputs[0].device)
-        values = {index: t[:, None] for index, t in zip(self.recording.inputs, inputs, strict=True)}
-
-        def results(call: Call) -> dict[int, Tensor]:
-            found = {}
-            for index, t in zip(call.outputs, run_rows(call, values.__getitem__), strict=True):
-                if index >= 0 and t is not None:
-                    if index in edits and index in keep:
-                        found[~index] = t
-                    found[index] = edits[index](t, rows, values.__getitem__) if index in edits else t
-            return found
-
-        run_steps(steps_to({*keep, *edits}, self.recording.calls), values, results)
-        return {value: t for value, t in values.items() if value in keep or ~value in keep}
+        recording, edits = self.recording, edits or {}
+        keep, rows = {*keep, *recording.outputs}, torch.arange(len(inputs[0]), device=inputs[0].device)
+        given: dict[int, State] = {value: t[:, None] for value, t in zip(recording.inputs, inputs, strict=True)}
+        run = Interpreter(recording.shapes, rows, given, edits, keep=keep)
+        run.run(steps_to({*keep, *edits}, recording.calls))
+        return {value: run.dense(value) for value in run.states if value in keep or ~value in keep}
 
     def suffix(self, site: Sequence[int], whole: Sequence[int]) -> Suffix:
         """Return the part that depends on a site; see `Suffix`."""
         return Suffix(self, site, whole)
-
-
-class MissingValueError(LookupError):
-    """A value of the unchanged network is needed that was not kept."""
 
 
 class Suffix:
@@ -80,11 +158,8 @@ class Suffix:
         self.bytes_per_row = 0
         self.slabs: set[int] = set()
         self._whole = frozenset(whole)
-        depends, steps, done = set(site), list[tuple[int, Call | Layer]](), set[int]()
-        for i, call in enumerate(recording.calls):
-            if not depends.intersection(call.refs):
-                continue
-            depends.update(index for index in call.outputs if index >= 0)
+        steps, done = list[tuple[int, Call | Layer]](), set[int]()
+        for i, call in recording.after(site):
             if i in done:
                 continue
             layer = find_layer(recording, graph.readers, i, done, (*self.site, *whole))
@@ -100,24 +175,23 @@ class Suffix:
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
-    ) -> list[Tensor]:
-        """Return the outputs of each row, ``[rows, *shape]``.
+    ) -> dict[int, Tensor]:
+        """Return the recording's outputs of each row, ``[rows, *shape]``.
 
         Args:
-            unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``; else MissingValueError.
+            unchanged: The values `needed` in the unchanged network, ``[examples, *shape]``.
             rows: Example of each row.
             slab: What replaces the site's units in each row.
             edits: Those that ``unchanged`` was computed with.
         """
-        states = self._run(self.steps, unchanged, rows, slab, edits or {})
-        values = _Values(states, unchanged, rows, self.needed)
-        return [values.dense(output) for output in self.graph.recording.outputs]
+        found = self._run(self.steps, unchanged, rows, slab, edits)
+        return {output: found.dense(output) for output in self.graph.recording.outputs}
 
     def feature(self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab) -> Slab | None:
         """Return what the `head` is given in each row, if it differs in one feature only; see `run`."""
         if self.head is None:
             return None
-        state = self._run(self.steps[: self._head_at], unchanged, rows, slab, {}).get(self.head.input)
+        state = self._run(self.steps[: self._head_at], unchanged, rows, slab).states.get(self.head.input)
         if isinstance(state, Slab) and state.dim == 1 and state.values.shape[1:] == (1, 1):
             return state
         return None
@@ -128,80 +202,15 @@ class Suffix:
         unchanged: dict[int, Tensor],
         rows: Tensor,
         slab: Slab,
-        edits: dict[int, Edit],
-    ) -> dict[int, State]:
+        edits: dict[int, Edit] | None = None,
+    ) -> Interpreter:
         states: dict[int, State] = dict.fromkeys(self._entries, slab)
-        for step in steps:
-            values = _Values(states, unchanged, rows, self.needed)
-            self._step(step.run, states, values)
-            for value in step.run.outputs:
-                if value in self._whole and isinstance(states.get(value), Slab):
-                    self.slabs.add(value)
-                if value in states and (value in edits or value in self.site):
-                    whole = values.dense(value)
-                    whole = edits[value](whole, rows, values.dense) if value in edits else whole
-                    # of a copy: others may read the same memory as another value
-                    states[value] = slab.written_into(whole.clone()) if value in self.site else whole
-            tensors = [state.values if isinstance(state, Slab) else state for state in states.values()]
-            self.bytes_per_row = max(self.bytes_per_row, sum(t.nbytes for t in tensors) // max(1, len(rows)))
-            for value in step.dead:
-                states.pop(value, None)
-        return states
-
-    def _step(self, run: Call | Layer, states: dict[int, State], values: _Values) -> None:
-        rows = values.rows
-        if isinstance(run, Layer):
-            x = states.get(run.input)
-            residual = None if run.residual is None else values.dense(run.residual)
-            if isinstance(x, Slab) and x.dim == 1 and x.width == 1:
-                change = x.values - x.of(values.unchanged(run.input), rows)
-                own = values.unedited(run.call.outputs[0])
-                states[run.output] = run_layer_on_channel(run, change, x.start, own, rows, residual)
-            else:
-                states[run.output] = run_layer(run, values.dense(run.input), residual)
-            return
-        slabs = {ref: s for ref in run.refs if isinstance(s := states.get(ref), Slab)}
-        results: Sequence[State | None] | None = None
-        if slabs:
-            shapes = self.graph.recording.shapes
-            results = run_slab(run, slabs, shapes, values.unchanged, rows, values.is_dense)
-        if results is None:
-            results = run_rows(run, values.dense)
-        pairs = zip(run.outputs, results, strict=False)
-        states.update({index: result for index, result in pairs if index >= 0 and result is not None})
-
-
-@dataclass(frozen=True)
-class _Values:
-    """Reads values of a suffix that is running, and notes which ones are the unchanged network's."""
-
-    states: dict[int, State]
-    others: dict[int, Tensor]
-    rows: Tensor
-    needed: set[int]
-
-    def unchanged(self, value: int) -> Tensor:
-        """Return a value of the unchanged network, ``[examples, *shape]``."""
-        self.needed.add(value)
-        if value not in self.others:
-            raise MissingValueError(value)
-        return self.others[value]
-
-    def unedited(self, value: int) -> Tensor:
-        """Return a value of the unchanged network as it was before it was edited."""
-        whole = self.unchanged(value)
-        return self.others.get(~value, whole)
-
-    def is_dense(self, value: int) -> bool:
-        """Return whether a value differs from the unchanged network's all over."""
-        return isinstance(self.states.get(value), Tensor)
-
-    def dense(self, value: int) -> Tensor:
-        """Return a value of every row, ``[rows, *shape]``."""
-        state = self.states.get(value)
-        if state is None:
-            return self.unchanged(value).index_select(0, self.rows)
-        return state.dense(self.unchanged(value), self.rows) if isinstance(state, Slab) else state
+        shapes, edits = self.graph.recording.shapes, with_slab(edits, self.site, slab)
+        found = Interpreter(shapes, rows, states, edits, unchanged, needed=self.needed)
+        found.run(steps)
+        self.slabs |= found.slabs & self._whole
+        self.bytes_per_row = max(self.bytes_per_row, found.nbytes // max(1, len(rows)))
+        return found
 
 
 def _find_head(steps: Sequence[Step]) -> tuple[int | None, float]:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext.ablation.recording import Call, Recording, Ref
 from memloc_ext.ablation.rows import BATCH_NORMS, normalises_by_batch, trimmed
 from memloc_ext.ops.ablation import conv2d_ablation, linear_ablation
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.edits import SiteHook, apply_ablation, hooked
-from memloc_ext.ablation.interpreter import Edit, Graph, Suffix
-from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.interpreter import Edit, Graph, Suffix, with_slab
+from memloc_ext.ablation.network import Network, Query
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.signature import Judged, Signature, check_output, given, judge, opened
+from memloc_ext.ablation.signature import Judged, Signature, check_output, judge, opened
 from memloc_ext.ablation.sites import Site, attention, find_sites
 from memloc_ext.borrowing import evaluating, uncompiled, without_fast_path
 from memloc_ext.tasks import Task
@@ -23,26 +22,27 @@ from memloc_ext.tasks import Task
 
 def one_by_one(
     model: nn.Module,
-    x: Any,
+    tensors: Sequence[Tensor],
+    signature: Signature,
     y: Tensor,
-    question: Question,
-    reference: Any,
+    query: Query,
+    reference: Sequence[Tensor],
     reason: UnsupportedError,
     progress: Callable[[int], object],
 ) -> tuple[Judged, dict[str, Judged], dict[str, int]]:
     """Return what the model's outputs are worth, as it is and with each unit of its sites off, and where units are.
 
-    The arguments are those of `ablation_losses`, and why the model cannot be recorded; ``progress`` is called with 1
-    for each unit. ValueError if a site is none, or ``how`` is ``filter``, which needs a recording.
+    The arguments are those of `ablation_losses`, taken apart, and why the model cannot be recorded; ``progress`` is
+    called with 1 for each unit. ValueError if a site is none, or ``how`` is ``filter``, which needs a recording.
     """
-    check_how(question.how, reason)
-    task, (tensors, signature) = question.task, given(x)
+    check_how(query.how, reason)
+    task = query.task
     graph = _ModelGraph(model, tensors, signature, task)
-    found = find_sites(model, graph.recording, question.sites)
+    found = find_sites(model, graph.recording, query.sites)
     dims, variants = {site.name: site.dim for site in found}, {}
     with torch.no_grad(), evaluating(model):
         base = check_output(task, signature.call(model, tensors), y)
-        baselines = graph.means(found, given(reference)[0]) if question.how == "mean" else {}
+        baselines = graph.means(found, reference) if query.how == "mean" else {}
         for site in found:
             rows = []
             for unit in range(site.units):
@@ -68,15 +68,15 @@ class ModelNetwork(Network):
     The model is given one example at a time, so that it does not matter where its layers have the batch.
     """
 
-    def __init__(self, model: nn.Module, given: Sequence[Tensor], signature: Signature, question: Question) -> None:
-        super().__init__(model, _ModelGraph(model, given, signature, question.task), given, signature, question)
+    def __init__(self, model: nn.Module, given: Sequence[Tensor], signature: Signature, query: Query) -> None:
+        super().__init__(model, _ModelGraph(model, given, signature, query.task), given, signature, query)
 
-    def _probe(self, given: Sequence[Tensor], question: Question) -> None:
+    def _probe(self, given: Sequence[Tensor], query: Query) -> None:
         recording = self.graph.recording
         sizes = zip(recording.shapes, recording.dtypes, strict=True)
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
         self.needed = {*recording.inputs, *recording.outputs}
-        self.share = question.memory_budget
+        self.share = query.memory_budget
         self.examples_at_once = max(1, self.share // max(1, size))
         self.gradients_at_once = self.examples_at_once
         self.rows_at_once = [self.examples_at_once] * len(self.suffixes)
@@ -97,7 +97,7 @@ class _ModelGraph(Graph):
     ) -> dict[int, Tensor]:
         return self.rows(inputs, torch.arange(len(inputs[0]), device=inputs[0].device), keep, lambda _: edits or {})
 
-    def means(self, sites: Sequence[Site], inputs: list[Tensor]) -> dict[str, Tensor]:
+    def means(self, sites: Sequence[Site], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the mean of each unit over examples, which meet in the model, positions and calls."""
         keep = {value for site in sites for value in site.values}
         with uncompiled(), without_fast_path():
@@ -117,7 +117,7 @@ class _ModelGraph(Graph):
             ]
         return {value: torch.cat([one[value] for one in found]) for value in found[0]}
 
-    def _run(self, inputs: list[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
+    def _run(self, inputs: Sequence[Tensor], row: Tensor, keep: set[int], edits: dict[int, Edit]) -> dict[int, Tensor]:
         values = {v: t[None] for v, t in zip(self.recording.inputs, inputs, strict=True)}
         wanted = {self._sites[value] for value in {*keep, *edits} if value in self._sites}
 
@@ -148,19 +148,12 @@ class _ModelSuffix(Suffix):
 
     def run(
         self, unchanged: dict[int, Tensor], rows: Tensor, slab: Slab, edits: dict[int, Edit] | None = None
-    ) -> list[Tensor]:
+    ) -> dict[int, Tensor]:
         def changed(i: int) -> dict[int, Edit]:
-            one, own = Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim), edits or {}
+            return with_slab(edits, self.site, Slab(slab.values[i : i + 1], slab.start[i : i + 1], slab.dim))
 
-            def then(edit: Edit | None) -> Edit:
-                return lambda t, *given: one.written_into((edit(t, *given) if edit else t).clone())
-
-            return own | {value: then(own.get(value)) for value in self.site}
-
-        recording = self.model_graph.recording
-        inputs = [unchanged[value][rows, 0] for value in recording.inputs]
-        found = self.model_graph.rows(inputs, rows, (), changed)
-        return [found[output] for output in recording.outputs]
+        inputs = [unchanged[value][rows, 0] for value in self.model_graph.recording.inputs]
+        return self.model_graph.rows(inputs, rows, (), changed)
 
 
 class _Seen(SiteHook):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.interpreter import Graph
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.rows import BATCH_NORMS, keeps_rows_apart, normalises_by_batch
-from memloc_ext.ablation.signature import Judged, Signature, judge, opened
+from memloc_ext.ablation.signature import Judged, Signature, check_output, judge, opened
 from memloc_ext.ablation.sites import Site, find_sites, is_alone, producer
 from memloc_ext.borrowing import evaluating
 from memloc_ext.tasks import Classification, Task, wide
@@ -24,7 +24,7 @@ _CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """What a network is asked.
 
     Attributes:
@@ -53,32 +53,36 @@ class Network:
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, given: Sequence[Tensor], signature: Signature, question: Question
+        self, model: nn.Module, graph: Graph, given: Sequence[Tensor], signature: Signature, query: Query
     ) -> None:
-        self.graph, self.signature, self.task, self.how = graph, signature, question.task, question.how
+        self.graph, self.signature, self.task, self.how = graph, signature, query.task, query.how
         recording = graph.recording
-        self.sites = find_sites(model, recording, question.sites)
+        self.sites = find_sites(model, recording, query.sites)
         self.places = [_place(graph, site, self.how) for site in self.sites]
-        every = [value for place in self.places for value in place.values] if question.edited else []
+        every = [value for place in self.places for value in place.values] if query.edited else []
         for i, value in enumerate(every):
             if value in every[:i]:
                 same = [site.name for site, place in zip(self.sites, self.places, strict=True) if value in place.values]
                 raise ValueError(f"sites must be different units, got {' and '.join(same)}, which are the same")
         self.suffixes = [graph.suffix(place.values, every) for place in self.places]
         with torch.no_grad():
-            self._probe([t[:1] for t in given], question)
+            self._probe([t[:1] for t in given], query)
 
-    def output(self, values: Sequence[Tensor]) -> Any:
-        """Return what the model returns, of the recorded outputs ``[rows, 1, *]``."""
-        return self.graph.recording.build([t[:, 0] for t in values])
+    def output(self, values: Mapping[int, Tensor]) -> Any:
+        """Return what the model returns, given the recording's outputs, ``[rows, 1, *]``, among some values."""
+        return self.graph.recording.build([values[value][:, 0] for value in self.graph.recording.outputs])
 
-    def output_of(self, values: dict[int, Tensor]) -> Any:
-        """Return the same, of what `Graph.examples` returns."""
-        return self.output([values[value] for value in self.graph.recording.outputs])
-
-    def judge(self, values: Sequence[Tensor], y: Tensor) -> Judged:
-        """Return what the recorded outputs of some rows are worth."""
+    def judge(self, values: Mapping[int, Tensor], y: Tensor) -> Judged:
+        """Return what the outputs of some rows are worth."""
         return judge(self.task, self.output(values), y)
+
+    def judge_unchanged(
+        self, model: nn.Module, given: Sequence[Tensor], values: Mapping[int, Tensor], y: Tensor
+    ) -> Judged:
+        """Return the same of examples in the unchanged network, checked by `check_output`, and against the model."""
+        judged = check_output(self.task, self.output(values), y)
+        self._check_agreement(model, given, [values[value] for value in self.graph.recording.outputs])
+        return judged
 
     def baselines(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return what each site's units are replaced by, ``[units]``; for ``how="mean"`` their mean over examples."""
@@ -113,7 +117,7 @@ class Network:
         places = zip(sums, self.places, strict=True)
         return [(total / len(x)).to(self.graph.recording.dtypes[place.values[0]]) for total, place in places]
 
-    def _probe(self, given: Sequence[Tensor], question: Question) -> None:
+    def _probe(self, given: Sequence[Tensor], query: Query) -> None:
         """Run every suffix on one row, to see what it needs."""
         recording = self.graph.recording
         unchanged = self.graph.examples(given, range(len(recording.shapes)))
@@ -133,13 +137,13 @@ class Network:
             for values in [*([value] for value in slabs), slabs] if slabs else []:
                 suffix.run(unchanged, row, slab, dict.fromkeys(values, lambda t, *_: t))
         self.needed = set().union(*(suffix.needed for suffix in self.suffixes), recording.outputs)
-        if question.weights:
+        if query.weights:
             self.needed.update(producer(recording, site).refs[0] for site in self.sites)
         sizes = {v: t.nbytes for v, t in unchanged.items()}
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
-        example += sum(sizes[v] for place in self.places for v in place.values) if question.edited else 0
+        example += sum(sizes[v] for place in self.places for v in place.values) if query.edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
-        least, budget = _SHARE * max(example, row_bytes, 1), int(question.memory_budget)
+        least, budget = _SHARE * max(example, row_bytes, 1), int(query.memory_budget)
         if budget < least:
             raise ValueError(
                 f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"
@@ -150,11 +154,11 @@ class Network:
         share = self.share if device.type == "cuda" else min(self.share, max(row_bytes, _CACHED))
         self.rows_at_once = [share // max(1, 2 * suffix.bytes_per_row) for suffix in self.suffixes]
 
-    def check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def _check_agreement(self, model: nn.Module, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Raise UnsupportedError if a model gives other than the recorded ``[batch, 1, *]``: examples meet in it."""
         recording = self.graph.recording
         if all(keeps_rows_apart(call, recording.shapes) for call in recording.calls):
-            few = 1 if self.graph.kept else 2  # a number in a call may still be that of the examples
+            few = 1 if self.graph.cached else 2  # a number in a call may still be that of the examples
             if len(given[0]) < few:
                 return
             given, outputs = ([t[:few] for t in tensors] for tensors in (given, outputs))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from memloc_ext.ablation.channels import FollowingChannels
-from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError, leaves, replaced
+from memloc_ext.ablation.recording import Call, Recording, Ref, UnsupportedError, as_list, leaves, replaced
 from memloc_ext.ablation.signature import Signature, opened
 from memloc_ext.borrowing import evaluating, uncompiled, without_fast_path
 from memloc_ext.tasks import Task
@@ -45,7 +45,7 @@ def record(
             output = signature.call(model, given)
     tensors, recorder.recording.build = opened(task, output)
     recorder.recording.outputs = [recorder.output(t) for t in tensors]
-    _merge(recorder.recording, recorder.returned)
+    _merge(recorder.recording, recorder.aliases)
     return recorder.recording
 
 
@@ -59,7 +59,7 @@ class Recorder(FollowingChannels):
         self.strict = strict
         self.recording = Recording()
         self.modules: list[str] = [""]
-        self.returned: list[Call] = []  # those of `give_back`
+        self.aliases: list[Call] = []  # those of `give_back`
         self._values: dict[int, int] = {}  # id of a tensor to its value
         self._kept: list[Tensor] = []  # so that no id is used twice
         self._storages: dict[int, list[int]] = {}  # address to the tensors that share it, by id
@@ -103,7 +103,7 @@ class Recorder(FollowingChannels):
     def give_back(self, t: Tensor) -> Tensor:
         """Return a tensor as another value: a hook would replace what a module returns, but not what it keeps."""
         other = aten.alias.default(t)
-        self.returned.append(self.recording.calls[-1])
+        self.aliases.append(self.recording.calls[-1])
         return other
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -112,15 +112,10 @@ class Recorder(FollowingChannels):
         name = func._opname
         if any(id(t) in self._stale for t in tensors):
             self.refuse(f"{func} reads what was written through a view of it")
-        for t in tensors:
-            if (
-                id(t) not in self._values
-                and t.numel()
-                and storage_address(t) in self._dependent
-                and name not in _SHAPED_LIKE
-            ):
-                self.refuse(f"{func} reads an activation that no operator returned")
-        if name in _SHAPED_LIKE or not any(id(t) in self._values for t in tensors):
+        unknown = [t for t in tensors if id(t) not in self._values]
+        if name not in _SHAPED_LIKE and any(t.numel() and storage_address(t) in self._dependent for t in unknown):
+            self.refuse(f"{func} reads an activation that no operator returned")
+        if name in _SHAPED_LIKE or len(unknown) == len(tensors):
             result = func(*args, **kwargs)
             for t in as_list(result):
                 if isinstance(t, Tensor) and id(t) not in self._values:
@@ -260,8 +255,3 @@ def _hooks(model: nn.Module, recorder: Recorder) -> Iterator[Any]:
 def storage_address(t: Tensor) -> int:
     """Return where the memory begins that a tensor is part of."""
     return t.untyped_storage().data_ptr()
-
-
-def as_list(result: Any) -> Sequence[Any]:
-    """Return what an operator returned as a list."""
-    return list(result) if isinstance(result, tuple | list) else [result]

@@ -43,6 +43,11 @@ def leaves(tree: Any) -> list[Any]:
     return found
 
 
+def as_list(result: Any) -> list[Any]:
+    """Return what an operator returned as a list."""
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an operator.
@@ -65,6 +70,11 @@ class Call:
     def name(self) -> str:
         """Name of the operator without namespace and overload."""
         return getattr(self.function, "_opname", getattr(self.function, "__name__", ""))
+
+    @cached_property
+    def is_pointwise(self) -> bool:
+        """Whether it is an operator on single elements."""
+        return torch.Tag.pointwise in getattr(self.function, "tags", ())
 
     @cached_property
     def leaves(self) -> list[Any]:
@@ -146,6 +156,15 @@ class Recording:
         with torch.no_grad():
             for constant, compute in self.derived:
                 constant.copy_(compute())
+
+    def after(self, values: Iterable[int]) -> list[tuple[int, Call]]:
+        """Return the calls that depend on some values, each behind its position."""
+        depends, found = set(values), []
+        for i, call in enumerate(self.calls):
+            if depends.intersection(call.refs):
+                depends.update(call.outputs)
+                found.append((i, call))
+        return found
 
     def readers(self) -> list[list[int]]:
         """Return which calls read each value."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ablation.recording import Call, Ref, UnsupportedError
+from memloc_ext.ablation.recording import Call, Ref, UnsupportedError, as_list
 
 aten = torch.ops.aten
 
@@ -16,6 +16,7 @@ POOLS = {"avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d"}
 # their first dimension is the batch, whatever its size: rows become more of it
 _BATCHED = POOLS | {"convolution", "upsample_nearest2d", "upsample_bilinear2d"}
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
+COPIES = frozenset(("clone", "_to_copy", "alias", "detach"))
 _ATTENTION = {f"_scaled_dot_product_{k}" for k in ("flash_attention_for_cpu", "flash_attention", "efficient_attention")}
 
 
@@ -55,7 +56,7 @@ def run_rows(call: Call, read: Callable[[int], Tensor]) -> list[Tensor | None]:
         raise UnsupportedError(
             f"{call.name} in {where} cannot be run for many examples apart from each other"
         ) from error
-    results = results if isinstance(results, tuple | list) else [results]
+    results = as_list(results)
     if not batched:
         return [t if isinstance(t, Tensor) else None for t in results]
     return [
@@ -106,7 +107,7 @@ def _is_elementwise(call: Call, given: Sequence[Tensor]) -> bool:
     rank = given[0].dim() if given else 0
     constants = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
     return (
-        torch.Tag.pointwise in getattr(call.function, "tags", ())
+        call.is_pointwise
         and rank > 1  # numbers have a say of their own in the type of the result
         and all(t.dim() == rank for t in given)
         and all(t.dim() < rank for t in constants)
@@ -118,7 +119,7 @@ def keeps_rows_apart(call: Call, shapes: Sequence[torch.Size]) -> bool:
     read, written = [shapes[ref] for ref in call.refs], shapes[call.outputs[0]]
     if any(not shape or shape[0] != 1 for shape in (*read, written)):
         return False
-    if torch.Tag.pointwise in getattr(call.function, "tags", ()) or call.name in BATCH_NORMS or call.name in _BATCHED:
+    if call.is_pointwise or call.name in BATCH_NORMS or call.name in _BATCHED:
         return len({len(shape) for shape in (*read, written)}) == 1
     rank = len(written)
     if call.name in ("mean", "amax", "sum"):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.ablation.kept import ask
 from memloc_ext.ablation.model_runs import one_by_one
-from memloc_ext.ablation.network import HOWS, Network, Question
+from memloc_ext.ablation.network import HOWS, Network, Query
 from memloc_ext.ablation.recording import UnsupportedError
-from memloc_ext.ablation.signature import Judged, check_examples, check_output, given
+from memloc_ext.ablation.recording_cache import with_network
+from memloc_ext.ablation.signature import Judged, check_examples, given
 from memloc_ext.ops.ablation import linear_ablation_loss
 from memloc_ext.tasks import Task, TaskName, task_of
 
@@ -92,17 +92,16 @@ def ablation_losses(
         raise ValueError(f"ablation_losses: how must be one of {', '.join(HOWS)}, got {how!r}")
     tensors, signature = given(x)
     others = tensors if reference is None else given(reference)[0]
-    question = Question(task, sites, how, memory_budget)
+    query = Query(task, sites, how, memory_budget)
     try:
         with torch.no_grad():
             use = partial(_by_graph, model=model, inputs=tensors, y=y, reference=others, progress=progress)
-            return ask(model, tensors, signature, question, use)
+            return with_network(model, tensors, signature, query, use)
     except UnsupportedError as error:
         message = f"ablation_losses: {error}; running the model once per unit instead"
         warnings.warn(message, UserWarning, stacklevel=2)
         reason = error
-    others = x if reference is None else reference
-    return AblationLosses(*one_by_one(model, x, y, question, others, reason, progress))
+    return AblationLosses(*one_by_one(model, tensors, signature, y, query, others, reason, progress))
 
 
 def _counted(tell: Callable[[int], object], examples: int) -> Callable[[int], None]:
@@ -131,9 +130,7 @@ def _by_graph(
     for begin in range(0, len(y), step):
         some, labels = [t[begin : begin + step] for t in inputs], y[begin : begin + step]
         unchanged = network.graph.examples(some, network.needed)
-        outputs = [unchanged[value] for value in network.graph.recording.outputs]
-        base.append(check_output(network.task, network.output(outputs), labels))
-        network.check_agreement(model, some, outputs)
+        base.append(network.judge_unchanged(model, some, unchanged, labels))
         scans = [_scan_features if features else _scan for features in network.ends_in_feature]
         parts.append([scans[i](network, i, unchanged, labels, b, done) for i, b in enumerate(baselines)])
     sites = {site.name: Judged.joined([part[i] for part in parts], 1) for i, site in enumerate(network.sites)}

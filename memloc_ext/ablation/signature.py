@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memloc_ext.batches import call, tensors_of, with_each_tensor
 from memloc_ext.nn.example_ids import checked_example_ids, current_example_ids
@@ -52,21 +51,18 @@ def opened(task: Task, output: Any) -> tuple[list[Tensor], Callable[[Sequence[Te
     if isinstance(task, Classification | Tokens):
         return [logits_of(output)], lambda tensors: tensors[0]
     plain = isinstance(output, Tensor | tuple | list | Mapping) or not hasattr(output, "__dict__")
-    leaves, spec = tree_flatten(output if plain else vars(output))
-    places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+    tree = output if plain else vars(output)
 
     def build(tensors: Sequence[Tensor]) -> Any:
-        new = list(leaves)
-        for place, t in zip(places, tensors, strict=True):
-            new[place] = t
-        built = tree_unflatten(new, spec)
+        new = iter(tensors)
+        built = with_each_tensor(tree, lambda _: next(new))
         if plain:
             return built
         other = copy.copy(output)
         vars(other).update(built)
         return other
 
-    return [leaves[place] for place in places], build
+    return tensors_of(tree), build
 
 
 class Judged(NamedTuple):

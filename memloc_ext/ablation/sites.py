@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from memloc_ext.ablation.recording import Call, Recording, Ref
-from memloc_ext.ablation.rows import BATCH_NORMS
+from memloc_ext.ablation.rows import BATCH_NORMS, COPIES
 
 HEADS = ".heads"  # ends the name of a site whose units are the attention heads of a module
 _ATTENTION = "_scaled_dot_product"
-_LOCAL = frozenset(("clone", "_to_copy", "alias", "detach"))
 _VIEWS = frozenset(("view", "_unsafe_view"))
 _LINEAR = frozenset(("addmm", "mm"))
 _LAYERS = _LINEAR | {"convolution", "bmm", "baddbmm"}
@@ -210,7 +208,7 @@ def _is_linear(call: Call) -> bool:
 
 def _is_elementwise(call: Call) -> bool:
     """Return whether a call keeps channels apart."""
-    return torch.Tag.pointwise in getattr(call.function, "tags", ()) or call.name in BATCH_NORMS or call.name in _LOCAL
+    return call.is_pointwise or call.name in BATCH_NORMS or call.name in COPIES
 
 
 def _is_local(call: Call) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.interpreter import Edit
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.sets import Candidates, finite, gradients
+from memloc_ext.ablation.unit_sets import Candidates, finite, gradients
 from memloc_ext.ablation.weights import CHANNELS, Filters, WeightChange
 
 

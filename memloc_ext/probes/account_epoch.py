@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -291,11 +290,10 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
     Returns:
         In ``[0, 1]``; None where there is no positive example or no negative one.
     """
-    marked = positive.cpu().numpy()
-    num_positive = int(marked.sum())
-    pairs = num_positive * (len(marked) - num_positive)
+    positive, num_positive = positive.cpu(), int(positive.sum())
+    pairs = num_positive * (len(positive) - num_positive)
     if pairs == 0:
         return None
-    _, place, counts = np.unique(scores.cpu().numpy(), return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # equal scores share the mean of their ranks, which start at 1
-    return float((ranks[place[marked]].sum() - num_positive * (num_positive + 1) / 2) / pairs)
+    _, place, counts = scores.cpu().unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0) - (counts.double() - 1) / 2  # equal scores share the mean of their ranks, which start at 1
+    return float((ranks[place[positive]].sum() - num_positive * (num_positive + 1) / 2) / pairs)

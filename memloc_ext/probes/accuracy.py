@@ -89,8 +89,7 @@ def accuracy(
         ValueError: If an argument breaks the above, or the numbers of the examples cannot be known.
         TypeError: If data can be iterated only once.
     """
-    settings = {"memorized": memorized, "true_labels": true_labels, "test": test, "task": task}
-    evaluation = Evaluation("accuracy", model, data, **settings, batch_size=batch_size, num_workers=num_workers)
+    evaluation = Evaluation("accuracy", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     return evaluation.accuracy(model)
 
 
@@ -117,6 +116,7 @@ class Evaluation:
         test: Test examples; None if there are none, or they would need masks of their own.
         task: The task.
         memorized: Tells by number which training examples are memorized; None if that is not known.
+        batch_size: Examples at a time.
     """
 
     def __init__(
@@ -124,7 +124,6 @@ class Evaluation:
         function: str,
         model: nn.Module,
         data: Data,
-        *,
         memorized: Marks | None = None,
         true_labels: Any | None = None,
         test: Data | None = None,
@@ -139,7 +138,7 @@ class Evaluation:
         if test is not None and not masks_test_examples(model):
             self.test = examples(function, test, device, num_workers=num_workers, numbered=False)
         self.memorized = marked(function, memorized, data)
-        self._truth, self._batch_size = truth(function, true_labels, data), batch_size
+        self._truth, self.batch_size = truth(function, true_labels, data), batch_size
 
     def accuracy(self, model: nn.Module) -> Accuracy:
         """Return the accuracy of a model in evaluation mode; several processes share the work."""
@@ -149,7 +148,7 @@ class Evaluation:
 
     def accuracies(self, outputs: Callable[[Any], Sequence[Any]], models: int) -> list[Accuracy]:
         """Return the accuracy of so many models, given what each of them returns for a batch."""
-        train = self.judged(outputs, models, self.train, self._truth)
+        train = self._outcomes(outputs, models, self.train, self._truth)
         ids, right = train["ids"], train["right"]
         memorized = torch.zeros_like(ids, dtype=torch.bool) if self.memorized is None else self.memorized(ids)
         kinds = {"clean": ~memorized, "memorized": memorized}
@@ -157,7 +156,7 @@ class Evaluation:
         parts["memorized_true"] = train["truly"][:, memorized] if "truly" in train else right[:, :0]
         tokens = {part: train["tokens"][:, kind] for part, kind in kinds.items() if "tokens" in train}
         if self.test is not None:
-            test = self.judged(outputs, models, self.test)
+            test = self._outcomes(outputs, models, self.test)
             parts["test"] = test["right"]
             tokens |= {"test": test["tokens"]} if "tokens" in test else {}
         counts = {part: parts[part].shape[1] if part in parts else 0 for part in PARTS}
@@ -176,7 +175,7 @@ class Evaluation:
         """Return about which training examples a model is right, in the order of their ``indices``, ``[N]``, bool."""
         with kept_training_flags(model):
             model.eval()
-            found = self.judged(lambda x: [call(model, x)], 1, self.train)
+            found = self._outcomes(lambda x: [call(model, x)], 1, self.train)
         right = torch.empty_like(found["right"][0])
         right[self.train.indices.argsort()] = found["right"][0][found["ids"].argsort()]
         return right
@@ -188,7 +187,7 @@ class Evaluation:
         return fingerprint(parts, told, identity(self.task))
 
     @torch.no_grad()
-    def judged(
+    def _outcomes(
         self, outputs: Callable[[Any], Sequence[Any]], models: int, data: Examples, truth: Lookup | None = None
     ) -> dict[str, Tensor]:
         """Return about which examples models are right, as for `accuracies`; several processes share the batches.
@@ -200,16 +199,16 @@ class Evaluation:
 
         def share(k: int) -> list[dict[str, Tensor]]:
             found = []
-            for x, y, ids in data.batches(self._batch_size * world, shard=(k, world)):
+            for x, y, ids in data.batches(self.batch_size * world, shard=(k, world)):
                 with example_ids(ids):
-                    found.append(self._judged(outputs(x), y, ids, None if truth is None else truth(ids)))
+                    found.append(self._outcome(outputs(x), y, ids, None if truth is None else truth(ids)))
             return found if world == 1 else [{name: t.cpu() for name, t in part.items()} for part in found]
 
         none = {"ids": torch.empty(0, dtype=torch.int64), "right": torch.empty(models, 0, dtype=torch.bool)}
         found = [part for shares in spread(share, range(world)) for part in shares] or [none]
         return {name: torch.cat([part[name] for part in found], 0 if name == "ids" else 1) for name in found[0]}
 
-    def _judged(self, outputs: Sequence[Any], y: Any, ids: Tensor, truth: Any) -> dict[str, Tensor]:
+    def _outcome(self, outputs: Sequence[Any], y: Any, ids: Tensor, truth: Any) -> dict[str, Tensor]:
         def each(judge: Callable[[Any], Tensor]) -> Tensor:
             return torch.stack([judge(output) for output in outputs])
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext import batches
-from memloc_ext.ablation.batch_recorder import record_batch
-from memloc_ext.ablation.recorder import as_list
-from memloc_ext.ablation.recording import Call, Recording, Ref, Step, UnsupportedError, run_steps, steps_to
-from memloc_ext.ablation.signature import given
-from memloc_ext.borrowing import evaluating, without_fast_path
+from memloc_ext.ablation.recorder import Readers, Recorder, storage_address
+from memloc_ext.ablation.recording import Call, Recording, Ref, Step, UnsupportedError, as_list, run_steps, steps_to
+from memloc_ext.ablation.signature import Signature, given
+from memloc_ext.borrowing import evaluating, generator_states, uncompiled, without_fast_path
 
 
 class ParameterVariants:
@@ -41,7 +41,8 @@ class ParameterVariants:
 
     def __init__(self, model: nn.Module, read: Callable[[Any], Any] = lambda output: output) -> None:
         self._model, self._read = getattr(model, "_orig_mod", model), read
-        self._programs: dict[Any, _Program] = {}
+        self._recordings: dict[Any, Recording] = {}
+        self._plans: dict[Any, tuple[list[Step], list[Step]]] = {}
         self._recordable = True
 
     def outputs(self, x: Any, variants: Sequence[Mapping[str, Tensor]]) -> list[Any]:
@@ -55,7 +56,7 @@ class ParameterVariants:
         Raises:
             ValueError: If a name is not the model's, or a shape differs.
         """
-        tensors = _tensors(self._model)
+        tensors = named_tensors(self._model)
         variants = [_fitting(tensors, variant) for variant in variants]
         with torch.no_grad(), _without_cached_casts():
             if self._recordable and variants:
@@ -70,14 +71,22 @@ class ParameterVariants:
     def _replay(self, x: Any, tensors: dict[str, Tensor], variants: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         inputs, signature = given(x)
         key = (signature.key, *((t.shape, t.dtype, t.stride()) for t in inputs))
-        if key not in self._programs:
-
-            def forward(parts: Sequence[Tensor]) -> Any:
-                return self._read(signature.call(self._model, parts))
-
-            recording = record_batch(self._model, forward, inputs, list(tensors.values()))
-            self._programs[key] = _Program(recording, list(tensors))
-        return self._programs[key].run(inputs, tensors, variants)
+        if key not in self._recordings:
+            self._recordings[key] = _record(self._model, signature, self._read, inputs, tensors.values())
+        recording = self._recordings[key]
+        values = dict(zip(recording.inputs, [*inputs, *(t.detach() for t in tensors.values())], strict=True))
+        value = dict(zip(tensors, recording.inputs[len(inputs) :], strict=True))
+        changed = frozenset(value[name] for variant in variants for name in variant)
+        if (key, changed) not in self._plans:
+            self._plans[key, changed] = _plan(recording, changed)
+        once, often = self._plans[key, changed]
+        _run(once, values)
+        outputs = []
+        for variant in variants:
+            own = ChainMap({value[name]: t for name, t in variant.items()}, values)
+            _run(often, own)
+            outputs.append(own[recording.outputs[0]])
+        return outputs
 
     def _whole(self, x: Any, variant: Mapping[str, Tensor]) -> Any:
         with evaluating(self._model), without_fast_path(), replaced_tensors(self._model, variant):
@@ -87,7 +96,7 @@ class ParameterVariants:
 @contextlib.contextmanager
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Give parameters and buffers other values of their shape inside the ``with``, in place, then their own."""
-    own = _tensors(model)
+    own = named_tensors(model)
     kept = [(own[name], own[name].detach().clone()) for name in tensors]
     try:
         with torch.no_grad():
@@ -100,42 +109,93 @@ def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
                 tensor.copy_(value)
 
 
-class _Program:
-    """The recorded pass of a batch; the recording's inputs are the batch, then the model's tensors of these names."""
+def _record(
+    model: nn.Module,
+    signature: Signature,
+    read: Callable[[Any], Any],
+    inputs: Sequence[Tensor],
+    tensors: Iterable[Tensor],
+) -> Recording:
+    """Record the pass of a batch in evaluation mode, of which ``read`` takes one tensor; the model stays as it was.
 
-    def __init__(self, recording: Recording, names: Sequence[str]) -> None:
-        self._calls, self._output = recording.calls, recording.outputs[0]
-        self._inputs = recording.inputs
-        self._value = dict(zip(names, recording.inputs[-len(names) :], strict=True)) if names else {}
-        self._plans: dict[frozenset[str], tuple[list[Step], list[Step]]] = {}
+    The recording's inputs are those of the batch, each ``[batch, *]``, then the model's tensors.
 
-    def run(
-        self, given: Sequence[Tensor], tensors: Mapping[str, Tensor], variants: Sequence[Mapping[str, Tensor]]
-    ) -> list[Tensor]:
-        """Return the output of each variant."""
-        names = frozenset(name for variant in variants for name in variant)
-        if names not in self._plans:
-            self._plans[names] = self._plan({self._value[name] for name in names})
-        once, often = self._plans[names]
-        shared = dict(zip(self._inputs, [*given, *(t.detach() for t in tensors.values())], strict=True))
-        _run(once, shared)
-        outputs = []
-        for variant in variants:
-            values = ChainMap({self._value[name]: t for name, t in variant.items()}, shared)
-            _run(often, values)
-            outputs.append(values[self._output])
-        return outputs
+    Raises:
+        UnsupportedError: If the model reads a value of an activation or parameter into Python, draws random numbers, or
+            writes into a view that it reads in another way later.
+    """
+    device, inputs = inputs[0].device, [t.detach().clone() for t in inputs]
+    with evaluating(model), uncompiled(), without_fast_path():
+        recorder = _BatchRecorder()
+        recording = recorder.recording
+        recording.inputs = [recorder.put(t) for t in (*inputs, *tensors)]
+        drawn = generator_states(device)
+        with _DataReaders(recorder), recorder:
+            output = read(signature.call(model, inputs))
+            if recorder.value(output) is None:
+                raise UnsupportedError("the model must return one tensor that depends on its input")
+            torch.ops.aten.alias.default(output)  # which notices if it was written through a view
+        recording.outputs = recording.calls[-1].outputs
+        if any(not torch.equal(now, before) for now, before in zip(generator_states(device), drawn, strict=True)):
+            raise UnsupportedError("the model draws random numbers in evaluation mode")
+    return recording
 
-    def _plan(self, changed: set[int]) -> tuple[list[Step], list[Step]]:
-        """Return what is run once per batch, and what once per variant."""
-        depends, calls = set(changed), []
-        for call in self._calls:
-            if depends.intersection(call.refs):
-                depends.update(call.outputs)
-                calls.append(call)
-        variant = steps_to([self._output], calls, self._inputs)
-        needed = {self._output, *(ref for step in variant for ref in step.run.refs)} - depends
-        return steps_to(needed, self._calls, self._inputs), variant
+
+class _BatchRecorder(Recorder):
+    """Records a whole batch and keeps none of its activations alive."""
+
+    _unrecorded = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
+        self._constants: set[int] = set()  # addresses of what calls read that depends on nothing
+
+    def _derive(self, *_: Any) -> None:
+        """Note nothing: the tensors of the model are values."""
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], Tensor) and storage_address(args[0]) in self._constants:
+            raise UnsupportedError(f"{func} writes into a tensor that was read before")
+        return super().run(func, args, kwargs)
+
+    def _keep(self, t: Tensor) -> None:
+        number, address = id(t), storage_address(t)
+        if number not in self._alive:
+            self._alive[number] = weakref.ref(t, lambda _: self._forget(number, address))
+            self._storages.setdefault(address, []).append(number)
+
+    def _forget(self, number: int, address: int) -> None:
+        del self._alive[number]
+        self._values.pop(number, None)
+        self._stale.discard(number)
+        self._storages[address].remove(number)
+        if not self._storages[address]:
+            del self._storages[address]
+            self._dependent.discard(address)
+
+    def _ref(self, t: Tensor) -> Ref | Tensor:
+        ref = super()._ref(t)
+        if isinstance(ref, Tensor) and ref.numel():
+            self._constants.add(storage_address(ref))
+        return ref
+
+
+class _DataReaders(Readers):
+    """Refuses ``.data`` as well: what nobody knows of would look like a constant once its source is gone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__ and self._recorder.value(args[0]) is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise UnsupportedError("the model reads the data of an activation or parameter")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _plan(recording: Recording, changed: frozenset[int]) -> tuple[list[Step], list[Step]]:
+    """Return what is run once per batch, and what once per variant, which changes some values."""
+    often = steps_to(recording.outputs, [call for _, call in recording.after(changed)], recording.inputs)
+    read = {*recording.outputs, *(ref for step in often for ref in step.run.refs)}
+    needed = read - changed - {value for step in often for value in step.run.outputs}
+    return steps_to(needed, recording.calls, recording.inputs), often
 
 
 def _run(steps: Sequence[Step], values: MutableMapping[int, Tensor]) -> None:
@@ -147,7 +207,8 @@ def _run(steps: Sequence[Step], values: MutableMapping[int, Tensor]) -> None:
     run_steps(steps, values, results)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

@@ -21,6 +21,7 @@ from memloc_ext.nn import ExampleTiedDropout
 from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
+from memloc_ext.probes.parameter_variants import named_tensors
 from memloc_ext.probes.states import State, read_state
 from memloc_ext.tasks import Task, TaskName
 from memloc_ext.training import Backward, TrainConfig
@@ -152,8 +153,7 @@ def retrain(
         raise ValueError(f"retrain: patience must be at least 1, got {patience}")
     config = TrainConfig(epochs, train_batch_size, learning_rate, momentum, weight_decay, "triangular", seed=seed)
     chosen = chosen_groups("retrain", model, groups)
-    how = {"memorized": memorized, "true_labels": true_labels, "test": test, "task": task}
-    evaluation = Evaluation("retrain", model, data, **how, batch_size=batch_size, num_workers=num_workers)
+    evaluation = Evaluation("retrain", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     if evaluation.memorized is None:
         raise ValueError("retrain: memorized must be bool [N] by number, or numbers of examples, got None")
     clean = evaluation.train.subset((~evaluation.memorized(evaluation.train.indices)).nonzero()[:, 0])
@@ -209,7 +209,7 @@ def _retrain_group(
 
 def _isolated(network: nn.Module, state: Mapping[str, Tensor], group: LayerGroup) -> list[nn.Parameter]:
     """Put a group back to a state, and return its parameters, which are the only ones that need a gradient then."""
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = named_tensors(network)
     with torch.no_grad():
         for name in group.names:
             tensors[name].copy_(state[name])

@@ -152,8 +152,7 @@ def rewind(
     """
     model = getattr(model, "_orig_mod", model)
     chosen = chosen_groups("rewind", model, groups)
-    settings = {"memorized": memorized, "true_labels": true_labels, "test": test, "task": task}
-    evaluation = Evaluation("rewind", model, data, **settings, batch_size=batch_size, num_workers=num_workers)
+    evaluation = Evaluation("rewind", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     if isinstance(states, Mapping):
         sources, when = states, sorted(states) if epochs is None else _there(states, epochs)
     else:  # read by one process: another machine may not see the newest yet

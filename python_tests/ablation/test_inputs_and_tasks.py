@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext import ablation_losses, apply_ablation, localize
-from memloc_ext.ablation import kept
+from memloc_ext.ablation import recording_cache
 from memloc_ext.tasks import Tokens
 
 
@@ -284,8 +284,8 @@ CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
 def test_a_kept_recording_is_right_whatever_has_changed(
     change: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, plainly = [], kept.record
-    monkeypatch.setattr(kept, "record", lambda *args: (made.append(1), plainly(*args))[1])
+    made, plainly = [], recording_cache.record
+    monkeypatch.setattr(recording_cache, "record", lambda *args: (made.append(1), plainly(*args))[1])
     model, (act, is_kept) = Changing().eval(), CHANGES[change]
     model.norm.running_var.uniform_(0.5, 2)
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
@@ -331,7 +331,7 @@ def test_inference_mode() -> None:
 def test_nothing_keeps_a_model_alive() -> None:
     model = Changing().eval()
     ablation_losses(model, torch.randn(2, 4), torch.tensor([0, 1]))
-    assert model in kept._kept
+    assert model in recording_cache._cache
     gone = weakref.ref(model)
     del model
     gc.collect()

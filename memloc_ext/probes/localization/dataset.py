@@ -22,7 +22,7 @@ from memloc_ext.probes.localization.chunks import LocalizedExample, search_in_ch
 from memloc_ext.probes.localization.edited_accuracy import EditedAccuracy, edited_accuracy
 from memloc_ext.probes.localization.result import ALREADY_WRONG, FLIPPED, STATUSES
 from memloc_ext.probes.localization.settings import Settings
-from memloc_ext.tasks import Task, TaskName, task_of
+from memloc_ext.tasks import Task, TaskName
 
 KINDS = ("memorized", "clean")
 REFERENCE = 512
@@ -201,11 +201,8 @@ def localize_dataset(
             raise ValueError(f"localize_dataset: {name} must be at least {least}, got {value}")
     generator, tied = torch.Generator().manual_seed(seed), example_tied_sites(model)
     sites = sites or list(tied) or None
-    settings: Any = {"task": task_of(task), "batch_size": batch_size}
     with dropout_mode(model, "train"):
-        whole = Evaluation(
-            "localize_dataset", model, data, memorized=memorized, test=test, num_workers=num_workers, **settings
-        )
+        whole = Evaluation("localize_dataset", model, data, memorized, None, test, task, batch_size, num_workers)
         train, numbers = whole.train, whole.train.indices
         marked = torch.zeros_like(numbers, dtype=torch.bool) if whole.memorized is None else whole.memorized(numbers)
         right, marked, numbers = whole.right_by_row(model).cpu(), marked.cpu(), numbers.cpu()
@@ -227,7 +224,7 @@ def localize_dataset(
             else LocalizedSite(name, units)
             for name, units, _ in search.sites
         ]
-        evaluated = _sampled(model, whole, marked, EVALUATED, generator, settings)
+        evaluated = _sampled(model, whole, marked, EVALUATED, generator)
         dims, kinds = {name: dim for name, _, dim in search.sites}, {}
         for kind in chosen:
             results = [one for one in search.found if one.kind == kind]
@@ -238,16 +235,14 @@ def localize_dataset(
     return DatasetLocalization(search.found, found_sites, kinds, search.seconds / len(search.found))
 
 
-def _sampled(
-    model: nn.Module, whole: Evaluation, marked: Tensor, limit: int, generator: torch.Generator, settings: Any
-) -> Evaluation:
+def _sampled(model: nn.Module, whole: Evaluation, marked: Tensor, limit: int, generator: torch.Generator) -> Evaluation:
     """Return an evaluation on at most so many clean, memorized and test examples, drawn at random."""
     rows = torch.cat([_drawn(kind.nonzero()[:, 0], limit, generator) for kind in (~marked, marked)])
     numbers, test = whole.train.indices[rows[marked[rows]].to(whole.train.indices.device)], None
     if whole.test is not None:
         test = whole.test.subset(_drawn(torch.arange(len(whole.test)), limit, generator))
     train = whole.train.subset(rows)
-    return Evaluation("localize_dataset", model, train, memorized=numbers, test=test, **settings)
+    return Evaluation("localize_dataset", model, train, numbers, None, test, whole.task, whole.batch_size)
 
 
 def _drawn(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:

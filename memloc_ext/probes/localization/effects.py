@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.sets import Candidates, Switched
 from memloc_ext.ablation.signature import Judged, Signature
+from memloc_ext.ablation.unit_sets import Candidates, Switched
 from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.batches import tensors_of
 from memloc_ext.tasks import Classification, example_losses
@@ -82,7 +82,7 @@ class Population:
 
     def _total(self, own: Sets, weights: Tensor) -> tuple[Tensor, float]:
         """Return the effect of units on the weighted loss over all of them, and it, with one example's set off."""
-        totals, value, step = [], 0.0, self.network.gradients_at_once
+        total, value, step = torch.zeros((), device=self.y.device), 0.0, self.network.gradients_at_once
         for begin in range(0, len(self.y), step):
             part = slice(begin, begin + step)
             labels, weight = self.y[part], weights[part]
@@ -93,13 +93,9 @@ class Population:
                 value += float(result.detach())
                 return result
 
-            totals = [
-                sum(totals)
-                + own.of(torch.zeros(len(labels), dtype=torch.int64, device=labels.device)).total(
-                    [t[part] for t in self.inputs], loss
-                )
-            ]
-        return totals[0], value
+            sets = own.of(torch.zeros(len(labels), dtype=torch.int64, device=labels.device))
+            total = total + sets.total([t[part] for t in self.inputs], loss)
+        return total, value
 
 
 def reference_inputs(network: Network, x: Any, y: Tensor, ids: Tensor | None = None) -> list[Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.sets import Candidates, Switched, finite
-from memloc_ext.ablation.signature import Judged, check_classes, check_output
+from memloc_ext.ablation.signature import Judged, check_classes
 from memloc_ext.ablation.sites import producer
+from memloc_ext.ablation.unit_sets import Candidates, Switched, finite
 from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.ablation.weights import find_filters
 from memloc_ext.probes.localization.effects import Population, Sets, noisy_copies, reference_inputs, seeds_of, verify
@@ -74,12 +74,11 @@ class NetworkSearch:
     def _block(self, inputs: list[Tensor], y: Tensor) -> list[Found]:
         network, settings, task = self.network, self.settings, self.settings.task
         with torch.no_grad():
-            outputs = network.graph.examples(inputs, ())
-            outputs = [outputs[value] for value in network.graph.recording.outputs]
-            judged = check_output(task, network.output(outputs), y)
-            network.check_agreement(self.model, inputs, outputs)
+            values = network.graph.examples(inputs, ())
+            judged = network.judge_unchanged(self.model, inputs, values, y)
             if self.reference is not None and isinstance(task, Classification | Tokens):
-                check_classes("localize: reference", task, self.reference[1], outputs[0].shape[-1])
+                classes = network.output(values).shape[-1]
+                check_classes("localize: reference", task, self.reference[1], classes)
         if self.population is None and self.reference is not None and settings.population is not None:
             self.population = Population(network, self.reference, self._none(1))
         start = [] if self.population is None else [self.population.loss]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.sets import Switched, first_order
+from memloc_ext.ablation.unit_sets import Switched, first_order
 from memloc_ext.tasks import Classification, logits_of
 
 METHODS = ("search", "activation", "gradient_activation", "integrated_gradients", "random")

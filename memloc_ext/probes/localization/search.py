@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from memloc_ext.ablation.kept import ask
 from memloc_ext.ablation.model_runs import ModelNetwork, check_how
-from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.network import Network, Query
 from memloc_ext.ablation.recording import UnsupportedError
+from memloc_ext.ablation.recording_cache import with_network
 from memloc_ext.ablation.signature import given
 from memloc_ext.probes.localization.greedy import NetworkSearch
 from memloc_ext.probes.localization.result import Localization
@@ -128,7 +128,7 @@ class Searches:
     def run(self, x: Any, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
         """Search in blocks of examples that fit into the memory budget; the arguments are those of `localize`."""
         settings, (tensors, signature) = self.settings, given(x)
-        question = Question(settings.task, self.sites, settings.how, self.memory_budget, True, settings.changes_weights)
+        query = Query(settings.task, self.sites, settings.how, self.memory_budget, True, settings.changes_weights)
 
         def search(network: Network) -> Localization:
             if self._search is None or self._search.network is not network:
@@ -138,11 +138,11 @@ class Searches:
         if self._search is not None and isinstance(self._search.network, ModelNetwork):
             return search(self._search.network)
         try:
-            return ask(self.model, tensors, signature, question, search)
+            return with_network(self.model, tensors, signature, query, search)
         except UnsupportedError as error:
             if self._search is not None:  # the search raises it: examples meet
                 raise
             check_how(settings.how, error)
             message = f"localize: {error}; running the model once per unit and example instead"
             warnings.warn(message, UserWarning, stacklevel=3)
-        return search(ModelNetwork(self.model, tensors, signature, question))
+        return search(ModelNetwork(self.model, tensors, signature, query))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.ablation.interpreter import Graph
-from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.network import Network, Query
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.signature import given
 from memloc_ext.probes.localization import Found, Localization
@@ -27,10 +27,10 @@ def network(classes: int = 3) -> nn.Sequential:
 
 
 def network_of(model: nn.Module, x: Tensor, *asked: Any) -> Network:
-    """Return the recorded network that a `Question` is asked of."""
+    """Return the recorded network that a `Query` is asked of."""
     tensors, signature = given(x)
     task = Classification()
-    return Network(model, Graph(record(model, tensors, signature, task)), tensors, signature, Question(task, *asked))
+    return Network(model, Graph(record(model, tensors, signature, task)), tensors, signature, Query(task, *asked))
 
 
 @functools.cache

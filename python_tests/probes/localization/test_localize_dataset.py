@@ -150,7 +150,7 @@ def test_points_of_a_curve_are_means_over_those_who_have_so_many_units(plain: nn
 def test_the_sample_has_at_most_so_many_of_each_kind(dataset: Dataset, limit: int, sizes: tuple[int, ...]) -> None:
     whole = Evaluation("t", lenet(), dataset.train, test=dataset.test)
     memorized, generator = dataset.train.memorized, torch.Generator().manual_seed(0)
-    small = localizing._sampled(lenet(), whole, memorized, limit, generator, {"task": whole.task})
+    small = localizing._sampled(lenet(), whole, memorized, limit, generator)
     assert (len(small.train), int(small.memorized(small.train.indices).sum()), len(small.test)) == sizes
     assert set(small.train.indices.tolist()) <= set(dataset.train.indices.tolist())
 

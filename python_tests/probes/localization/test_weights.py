@@ -10,7 +10,7 @@ from localizing import network_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc_ext.ablation.sets import Candidates
+from memloc_ext.ablation.unit_sets import Candidates
 from memloc_ext.ablation.weight_sets import ChangedWeights
 from memloc_ext.ablation.weights import find_filters
 from memloc_ext.probes.localization import localize

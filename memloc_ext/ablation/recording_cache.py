@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.ablation.interpreter import Graph
-from memloc_ext.ablation.network import Network, Question
+from memloc_ext.ablation.network import Network, Query
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.signature import Signature
@@ -24,11 +24,11 @@ _MOST = 16  # graphs and networks that are kept of a model
 _LARGEST = 100_000  # of a model that holds more objects nothing is kept
 
 # model to its state and to what is kept of it
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Any]]] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], dict[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
-def ask(
-    model: nn.Module, given: Sequence[Tensor], signature: Signature, question: Question, use: Callable[[Network], T]
+def with_network(
+    model: nn.Module, given: Sequence[Tensor], signature: Signature, query: Query, use: Callable[[Network], T]
 ) -> T:
     """Return what ``use`` returns for the recorded network of a model that is called with the tensors of a batch.
 
@@ -36,37 +36,37 @@ def ask(
     disagree with the model, it is made anew and ``use`` called again. UnsupportedError says that the model cannot be
     recorded, or comes from ``use``.
     """
-    network = _network(model, given, signature, question)
-    if network.graph.kept:
+    network = _network(model, given, signature, query)
+    if network.graph.cached:
         network.graph.recording.refresh()
         try:
             return use(network)
         except UnsupportedError:
-            _kept.pop(model, None)
-            network = _network(model, given, signature, question)
+            _cache.pop(model, None)
+            network = _network(model, given, signature, query)
     result = use(network)
-    network.graph.kept = True
+    network.graph.cached = True
     return result
 
 
-def _network(model: nn.Module, given: Sequence[Tensor], signature: Signature, question: Question) -> Network:
+def _network(model: nn.Module, given: Sequence[Tensor], signature: Signature, query: Query) -> Network:
     state = _state(model, given[0].device)
-    if model not in _kept or _kept[model][0] != state or len(_kept[model][1]) > _MOST:
-        _kept[model] = state, {}
-    found = _kept[model][1]
-    task = question.task
+    if model not in _cache or _cache[model][0] != state or len(_cache[model][1]) > _MOST:
+        _cache[model] = state, {}
+    found = _cache[model][1]
+    task = query.task
     key = (
         *((t.shape[1:], t.dtype, t.device) for t in given),
         signature.key,
         type(task) if isinstance(task, Classification | Tokens) else id(task),
     )
-    sites = None if question.sites is None else tuple(question.sites)
-    asked = (key, sites, *astuple(question)[2:])
+    sites = None if query.sites is None else tuple(query.sites)
+    asked = (key, sites, *astuple(query)[2:])
     if asked not in found:
         graph = found.get(key)
         if graph is None:
             graph = Graph(record(model, given, signature, task))
-        network = Network(model, graph, given, signature, question)
+        network = Network(model, graph, given, signature, query)
         if not state or not graph.recording.repeatable:
             return network
         found[key], found[asked] = graph, network

@@ -90,7 +90,7 @@ def gradients(
     with torch.enable_grad():
         watch = {value: watched(value) for value in values}
         kept = network.graph.examples([t.detach() for t in inputs], keep, edits | watch)
-        total, parts = loss(network.output_of(kept)), [t for value in values for t in seen[value]]
+        total, parts = loss(network.output(kept)), [t for value in values for t in seen[value]]
         found = [seen[value][0] if len(seen[value]) == 1 else torch.cat(seen[value]) for value in values]
         if not total.requires_grad:
             return found, [None] * len(found), kept
