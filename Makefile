@@ -10,7 +10,7 @@ SWITCHES := $(MEMLOC_CUDA)|$(MEMLOC_CUDA_ARCHS)|$(TORCH_CUDA_ARCH_LIST)|$(MEMLOC
 SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
 # new memory is all NaN, so that what a kernel leaves unwritten shows
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
-# a process for each core; elsewhere pytest-xdist may be missing
+# a process for each hardware thread, at most 8; in another environment pytest-xdist may be missing
 PARALLEL := $(if $(VENV),-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -p no:benchmark)
 READY := build/.ready$(if $(VENV),,-current)
 
@@ -22,7 +22,7 @@ demo: $(READY)  ## the study on real digits: a table, and a report to open in a 
 
 # threads that spin while they wait for each other take the cores from other processes; a process alone is faster so
 test sanitize bench cuda-on-cpu: export OMP_WAIT_POLICY ?= passive
-test sanitize cuda-on-cpu: export OMP_NUM_THREADS ?= 1  # the processes share the cores; what needs more threads in a test asks for them
+test sanitize cuda-on-cpu: export OMP_NUM_THREADS ?= 1  # processes share the cores; a test that needs more threads sets them
 test: $(READY)  ## all tests, or those of TESTS; those marked cuda are skipped without a GPU
 	$(PYTHON) -m pytest $(PARALLEL) $(TESTS)
 

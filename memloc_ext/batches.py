@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -94,15 +96,15 @@ def collect(tree: object, found: list[Tensor]) -> None:
     elif isinstance(tree, Mapping):
         for inner in tree.values():
             collect(inner, found)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for inner in vars(tree).values():
-            collect(inner, found)
+    else:
+        for name in _fields(tree):
+            collect(getattr(tree, name), found)
 
 
 def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return nested tuples, lists, mappings and dataclasses with every tensor changed; what is no tensor stays.
 
-    A mapping that is not made from a mapping becomes a dictionary.
+    A mapping that cannot be made of its items becomes a dictionary.
     """
     if isinstance(tree, Tensor):
         return change(tree)
@@ -110,12 +112,19 @@ def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
         parts = [with_each_tensor(inner, change) for inner in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if isinstance(tree, Mapping):
-        changed = {key: with_each_tensor(inner, change) for key, inner in tree.items()}
-        try:
-            return type(tree)(changed)  # pyright: ignore[reportCallIssue]
-        except TypeError:
-            return changed
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = [field.name for field in dataclasses.fields(tree) if field.init]
-        return dataclasses.replace(tree, **{name: with_each_tensor(getattr(tree, name), change) for name in fields})
-    return tree
+        items = {key: with_each_tensor(inner, change) for key, inner in tree.items()}
+        with contextlib.suppress(Exception):
+            made = type(tree)(items)  # pyright: ignore[reportCallIssue]
+            if list(made) == list(items) and all(made[key] is items[key] for key in items):
+                return made
+        return items
+    made = copy.copy(tree) if (names := _fields(tree)) else tree
+    for name in names:
+        object.__setattr__(made, name, with_each_tensor(getattr(tree, name), change))  # frozen or not
+    return made
+
+
+def _fields(tree: object) -> list[str]:
+    """Return the names of a dataclass's fields that are set; none of anything else."""
+    known = dataclasses.is_dataclass(tree) and not isinstance(tree, type)
+    return [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)] if known else []

@@ -1,6 +1,8 @@
 """Processes that start with torch and this package loaded: forks of one that has loaded them, which takes no time."""
 
+import faulthandler
 import multiprocessing
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["memloc_ext.study.command_line", "memloc_ext.study.report", "sklearn.model_selection"])
-CONFIG = LaunchConfig(
+SECONDS = 300
+"""A process that takes longer is killed."""
+TWO = LaunchConfig(
     min_nodes=1,
     max_nodes=1,
     nproc_per_node=2,
@@ -30,20 +34,43 @@ CONFIG = LaunchConfig(
 
 @dataclass
 class Ended:
-    """What two processes printed, and which failed and how, if one did."""
+    """The exit status of a process, or minus the number of the signal that killed it, and what was printed."""
 
-    failed: str
+    status: int
     stdout: str
     stderr: str
 
 
-def run(function: Callable[..., Any], *arguments: Any) -> int:
-    """Run a function in a process; return its exit status, or minus the number of the signal that killed it."""
-    process = FORKED.Process(target=_on_one_thread, args=(function, arguments))
-    process.start()
-    process.join(300)
-    assert process.exitcode is not None
-    return process.exitcode
+def run(function: Callable[..., Any], *arguments: Any) -> Ended:
+    """Run a function in a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = FORKED.Process(target=_logged, args=(Path(folder), function, arguments))
+        process.start()
+        process.join(SECONDS)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return Ended(process.exitcode, *_printed(Path(folder)))
+
+
+def torchrun(function: Callable[..., Any], *arguments: Any) -> Ended:
+    """Run a function in each of two processes, as ``torchrun --nproc-per-node=2`` does a script."""
+    changed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in changed}
+    failure = ""
+    with tempfile.TemporaryDirectory() as folder:
+        TWO.logs_specs = DefaultLogsSpecs(folder, redirects=Std.ALL)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # processes that wait for each other never end
+        try:
+            elastic_launch(TWO, _on_one_thread)(function, arguments)
+        except ChildFailedError as error:
+            failure = str(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        stdout, stderr = _printed(Path(folder))
+    return Ended(int(bool(failure)), stdout, stderr + failure)
 
 
 def start_two(function: Callable[..., Any], *arguments: Any) -> None:
@@ -51,21 +78,16 @@ def start_two(function: Callable[..., Any], *arguments: Any) -> None:
     torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
-def torchrun(function: Callable[..., Any], *arguments: Any) -> Ended:
-    """Run a function in each of two processes, as ``torchrun --nproc-per-node=2`` does a script."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    failed = ""
-    with tempfile.TemporaryDirectory() as folder:
-        CONFIG.logs_specs = DefaultLogsSpecs(folder, redirects=Std.ALL)
-        try:
-            elastic_launch(CONFIG, _on_one_thread)(function, arguments)
-        except ChildFailedError as error:
-            failed = str(error)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        logs = [sorted(Path(folder).rglob(name)) for name in ("stdout.log", "stderr.log")]
-        return Ended(failed, *("".join(log.read_text() for log in found) for found in logs))
+def _printed(folder: Path) -> tuple[str, str]:
+    logs = [sorted(folder.rglob(f"{name}.log")) for name in ("stdout", "stderr")]
+    stdout, stderr = ("".join(log.read_text() for log in found) for found in logs)
+    return stdout, stderr
+
+
+def _logged(folder: Path, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT), number)
+    _on_one_thread(function, arguments)
 
 
 def _on_one_thread(function: Callable[..., Any], arguments: Sequence[Any]) -> None:

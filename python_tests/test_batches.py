@@ -1,7 +1,8 @@
 """Whatever form data has, the same examples arrive, with their own numbers."""
 
-from collections import namedtuple
-from types import SimpleNamespace
+from collections import OrderedDict, defaultdict, namedtuple
+from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import memloc_ext
-from memloc_ext.batches import Batch, call, device_of, read_batch
+from memloc_ext.batches import Batch, call, device_of, read_batch, tensors_of, with_each_tensor
 from memloc_ext.data import Split
 from memloc_ext.examples import Examples, examples
 from memloc_ext.marks import ByNumber, marked, truth
@@ -46,6 +47,63 @@ class Repeatable:
 
     def __iter__(self) -> Any:
         return iter(self.batches)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A dataclass with everything that makes copies hard."""
+
+    nodes: Any
+    count: int
+    edges: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.count > 0
+        object.__setattr__(self, "edges", 3 * self.nodes)
+
+
+@dataclass(slots=True)
+class Slots:
+    a: Any
+    b: Any = None
+
+
+class Rooted(dict):
+    """A mapping whose first argument is something else."""
+
+    def __init__(self, root: Any = None, **items: Any) -> None:
+        super().__init__(items)
+        self.root = root
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        X,
+        (X, [X, "text", None, {"a": X, 3: Y}]),
+        Pair(X, Y),
+        Graph(X, 2),
+        [Slots(X, Y), Slots(3)],
+        Rooted(a=X, b=Y),
+        defaultdict(list, a=X),
+        OrderedDict(a=X, b=(Y,)),
+        MappingProxyType({"a": X}),
+        Graph,
+        3,
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_every_tensor_that_is_found_is_changed_in_its_place(tree: Any) -> None:
+    found = tensors_of(tree)
+    changed = with_each_tensor(tree, lambda t: t + 100)
+    assert len(tensors_of(changed)) == len(found)
+    for t, before in zip(tensors_of(changed), found, strict=True):
+        assert torch.equal(t, before + 100)
+    assert type(changed) is (dict if isinstance(tree, Rooted | defaultdict) else type(tree))
+    assert all(t is before for t, before in zip(tensors_of(tree), found, strict=True))
 
 
 def pair(row: int) -> tuple[Any, int]:

@@ -25,7 +25,7 @@ class Signature:
     """
 
     def __init__(self, x: Any, named: bool) -> None:
-        x = tuple(x) if isinstance(x, list) else x
+        x = tuple(x) if isinstance(x, list) else dict(x) if isinstance(x, Mapping) else x
         self._form, self.named = with_each_tensor(x, lambda _: _HOLE), named
         self.key = (repr(self._form), named)
 

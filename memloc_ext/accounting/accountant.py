@@ -245,9 +245,9 @@ class GradientAccountant:
         )
         own_mean = mean and not watched and batch > 1 and self._check != "never"
         checks = Checks(self._known, self._check, self._model, tracer, backward)
-        self._warned |= extra_passes(checks, loss, root, found, exact, own_mean)
         if not mistaken:
             self._warn(found.unseen, tracer, batch)
+        self._warned |= extra_passes(checks, loss, root, found, exact, own_mean)
         # parameters that are not covered know no other way to be left alone
         inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
         try:

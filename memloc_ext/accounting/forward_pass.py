@@ -1,4 +1,4 @@
-"""One call of the model: what it was given and returned, and the same call for one example alone."""
+"""One call of the model: what it was given and returned, and the same call with other inputs."""
 
 from __future__ import annotations
 
@@ -148,9 +148,10 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def has_own_hooks(model: nn.Module) -> bool:
-    """Return whether a module has a hook that a copy goes without."""
-    dictionaries = (getattr(module, name, None) or {} for module in model.modules() for name in _HOOKS)
-    return any(not _runs_a_layer(hook) for hooks in dictionaries for hook in hooks.values())
+    """Return whether a module has a hook of forward or backward passes that a copy goes without."""
+    names = [name for name in _HOOKS if "forward" in name or "backward" in name]
+    hooks = (hook for module in model.modules() for name in names for hook in getattr(module, name).values())
+    return any(not _runs_a_layer(hook) for hook in hooks)
 
 
 def _runs_a_layer(hook: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ class Outputs:
         tensors: Of all examples.
         cotangents: Of the loss by each.
         axes: Where the examples are in each.
-        source: The call of the model that returned them, which can run again on each example alone; or None.
+        source: The call of the model that returned them, which can run again on other inputs; or None.
         mixed: Whether the tensors are losses by example, of which one depends on what the model returned for others.
     """
 
@@ -143,34 +144,65 @@ def gradients_of(
         gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
         with torch.no_grad():
             backward.finish()
+    return _dense(parameters, gradients)
+
+
+def _dense(parameters: Mapping[int, nn.Parameter], gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
     found = zip(parameters, gradients, strict=True)
     return {key: t.to_dense() if t.is_sparse else t for key, t in found if t is not None}
 
 
-def unspoiled(tracer: Tracer, outputs: Outputs) -> Callable[[Tensor], Outputs]:
-    """Return what gives the outputs through which the gradients of chosen examples, by their indices, are taken.
+def whole_batch(
+    tracer: Tracer, backward: BackwardPass, outputs: Outputs, parameters: Mapping[int, nn.Parameter]
+) -> Callable[[Tensor], dict[int, Tensor]]:
+    """Return what gives the gradients of chosen examples, by their indices, from a pass through the whole batch.
 
-    A pass through the whole batch multiplies the NaN of one example by the zeros of the others' gradients. So the model
-    runs again, with the same random numbers and a finite example in the place of each that is not: where this leaves
-    the outputs of the others as they were, the gradients of these are taken from there.
+    Such a pass multiplies the NaN of one example by the zeros of the others' gradients. Where this spoils them, they
+    are taken from a pass in which another example stands in its place, if there is one; see `_replaced`.
+    """
+    other = functools.cache(lambda: _replaced(tracer, outputs))
+    wanted = list(parameters.values())
+
+    def gradients(chosen: Tensor) -> dict[int, Tensor]:
+        found = gradients_of(tracer, GradientPass(backward, parameters), outputs, parameters, chosen)
+        if all(t.isfinite().all() for t in found.values()) or (replay := other()) is None:
+            return found
+        finite, healed = replay
+        if not finite[chosen].all():
+            return found
+        with tracer.untraced(), without_hooks(wanted):  # as it ran, for what checkpointing recomputes
+            pulled = torch.autograd.grad(
+                healed.tensors, wanted, healed.cotangents_of(chosen), retain_graph=True, allow_unused=True
+            )
+        return _dense(parameters, pulled)
+
+    return gradients
+
+
+def _replaced(tracer: Tracer, outputs: Outputs) -> tuple[Tensor, Outputs] | None:
+    """Run the model again with a finite example in the place of each whose input or output is not.
+
+    With the same random numbers, and only where this leaves the outputs of the others as they were.
+
+    Returns:
+        Which examples are finite, ``[batch]``, and the outputs; or None.
     """
     source, expected = outputs.source, outputs.by_example(outputs.tensors)
-    parts = expected + outputs.by_example(outputs.cotangents)
+    if source is None or has_own_hooks(source.model) or tracer.coarse:  # rounding would hide what batch norm mixes
+        return None
+    parts = expected + source.examples(len(expected[0]))
     finite = torch.stack([t.isfinite().flatten(1).all(1) for t in parts]).all(0)
-    if finite.all() or not finite.any() or source is None or has_own_hooks(source.model):
-        return lambda chosen: outputs
+    if not finite.any():
+        return None
     places = torch.arange(len(finite), device=finite.device).where(finite, finite.int().argmax())
     try:
         with tracer.untraced(), source.same_random_numbers():
             again = source.again(outputs.tensors, source.rearranged(places), len(finite))
-        pairs = zip(outputs.by_example(again), expected, strict=True)
-        same = all(agree(t[finite], own[finite], tracer.coarse) for t, own in pairs)
     except Exception:  # a model whose inputs are not tensors alone
-        same, again = False, []
-    if not same:
-        return lambda chosen: outputs
-    healed = replace(outputs, tensors=again)
-    return lambda chosen: healed if finite[chosen].all() else outputs
+        return None
+    pairs = zip(outputs.by_example(again), expected, strict=True)
+    same = all(agree(t[finite], own[finite], coarse=False) for t, own in pairs)
+    return (finite, replace(outputs, tensors=again)) if same else None
 
 
 def agree(actual: Tensor, expected: Tensor, coarse: bool) -> bool:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
+from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.check import Checks, check_own_mean, returned_by_model
 from memloc_ext.accounting.contributions import BUDGET, accumulated
 from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
 from memloc_ext.accounting.graph import Reached
-from memloc_ext.accounting.outputs import Outputs, agree, gradients_of, no_outputs, outputs_of, unspoiled
+from memloc_ext.accounting.outputs import Outputs, agree, no_outputs, outputs_of, whole_batch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import kept_state, without_hooks
 from memloc_ext.ops import Groups
@@ -69,10 +69,9 @@ def _account_examples(checks: Checks, outputs: Outputs, parameters: Mapping[int,
             if alone and checks.ran_alone(outputs, source, parameters):
                 return
             backward.forget(parameters)
-    outputs_for = unspoiled(tracer, outputs)
+    gradients_of_some = whole_batch(tracer, backward, outputs, parameters)
     for example in range(backward.batch):
-        chosen = torch.tensor([example], device=outputs.tensors[0].device)
-        gradients = gradients_of(tracer, GradientPass(backward, parameters), outputs_for(chosen), parameters, chosen)
+        gradients = gradients_of_some(torch.tensor([example], device=outputs.tensors[0].device))
         backward.add_examples(parameters, example, {key: gradient[None] for key, gradient in gradients.items()})
 
 
@@ -84,12 +83,11 @@ def _exact_groups(
         key: torch.zeros(groups.num, *p.shape, dtype=accumulated(p.dtype), device=p.device)
         for key, p in parameters.items()
     }
-    outputs_for = unspoiled(tracer, outputs)
+    gradients_of_some = whole_batch(tracer, backward, outputs, parameters)
     for group in range(groups.num):
         chosen = (groups.ids == group).nonzero().flatten()
         if len(chosen):
-            one = GradientPass(backward, parameters)
-            for key, gradient in gradients_of(tracer, one, outputs_for(chosen), parameters, chosen).items():
+            for key, gradient in gradients_of_some(chosen).items():
                 result[key][group] = gradient
     return result
 

@@ -67,7 +67,7 @@ class Tracer(Places, TorchFunctionMode):
         self.accounted = False  # whether a backward pass was accounted
         self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
         self.plain_backward = False  # whether one is under way, or was the last
-        self.replaying = False  # whether the model runs on one example, which is not to be seen
+        self.replaying = False  # whether the model runs again on other inputs, which is not to be seen
         self._input_of_examples = input_of_examples
         self._model = model
         self._handlers, self._complex_handlers = handlers, complex_handlers

@@ -6,6 +6,7 @@ import torch
 from accounted import Model, Uncovered, account_of, check, grads, parameter, targets
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memloc_ext import GradientAccountant
 from memloc_ext.accounting import Account
@@ -273,10 +274,37 @@ class Dropped(nn.Module):
         return self.h(F.dropout(self.u(self.own(self.l(x))), 0.5))
 
 
+class Recomputed(nn.Module):
+    """What a layer returns, recomputed in the backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+class Mean(nn.Module):
+    """Adds the mean over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.nan_to_num().mean(0)
+
+
+OWN = {
+    "nothing": nn.Identity,
+    "saturated": nn.Tanh,  # of an infinite input: the output is finite, and its gradient is not
+    "recomputed": lambda: Recomputed(nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("exact", [False, True], ids=["norms", "groups"])
-def test_one_example_that_is_not_finite_spoils_no_other_where_dropout_is_active(exact: bool) -> None:
+def test_one_example_that_is_not_finite_spoils_no_other_where_dropout_is_active(exact: bool, own: str) -> None:
     torch.manual_seed(0)
-    model, x = Dropped(nn.Identity()), torch.randn(B, 3)
+    model, x = Dropped(OWN[own]()), torch.randn(B, 3)
+    model.register_load_state_dict_post_hook(lambda *_: None)  # is no part of a pass
     groups = {"group_ids": torch.tensor([0, 1, 0, 2]), "num_groups": 3}
 
     def account() -> Account:
@@ -303,12 +331,30 @@ def test_one_example_that_is_not_finite_spoils_no_other_where_dropout_is_active(
 @pytest.mark.parametrize("reason", ["a hook", "mixed examples"])
 def test_gradients_are_not_taken_from_a_pass_that_may_be_another(reason: str) -> None:
     torch.manual_seed(0)
-    model, x = Dropped(nn.BatchNorm1d(8) if reason == "mixed examples" else nn.Identity()), torch.randn(B, 3)
+    model, x = Dropped(Mean() if reason == "mixed examples" else nn.Identity()), torch.randn(B, 3)
     if reason == "a hook":
         model.l.register_full_backward_hook(lambda module, inputs, outputs: None)
     x[1] = math.nan
     account, _ = account_of(model, lambda out, y: out.square().sum(), x, targets(B), loss_reduction="sum")
+    assert model(x).isfinite().all(1).tolist() == [True, False, True, True]
     assert account.sqnorm["u.weight"].isnan().all()
+
+
+def test_a_target_that_is_not_finite_leaves_the_pass_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+        torch.randn(B, 3),
+        torch.ones(B, 2),
+    )
+    ids, y[1] = torch.tensor([0, 1, 0, 2]), math.nan
+    with torch.autocast("cpu", torch.bfloat16), GradientAccountant(model) as accountant:
+        loss = (model(x) - y).square().sum()
+        account = accountant.backward(loss, loss_reduction="sum", group_ids=ids, num_groups=3, exact_groups=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.autograd.grad((model(x) - y)[[0, 2]].square().sum(), list(model.parameters()))
+    for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(account.group_grad[name][0], gradient, rtol=0.02, atol=0.02)
 
 
 def test_outputs_that_are_chunks_of_one_tensor() -> None:

@@ -161,7 +161,8 @@ def test_killed_again_and_again(tmp_path):
     unbroken = tmp_path / "unbroken", *run(tmp_path / "unbroken", LONG)
     folder, moments = tmp_path / "killed", random.Random(0)
     for attempt in range(3):
-        assert run_in_process(run_until_killed, folder, moments.uniform(0, 0.03)) == -signal.SIGKILL
+        killed = run_in_process(run_until_killed, folder, moments.uniform(0, 0.03))
+        assert killed.status == -signal.SIGKILL, killed.stderr
         assert 5 * (attempt + 1) <= len(list_checkpoints(folder)) <= LONG.epochs
     assert_ends_alike(folder, run(folder, LONG), unbroken)
 

@@ -59,11 +59,18 @@ def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def linear(
-    tracer: Tracer, func: Any, /, input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+    tracer: Tracer,
+    func: Any,
+    /,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Handle `torch.nn.functional.linear`; ``transposed``: the weight is ``[in, out]``."""
     axis = tracer.axis(input)
-    if axis is None or weight.dim() != 2 or axis.dim >= input.dim() - 1:
+    if axis is None or weight.dim() != 2 or axis.dim >= input.dim() - 1 or kwargs:
         return NotImplemented
     weights = tracer.weights(weight)
     if weights is None:

@@ -157,11 +157,11 @@ def recurrent(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     return tuple(result)
 
 
-def cell(tracer: Tracer, func: Any, /, input: Tensor, state: Any, *weights: Tensor) -> Any:
+def cell(tracer: Tracer, func: Any, /, input: Tensor, state: Any, *weights: Tensor, **kwargs: Any) -> Any:
     """Handle what `torch.nn.LSTMCell`, ``GRUCell`` and ``RNNCell`` call: a layer of one token."""
     axis = tracer.axis(input)
     axis = axis and axis.prefer_dim(0, input)
-    if axis is None or axis.dim or not input.numel():
+    if axis is None or axis.dim or not input.numel() or kwargs:
         return NotImplemented
     each, states = _each(tracer, weights, 1, len(weights) == 4), _states(tracer, state, axis)
     if each is None or states is None:
