@@ -126,5 +126,6 @@ def with_each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _fields(tree: object) -> list[str]:
     """Return the names of a dataclass's fields that are set; none of anything else."""
-    known = dataclasses.is_dataclass(tree) and not isinstance(tree, type)
-    return [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)] if known else []
+    if isinstance(tree, type) or not dataclasses.is_dataclass(tree):
+        return []
+    return [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]

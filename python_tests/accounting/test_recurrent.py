@@ -56,7 +56,7 @@ def test_a_cell_with_biases_by_name_is_left_to_pytorch() -> None:
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         r = m.r
-        return torch.gru_cell(x, torch.zeros(len(x), 4), r.weight_ih, r.weight_hh, b_ih=r.bias_ih, b_hh=r.bias_hh)
+        return torch.gru_cell(x, x.new_zeros(len(x), 4), r.weight_ih, r.weight_hh, b_ih=r.bias_ih, b_hh=r.bias_hh)
 
     names = {f"r.{name}" for name, _ in nn.GRUCell(3, 4).named_parameters()}
     check(Model(run, r=nn.GRUCell(3, 4)), torch.randn(B, 3), uncovered=names)
