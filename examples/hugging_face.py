@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import memloc_ext
 from memloc_ext.nn import dropout_mode, insert_example_tied_dropout
 
-EPOCHS = 30
+EPOCHS = 20
 LAYERS, TOKENS, VOCABULARY = 2, 12, 50
 ACTIVATIONS = [f"transformer.h.{n}.mlp.act" for n in range(LAYERS)]
 SITES = [f"gpt.{name}" for name in ACTIVATIONS]

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 import memloc_ext
 
-EPOCHS = 40
+EPOCHS = 20
 
 
 def load():
