@@ -4,6 +4,8 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,6 +73,15 @@ def torchrun(function: Callable[..., Any], *arguments: Any) -> Ended:
                 signal.signal(number, handler)
         stdout, stderr = _printed(Path(folder))
     return Ended(int(bool(failure)), stdout, stderr + failure)
+
+
+def start_torchrun(*arguments: str | Path) -> Ended:
+    """Run a script, or ``-m`` and a module, by the command itself, which takes seconds to start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, arguments)]
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=SECONDS)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def start_two(function: Callable[..., Any], *arguments: Any) -> None:

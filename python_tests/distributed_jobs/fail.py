@@ -1,7 +1,8 @@
-"""A training in which the second process dies after the first epoch."""
+"""A training in which the second process dies after the first epoch: ``fail.py <folder> killed|raises``."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -22,3 +23,8 @@ def main(folder: Path, how: str) -> None:
 
     with distributed.process_group(torch.device("cpu")):
         train(make(lenet), make_data().train, CONFIG, checkpoints=folder, evaluate=die, progress=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])

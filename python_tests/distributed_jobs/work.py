@@ -22,6 +22,7 @@ from memloc_ext.nn.example_ids import current_example_ids
 from memloc_ext.parts import PartFiles
 from memloc_ext.probes import accuracy, localize_dataset
 from memloc_ext.probes.localization import chunks
+from memloc_ext.study import accounting
 from memloc_ext.study.accounting import AccountedBackward, accounting_cost
 from memloc_ext.training import TrainConfig, train
 from memloc_ext.training.epoch import epoch_rng
@@ -97,6 +98,7 @@ def attempt(function: Callable[[], object]) -> str:
 
 
 def work(folder: Path) -> None:
+    chunks.CHUNK, accounting._SECONDS = 3, 0
     dataset, out = make_data(), {}
     split = dataset.train
 
@@ -126,7 +128,6 @@ def work(folder: Path) -> None:
         out["order"], out["draws"] = torch.randperm(9, generator=generator), torch.rand(4)
     out["cost"] = accounting_cost(make(lenet), split, CONFIG)
 
-    chunks.CHUNK = 3
     parts = PartFiles(folder / "parts")
     found = localize_dataset(fit(dataset), dataset.train, test=dataset.test, **LOCALIZATION, parts=parts)
     out["localization"] = asdict(replace(found, seconds=0.0))
