@@ -11,7 +11,7 @@ SANITIZERS = $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.
 # new memory is all NaN, so that what a kernel leaves unwritten shows
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
 # a process for each hardware thread, at most 8; in another environment pytest-xdist may be missing
-PARALLEL := $(if $(VENV),-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -p no:benchmark)
+parallel = $(if $(VENV),-n logical --maxprocesses 8 -p no:benchmark --dist $(1))
 READY := build/.ready$(if $(VENV),,-current)
 
 .PHONY: demo test sanitize bench docs lint wheel cuda-check cuda-report cuda-on-cpu cuda-test cuda-sanitize build clean FORCE
@@ -24,7 +24,7 @@ demo: $(READY)  ## the study on real digits: a table, and a report to open in a 
 test sanitize bench cuda-on-cpu: export OMP_WAIT_POLICY ?= passive
 test sanitize cuda-on-cpu: export OMP_NUM_THREADS ?= 1  # processes share the cores; a test that needs more threads sets them
 test: $(READY)  ## all tests, or those of TESTS; those marked cuda are skipped without a GPU
-	$(PYTHON) -m pytest $(PARALLEL) $(TESTS)
+	$(PYTHON) -m pytest $(call parallel,loadfile --no-loadscope-reorder) $(TESTS)
 
 cuda-test: $(READY)  ## tests that need a GPU, and nothing else
 	MEMLOC_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda
@@ -41,7 +41,7 @@ docs: $(if $(VENV),$(VENV)/.installed,)  ## the site, in build/docs; fails on a 
 sanitize: $(READY)  ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the CPU kernels
 	MEMLOC_SANITIZE=1 MEMLOC_CUDA=0 MEMLOC_HOST=0 $(PYTHON) setup.py --quiet build --build-base build/sanitize
 	cd build/sanitize && PYTHONPATH="$$(echo "$$PWD"/lib*)" LD_PRELOAD="$(SANITIZERS)" $(SANITIZER_OPTIONS) \
-		$(ACTIVATE) pytest -q $(PARALLEL) -p no:cacheprovider --capture=sys $(abspath python_tests/ops) -m 'not cuda'
+		$(ACTIVATE) pytest -q $(call parallel,worksteal) -p no:cacheprovider --capture=sys $(abspath python_tests/ops) -m 'not cuda'
 
 lint: $(READY)
 	$(ACTIVATE) ruff check .
@@ -68,7 +68,7 @@ cuda-sanitize: $(READY)  ## the operators' tests on a GPU under compute-sanitize
 	done
 
 cuda-on-cpu: $(READY)  ## the tests that need a GPU, with the CUDA kernels run on the CPU, sanitizers in them; see tools/cuda_on_cpu
-	LD_PRELOAD="$(SANITIZERS)" $(SANITIZER_OPTIONS) $(PYTHON) -m pytest -q $(PARALLEL) --capture=sys -p tools.cuda_on_cpu.plugin \
+	LD_PRELOAD="$(SANITIZERS)" $(SANITIZER_OPTIONS) $(PYTHON) -m pytest -q $(call parallel,worksteal) --capture=sys -p tools.cuda_on_cpu.plugin \
 		-k 'cuda and not elsewhere and not two_devices and not 70000 or hostile' python_tests/ops
 
 build: $(READY)
