@@ -121,7 +121,7 @@ def decode_json(path: str | Path, stored: bytes, kind: Any = Any) -> Any:
 def parsed(kind: Any, value: Any) -> Any:
     """Return a JSON value as a type that `msgspec` knows, such as a dataclass or ``dict[str, int | float]``.
 
-    ValueError if it is something else, or holds a negative integer; says where.
+    ValueError if it is something else, or holds a negative integer that is no ``channel_dim``; says where.
     """
     result = msgspec.convert(value, kind, dec_hook=lambda kind, text: kind(text))
     _check_counts(value)
@@ -144,7 +144,7 @@ def _check_counts(value: Any) -> None:
     if type(value) is int and value < 0:
         raise ValueError(f"integers must not be negative, got {value}")
     if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (v for k, v in value.items() if k != "channel_dim") if isinstance(value, dict) else value:
             _check_counts(item)
 
 

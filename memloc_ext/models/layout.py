@@ -53,7 +53,7 @@ def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = 
             layout.
     """
     names = [name for name, _ in model.named_parameters()]
-    layout = _layout(model)
+    layout = layout_of(model)
     if groups is None and layout is None:
         owner, found = _block_of(model), dict[str, list[str]]()
         for name in names:
@@ -115,7 +115,7 @@ def dropout_sites(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has no ``layout`` with sites.
     """
-    layout = _layout(model)
+    layout = layout_of(model)
     if layout is None or not layout.sites:
         got = f"{type(model).__name__} without; name the sites yourself"
         raise ValueError(f"dropout_sites: model must have a layout with sites, got {got}")
@@ -127,11 +127,12 @@ def channel_dim(model: nn.Module) -> int:
 
     1 for ``[batch, channels, ...]``, also of a model without a ``layout``; -1 for ``[batch, tokens, channels]``.
     """
-    layout = _layout(model)
+    layout = layout_of(model)
     return layout.channel_dim if layout else 1
 
 
-def _layout(model: nn.Module) -> Layout | None:
+def layout_of(model: nn.Module) -> Layout | None:
+    """Return what a model says about itself, if it does."""
     layout = getattr(model, "layout", None)  # a foreign model may use the word for something else
     return layout if isinstance(layout, Layout) else None
 

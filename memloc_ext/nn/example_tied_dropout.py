@@ -210,7 +210,8 @@ def _checked_channel_dim(x: Tensor, channel_dim: int | None) -> int:
         if x.dim() == 3:
             raise ValueError(
                 f"dropout: channel_dim must be given for 3-d activations, got {list(x.shape)} without; pass "
-                "channel_dim=-1 for tokens [batch, tokens, channels], channel_dim=1 for [batch, channels, length]"
+                "channel_dim=-1 for tokens [batch, tokens, channels], channel_dim=1 for [batch, channels, length] "
+                "(--channel-dim of a command)"
             )
         channel_dim = 1
     if not -x.dim() < channel_dim < x.dim():

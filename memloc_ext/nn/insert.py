@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout
+from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout, FixedDropout
 
 DROPOUT = "dropout_after"
 """The child that a dropout becomes of the module it follows."""
+_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+"""Modules whose 3-d outputs are ``[batch, channels, length]``."""
 
 
 def insert_example_tied_dropout(
@@ -35,9 +37,7 @@ def insert_example_tied_dropout(
         p_gen: Share of generalization channels, in ``[0, 1]``.
         p_mem: Probability that a memorization channel is kept for an example, in ``[0, 1]``.
         seed: Names the assignment of channels to examples, any int64.
-        channel_dim: Dimension of the channels in the outputs of those modules. By default 1, as for images; a 3-d
-            output, which can hold tokens, is then refused in the forward pass unless it comes from a ``Conv1d``,
-            ``ConvTranspose1d``, ``BatchNorm1d`` or ``InstanceNorm1d``.
+        channel_dim: Dimension of the channels in the outputs of those modules. By default as in `insert_after`.
         rescale: See `ExampleTiedDropout`.
 
     Returns:
@@ -51,11 +51,8 @@ def insert_example_tied_dropout(
     first = max(there, default=-1) + 1  # sites that shared a number would share their masks
     names = after if isinstance(after, str) else list(after)  # insert_after refuses a string
 
-    def make(n: int) -> nn.Module:
-        dim = _known_channel_dim(model.get_submodule(names[n])) if channel_dim is None else channel_dim
-        return ExampleTiedDropout(p_gen, p_mem, seed=seed, site=first + n, channel_dim=dim, rescale=rescale)
-
-    return insert_after(model, names, make)
+    settings = {"seed": seed, "channel_dim": channel_dim, "rescale": rescale}
+    return insert_after(model, names, lambda n: ExampleTiedDropout(p_gen, p_mem, site=first + n, **settings))
 
 
 def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], nn.Module]) -> nn.Module:
@@ -63,6 +60,9 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
 
     The new module becomes the child ``dropout_after`` of the one it follows; a plain ``nn.Sequential`` runs it as its
     last step, any other module through a forward hook.
+
+    An `ExampleTiedDropout` or `FixedDropout` without ``channel_dim`` gets 1 behind a ``Conv1d``, ``ConvTranspose1d``,
+    ``BatchNorm1d`` or ``InstanceNorm1d``. Behind other modules it refuses 3-d outputs, which can hold tokens.
 
     Raises:
         TypeError: If ``after`` is a single string.
@@ -86,6 +86,8 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
     new = [make(site) for site in range(len(after))]
     for name, dropout in zip(after, new, strict=True):
         module = modules[name]
+        if isinstance(dropout, ExampleTiedDropout | FixedDropout) and dropout.channel_dim is None:
+            dropout.channel_dim = 1 if isinstance(module, _CHANNELS_FIRST) else None
         dropout.train(module.training)
         module.add_module(DROPOUT, dropout)
         if not _runs_children_in_order(module):
@@ -97,10 +99,6 @@ def example_tied_sites(model: nn.Module) -> dict[str, ExampleTiedDropout]:
     """Return the modules whose output an `ExampleTiedDropout` ends, by name: those it was put behind, else itself."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ExampleTiedDropout)}
     return {name.removesuffix(f".{DROPOUT}"): module for name, module in found.items()}
-
-
-def _known_channel_dim(module: nn.Module) -> int | None:
-    return 1 if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.BatchNorm1d | nn.InstanceNorm1d) else None
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:

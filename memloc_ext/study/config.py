@@ -90,8 +90,8 @@ class DropoutConfig:
         p_mem: Probability that an example keeps a memorization channel, in [0, 1].
         rescale: What drop multiplies generalization channels by, see ExampleTiedDropout.
         sites: Modules after which dropout goes; by default the model's own sites.
-        channels_last: Take the last dimension of what these return for its channels, as tokens have them (channel_dim
-            -1); otherwise the model's own, or 1.
+        channel_dim: Dimension of the channels in what these return: 1, or -1 for tokens. By default the model's own, or
+            1; three dimensions are then refused but behind a module that tells, such as Conv1d.
         standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
     """
 
@@ -99,7 +99,7 @@ class DropoutConfig:
     p_mem: float = 0.1
     rescale: Literal["none", "authors", "expectation"] = "none"
     sites: tuple[str, ...] = ()
-    channels_last: bool = False
+    channel_dim: Literal[1, -1] | None = None
     standard_p: float = 0.2
 
 

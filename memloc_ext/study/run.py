@@ -15,12 +15,12 @@ import torch
 from memloc_ext._version import __version__
 from memloc_ext.distributed import once, rank
 from memloc_ext.files import plain, read_json, remove_temporaries, write_json
+from memloc_ext.models.layout import layout_of
 from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.progress import named
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, Accounting
 from memloc_ext.study.config import StudyConfig
-from memloc_ext.study.own import is_own
 from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fingerprint_model, load_data
 from memloc_ext.study.stages import LOCALIZED, STAGES, TRAINED, StageName, Study
 from memloc_ext.study.store import Result, Source, check_inside, is_result, locked
@@ -242,11 +242,11 @@ def _do(study: Study, name: StageName, source: Source, result: Result) -> None:
 def _possible(
     config: StudyConfig, dataset: StudyData, wanted: list[StageName], say: Callable[[str], None]
 ) -> list[StageName]:
-    """Leave out the dropouts of a user's model that does not say where they go, if there is anything else to do."""
+    """Leave out the dropouts of a model that does not say where they go, if there is anything else to do."""
     dropouts = {"dropout", "controls", "localize-dropout"}
-    if config.dropout.sites or not is_own(config.model.model) or not set(wanted) & dropouts or set(wanted) <= dropouts:
+    if config.dropout.sites or not set(wanted) & dropouts or set(wanted) <= dropouts:
         return wanted
-    layout = getattr(build_model(config, dataset, "plain"), "layout", None)
+    layout = layout_of(build_model(config, dataset, "plain"))
     if layout is not None and layout.sites:
         return wanted
     say(f"left out: {', '.join(name for name in wanted if name in dropouts)}; name modules for dropout by --sites")

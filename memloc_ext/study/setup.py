@@ -17,6 +17,7 @@ from memloc_ext._libraries import has_cuda_kernels
 from memloc_ext._torchvision import import_torchvision
 from memloc_ext.data import Dataset
 from memloc_ext.distributed import own_device
+from memloc_ext.models.layout import layout_of
 from memloc_ext.nn import FixedDropout, insert_after, insert_example_tied_dropout
 from memloc_ext.parts import fingerprint
 from memloc_ext.study.config import StudyConfig, Variant
@@ -86,8 +87,8 @@ def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn
         model = _untrained(config, dataset)
     if variant != "plain":
         sites = list(settings.sites) or models.dropout_sites(model)
-        own = models.channel_dim(model) if hasattr(model, "layout") else None  # then a dropout refuses tokens
-        dim = -1 if settings.channels_last else own
+        layout = layout_of(model)
+        dim = layout.channel_dim if layout and settings.channel_dim is None else settings.channel_dim
         if variant == "example_tied":
             shares = {"p_gen": settings.p_gen, "p_mem": settings.p_mem, "rescale": settings.rescale}
             insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim)

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from memloc_ext.distributed import once
+from memloc_ext.batches import Batch
+from memloc_ext.borrowing import kept_state
+from memloc_ext.distributed import alone, once
 from memloc_ext.files import write_csv
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
@@ -57,8 +59,9 @@ class Study:
         """Raise what is wrong with the settings of some stages, before anything is written."""
         config = self.config
         models = {v: build_model(config, self.dataset, v) for v, (stage, _) in TRAINED.items() if stage in stages}
-        for model in models.values():  # which may not go together with the data or the task
-            accuracy(model, self.dataset.train.subset(torch.arange(1)), task=config.task)
+        batch = self.dataset.train.batch(torch.arange(min(2, len(self.dataset.train))))
+        for model in models.values():
+            self._try(model, batch)
         asked = {"rewind": config.rewind.rewind_groups, "retrain": config.retrain.retrain_groups}
         for stage, names in asked.items():
             if stage in stages:
@@ -126,6 +129,15 @@ class Study:
         name, rows = results.TABLES[type(found)]
         once(lambda: results.save(folder, name, found, rows(found)))
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # by every process, for those that have a disk of their own
+
+    def _try(self, model: nn.Module, batch: Batch) -> None:
+        """Raise ValueError if a model does not go together with the data or the task; it is left as it was."""
+        try:
+            with alone(), kept_state(model):
+                accuracy(model, [batch], task=self.config.task)
+        except Exception as error:  # whatever its code raises
+            names = f"--model {self.config.model.model} cannot take a batch of --dataset {self.config.data.dataset}"
+            raise ValueError(f"{names}: {type(error).__name__}: {error}") from error
 
     def _folder(self, variant: Variant) -> Path:
         stage, inner = TRAINED[variant]

@@ -7,7 +7,7 @@ from torch import nn
 
 import memloc_ext
 from memloc_ext.models import build, channel_dim, dropout_sites, layer_groups
-from memloc_ext.nn import ExampleTiedDropout, insert_after, insert_example_tied_dropout
+from memloc_ext.nn import ExampleTiedDropout, FixedDropout, insert_after, insert_example_tied_dropout
 from memloc_ext.reference import example_tied_dropout as reference
 
 IDS = torch.tensor([3, 1, 4])
@@ -131,6 +131,13 @@ def test_a_1d_convolution_tells_where_its_channels_are() -> None:
     model = insert(nn.Sequential(nn.Conv1d(4, 12, 3), nn.ReLU()), ["1"])  # a ReLU follows anything
     with pytest.raises(ValueError, match="channel_dim must be given"), memloc_ext.example_ids(IDS):
         model(x)
+    fixed = nn.Sequential(nn.Conv1d(4, 12, 3), nn.ReLU())
+    hidden = reference.example_tied_dropout(fixed[0](x), torch.zeros(3, dtype=torch.int64), 3, 0.5, 9, 0)
+    insert_after(fixed, ["0"], lambda _: FixedDropout(0.25, 0.5, seed=9))
+    torch.testing.assert_close(fixed(x), hidden.relu())
+    insert_after(fixed, ["1"], lambda _: FixedDropout(0.25, 0.5, seed=9))
+    with pytest.raises(ValueError, match="channel_dim must be given"):
+        fixed(x)
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet18", "vit"])

@@ -1,13 +1,16 @@
 """A study of a user's own model and data set, named on the command line."""
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
-from memloc_ext.study import load_run
+from memloc_ext.study import DataConfig, ModelConfig, StudyConfig, load_data, load_run
 from memloc_ext.study.command_line import main
+from memloc_ext.study.stages import Study
 from memloc_ext.training import list_checkpoints, load_checkpoint
 
 SOURCE = """
@@ -17,6 +20,35 @@ from torch.utils.data import TensorDataset
 
 def make(seed):
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+def convolution(seed):
+    model = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    model.layout = "NCL"
+    return model
+
+class Odd(nn.Module):
+    # takes no single example, counts its calls and draws
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 16), nn.BatchNorm1d(16, track_running_stats=False)
+        self.last = nn.Linear(16, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(1)
+        return self.last(self.norm(self.first(x).unsqueeze(1).squeeze()))
+
+odd = Odd()
+
+def kept(seed):
+    return odd
+
+def broken(seed):
+    class Broken(nn.Linear):
+        def forward(self, x):
+            assert x.dim() == 4, "no image"
+    return Broken(6, 3)
 
 def data(seed, x=None):
     x = torch.randn(80, 6, generator=torch.Generator().manual_seed(seed))
@@ -56,8 +88,6 @@ def test_every_probe_of_it_ends_in_a_report(package: str, capsys: pytest.Capture
     run = load_run("out")
     assert set(run.seconds) == {"train", "account", "rewind", "retrain", "localize"}
     assert Path("out/report.html").exists()
-    from importlib import import_module
-
     mine = import_module(package)
     (stage,) = Path("out").glob("train-*")
     model = mine.make(0).double()
@@ -71,6 +101,33 @@ def test_every_probe_of_it_ends_in_a_report(package: str, capsys: pytest.Capture
 def test_dropout_goes_where_it_is_told(package: str) -> None:
     main(["dropout", *arguments(package), "--sites", "1", "3"])
     assert list(load_run("out").histories) == ["example_tied"]
+
+
+def test_each_process_tries_a_model_on_two_examples_and_leaves_it_as_it_was(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = import_module(package).odd
+    config = StudyConfig(DataConfig(f"{package}:data"), ModelConfig(f"{package}:kept"), device="cpu")
+    study, before = Study(config, {}, load_data(config)), torch.get_rng_state()
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 1}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    study.check(["train"])
+    assert odd.calls == 0
+    assert odd.training
+    assert odd.norm.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_channels_of_a_1d_model_are_where_the_module_or_the_option_says(package: str) -> None:
+    probes = [*PROBES, "--only", "dropout", "controls", "localize-dropout"]
+    with pytest.raises(SystemExit, match=r"got \[2, 8, 4\] without; .* \(--channel-dim of a command"):
+        main(["run", *arguments(package, model="convolution"), *probes, "--sites", "2"])
+    assert not Path("out").exists()
+    for where in (["--sites", "1"], ["--sites", "2", "--channel-dim", "1"]):
+        main(["run", *arguments(package, model="convolution"), *probes, *where])
+        run = load_run("out")
+        assert set(run.histories) == {"example_tied", "standard", "fixed"}
+        assert run.localizations["example_tied"].sites[0].units == 8
 
 
 def test_a_data_set_or_a_file_says_which_examples_are_memorized(package: str) -> None:
@@ -103,6 +160,7 @@ def test_another_source_or_other_data_are_another_training(package: str, capsys:
         (["--model", "resnet9"], "takes square images; name a function of your own"),
         (["--model", "torchvision:resnet18", "--dataset", "digits"], "takes images of 3 channels, got 1"),
         (["--task", "tokens"], "task 'tokens' needs logits [batch, tokens, classes]"),
+        (["--model", "{0}:broken"], "--model {0}:broken cannot take a batch of --dataset {0}:data: AssertionError: no"),
     ],
 )
 def test_what_is_wrong_with_it_is_told_before_anything_is_written(
@@ -110,5 +168,5 @@ def test_what_is_wrong_with_it_is_told_before_anything_is_written(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments(package), *(word.format(package) for word in change)])
-    assert message in str(stop.value)
+    assert message.format(package) in str(stop.value)
     assert not Path("out").exists()

@@ -64,7 +64,7 @@ def mapped(seed):
 """
 EPOCHS, BATCH, RATE, SEED = 15, 16, 0.3, 3
 SETTINGS = f"--task tokens --epochs {EPOCHS} --batch-size {BATCH} --learning-rate {RATE} --seed {SEED} --device cpu"
-PROBES = "--localized 4 --max-units 6 --edited 2 --retrain-epochs 2 --rewind-epochs 0 9 --sites hidden --channels-last"
+PROBES = "--localized 4 --max-units 6 --edited 2 --retrain-epochs 2 --rewind-epochs 0 9 --sites hidden --channel-dim -1"
 
 
 class Study:
