@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from memloc_ext._version import __version__
 from memloc_ext.distributed import once, rank
-from memloc_ext.files import plain, read_json, remove_temporaries, write_json
+from memloc_ext.files import decode_json, plain, read_json, remove_temporaries, write_json
 from memloc_ext.models.layout import layout_of
 from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.progress import named
@@ -23,7 +24,7 @@ from memloc_ext.study.accounting import ACCOUNTS, Accounting
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fingerprint_model, load_data
 from memloc_ext.study.stages import LOCALIZED, STAGES, TRAINED, StageName, Study
-from memloc_ext.study.store import Result, Source, check_inside, is_result, locked
+from memloc_ext.study.store import ABOUT, Result, Source, check_inside, is_result, locked
 
 RUN, NUMBERS, REPORT, FIGURES = "run.json", "numbers", "report.html", "figures"
 SEEDS = "seeds.json"
@@ -200,8 +201,10 @@ def _finished(path: Path, run: _Run) -> dict[StageName, Result]:
             continue
         check_inside(result.path, result.path.parent)
         about = result.about()
-        settings = {key: plain(getattr(run.config, key)) for key in stage.settings}
-        if about.source.folder != folder or any(about.source.settings.get(k) != v for k, v in settings.items()):
+        own = {key: value for key, value in about.source.settings.items() if key in stage.settings}
+        made = decode_json(result.path / ABOUT, msgspec.json.encode(own), StudyConfig)  # what it lacks has its default
+        same = all(getattr(made, key) == getattr(run.config, key) for key in stage.settings)
+        if about.source.folder != folder or not same:
             raise ValueError(f"{path / RUN}: must have the settings of {result.path}")
         found[name] = result
     return found

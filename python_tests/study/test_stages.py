@@ -15,7 +15,7 @@ from memloc_ext.study import DataConfig, ModelConfig, Run, StageName, StudyConfi
 from memloc_ext.study.command_line import main
 from memloc_ext.study.config import LocalizationConfig
 from memloc_ext.study.stages import STAGES
-from memloc_ext.study.store import Result, locked
+from memloc_ext.study.store import Result, Source, locked
 from memloc_ext.training import TrainConfig, load_checkpoint, save_checkpoint
 
 CONFIG = StudyConfig(
@@ -250,6 +250,26 @@ def test_a_run_does_not_take_the_results_of_other_settings(copy: Path) -> None:
     (copy / "run.json").write_text(json.dumps(stored))
     Result(copy).finish("run.json")
     with pytest.raises(ValueError, match=r"run\.json: must have the settings of .*train-"):
+        load_run(copy)
+
+
+def test_a_run_from_before_there_was_a_setting_has_its_default(finished: Run, copy: Path) -> None:
+    run, stage = copy / "run.json", folder(copy, "dropout") / "stage.json"
+    stored, about = (json.loads(file.read_text()) for file in (run, stage))
+    del stored["config"]["dropout"]["channel_dim"]
+    del about["source"]["settings"]["dropout"]["channel_dim"]
+    stored["stages"]["dropout"] = Source(**about["source"]).folder
+    stored["stages"]["localize-dropout"] = "localize-dropout-00000000"  # which this run has not done
+    run.write_text(json.dumps(stored))
+    stage.write_text(json.dumps(about))
+    stage.parent.rename(copy / stored["stages"]["dropout"])
+    Result(copy).finish("run.json")
+    Result(copy / stored["stages"]["dropout"]).finish()
+    assert load_run(copy).metrics == finished.metrics
+    stored["config"]["dropout"]["channel_dim"] = -1
+    run.write_text(json.dumps(stored))
+    Result(copy).finish("run.json")
+    with pytest.raises(ValueError, match=r"run\.json: must have the settings of .*dropout-"):
         load_run(copy)
 
 
