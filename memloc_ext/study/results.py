@@ -59,8 +59,9 @@ def parameter_rows(table: Sequence[AccountedEpoch]) -> list[dict[str, Any]]:
 
 def localization_rows(localization: DatasetLocalization) -> list[dict[str, Any]]:
     """Return a row per example: those of the library, the numbers of the units in their sites, and the last loss."""
-    pairs = zip(localization.rows(), localization.examples, strict=True)
-    return [{**row, "numbers": " ".join(str(unit) for _, unit in one.units), "loss": one.loss} for row, one in pairs]
+    numbers = [" ".join(str(unit) for _, unit in example.units) for example in localization.examples]
+    pairs = zip(localization.rows(), numbers, localization.examples, strict=True)
+    return [{**row, "unit_numbers": units, "loss": example.loss} for row, units, example in pairs]
 
 
 TABLES: dict[type, tuple[str, Callable[[Any], Sequence[Mapping[str, Any]]]]] = {

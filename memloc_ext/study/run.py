@@ -34,11 +34,12 @@ _SEALED = (RUN, f"{results.METRICS}.*", f"{NUMBERS}.*", REPORT, f"{FIGURES}/*")
 
 @dataclass(frozen=True)
 class _Run:
-    """What is in the file of a run: settings, and stage to the folder of its result, finished or not."""
+    """What is in the file of a run: settings, stage to the folder of its result, finished or not; see `Run`."""
 
     config: StudyConfig
     stages: dict[str, str]
     version: str
+    mislabelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Run:
     Attributes:
         path: Its folder.
         config: Its settings.
-        metrics: Rows of its table: ``model``, ``mode`` and the shares of `Accuracy`.
+        metrics: Rows of its table: ``model``, ``mode``, the shares of `Accuracy`, and, if there are tokens, the shares
+            of right ones: ``clean_tokens``, ``memorized_tokens`` and ``test_tokens``.
         histories: Model to its records, one per epoch.
         accounting: Gradient accounting of the plain training; None if the run has none.
         localizations: Model to its localization, of plain training and of example-tied dropout; empty if the run has
@@ -56,6 +58,7 @@ class Run:
         rewinding: Of the layer groups of the plain model; None if the run has none.
         retraining: Likewise.
         seconds: Finished stage to the time that it took.
+        mislabelled: Whether memorized examples have other labels than their true ones; otherwise they are atypical.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class Run:
     rewinding: Rewinding | None = None
     retraining: Retraining | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    mislabelled: bool = True
 
     def seal(self) -> None:
         """Write the checksums of the run's own files, its report included."""
@@ -130,7 +134,8 @@ def run_study(
         once(lambda: _check_folders(path, [folders[name] for name in wanted]))
         if rank() == 0:
             _lock(stack, path, [Result(folders[name]) for name in wanted])
-        once(lambda: _write_run(path, _Run(config, {name: s.folder for name, s in sources.items()}, __version__)))
+        about = _Run(config, {name: s.folder for name, s in sources.items()}, __version__, _mislabelled(dataset))
+        once(lambda: _write_run(path, about))
         for number, name in enumerate(wanted, 1):
             result = Result(folders[name])
             begun, finished = once(lambda result=result: (result.begun, result.finished))
@@ -174,6 +179,7 @@ def load_run(path: str | Path) -> Run:
         results.load_rewinding(found["rewind"]) if "rewind" in found else None,
         results.load_retraining(found["retrain"]) if "retrain" in found else None,
         {name: result.about().seconds for name, result in found.items()},
+        stored.mislabelled,
     )
 
 
@@ -254,6 +260,11 @@ def _possible(
         return wanted
     say(f"left out: {', '.join(name for name in wanted if name in dropouts)}; name modules for dropout by --sites")
     return [name for name in wanted if name not in dropouts]
+
+
+def _mislabelled(dataset: StudyData) -> bool:
+    train = dataset.train
+    return bool((train.labels != train.true_labels)[train.memorized].any())
 
 
 def _check_folders(path: Path, folders: Collection[Path]) -> None:

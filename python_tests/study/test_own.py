@@ -87,6 +87,7 @@ def test_every_probe_of_it_ends_in_a_report(package: str, capsys: pytest.Capture
     assert "left out: dropout, controls, localize-dropout; name modules for dropout by" in capsys.readouterr().err
     run = load_run("out")
     assert set(run.seconds) == {"train", "account", "rewind", "retrain", "localize"}
+    assert run.mislabelled
     assert Path("out/report.html").exists()
     mine = import_module(package)
     (stage,) = Path("out").glob("train-*")
@@ -132,6 +133,7 @@ def test_channels_of_a_1d_model_are_where_the_module_or_the_option_says(package:
 
 def test_a_data_set_or_a_file_says_which_examples_are_memorized(package: str) -> None:
     main(["account", *arguments(package, "marked")])
+    assert not load_run("out").mislabelled
     accounting = load_run("out").accounting
     assert accounting is not None
     assert accounting.epoch(1).memorized.nonzero()[:, 0].tolist() == list(range(7))

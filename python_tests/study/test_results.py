@@ -106,7 +106,7 @@ def test_tables_have_a_row_per_cell_epoch_and_example(tmp_path: Path) -> None:
     ]
     rows = table(tmp_path, "localization")
     assert len(rows) == 6
-    assert (rows[1]["sites"], rows[1]["numbers"]) == ("conv1 blocks.0:heads blocks.0:heads", "3 5 0")
+    assert (rows[1]["sites"], rows[1]["unit_numbers"]) == ("conv1 blocks.0:heads blocks.0:heads", "3 5 0")
 
 
 @pytest.mark.parametrize("name", KINDS)

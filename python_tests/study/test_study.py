@@ -77,6 +77,7 @@ def folder(run: Run, stage: str, *inner: str) -> Path:
 def test_a_run_holds_everything_and_reads_back(finished) -> None:
     path = finished.path
     assert load_run(path) == finished
+    assert finished.mislabelled
     modes = [(row["model"], row["mode"]) for row in finished.metrics]
     tied = [("example_tied", mode) for mode in ("train", "test", "drop", "drop_gen")]
     assert modes == [("plain", "as trained"), *tied, ("standard", "as trained"), ("fixed", "as trained")]
@@ -97,7 +98,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(finished) -> None:
     page = write_report(finished).read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for sentence in (*plain_answers(finished.metrics), *dropout_answers(finished.metrics)):
+    for sentence in (*plain_answers(finished.metrics, True), *dropout_answers(finished.metrics, True)):
         assert sentence.split("%")[0] in page
     assert sorted(file.name for file in (finished.path / "figures").iterdir()) == [
         "accuracy.png",
@@ -191,7 +192,9 @@ def test_a_localized_run_holds_every_example_of_both_models(localized) -> None:
         assert clean.curve[0].examples == clean.edited.examples == 2
         stage = {"plain": "localize", "example_tied": "localize-dropout"}[model]
         with open(folder(localized, stage, "localization.csv"), newline="") as file:
-            found = [(int(row["index"]), row["sites"].split(), row["numbers"].split()) for row in csv.DictReader(file)]
+            found = [
+                (int(row["index"]), row["sites"].split(), row["unit_numbers"].split()) for row in csv.DictReader(file)
+            ]
         units = [(row.example, row.units) for row in localization.examples]
         assert found == [(i, [site for site, _ in some], [str(unit) for _, unit in some]) for i, some in units]
     assert localized.localizations["plain"].memorization_share == 0
@@ -432,6 +435,17 @@ def test_atypical_examples_go_through_every_probe(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "of the memorized examples.</li>" in page
     assert "true label" not in page.split("The probes")[1].split("Accuracy of every model")[0]
+    assert not run.mislabelled
+
+
+def test_examples_are_mislabelled_whatever_their_shares(finished: Run) -> None:
+    by_chance = [{**row, "memorized": 0.5, "memorized_true": 0.5} for row in finished.metrics]
+    for mislabelled in (True, False):
+        run = replace(finished, metrics=by_chance, mislabelled=mislabelled)
+        plain, dropout = (section.answers for section in sections(run))
+        assert ("50.0 % of the memorized examples the wrong label" in plain[0]) == mislabelled
+        assert ("50.0 % of the memorized examples get their true label" in dropout[1]) == mislabelled
+        assert any("true label" in number.what for number in numbers(run)) == mislabelled
 
 
 def test_commands_write_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

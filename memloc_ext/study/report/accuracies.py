@@ -36,7 +36,7 @@ def memorization(run: Run) -> Section | None:
         title="Does it memorize?",
         method="Plain training, without dropout. A network that fits examples with wrong labels, or atypical ones, has "
         "memorized them; what it predicts for the others, it may have learned from all of them.",
-        answers=plain_answers(run.metrics),
+        answers=plain_answers(run.metrics, run.mislabelled),
         pictures=[
             Picture("plain_curves", "Accuracy over the epochs", curves, "Accuracy on the labels that were given."),
         ],
@@ -53,7 +53,7 @@ def dropout(run: Run) -> Section | None:
         method="Example-tied dropout ties some channels to single examples during training, so that memorization "
         "settles there. If it does, switching those channels off takes the memorized labels with it and leaves the "
         "rest. The controls: standard dropout, and one fixed mask for all examples, which is a narrower network.",
-        answers=dropout_answers(run.metrics),
+        answers=dropout_answers(run.metrics, run.mislabelled),
         pictures=[
             Picture(
                 "accuracy",
@@ -71,18 +71,13 @@ def dropout(run: Run) -> Section | None:
     )
 
 
-def _is_mislabelled(rows: Sequence[Row]) -> bool:
-    """Return whether the memorized examples have wrong labels, as far as shares tell; if not they are atypical."""
-    return any(row["memorized"] != row["memorized_true"] for row in rows)
-
-
-def plain_answers(rows: Sequence[Row]) -> list[str]:
+def plain_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
     """Return whether plain training memorizes examples that are mislabelled, or else atypical."""
     plain = _row(rows, "plain", AS_TRAINED)
     if plain is None or plain["memorized"] is None:
         return []
     sentences = [f"Plain training fits {percent(plain['memorized'])} % of the memorized examples."]
-    if _is_mislabelled(rows):
+    if mislabelled:
         sentences = [
             f"Plain training gives {percent(plain['memorized'])} % of the memorized examples the wrong label that they "
             f"came with, and {percent(plain['memorized_true'])} % their true one."
@@ -102,7 +97,7 @@ def plain_numbers(rows: Sequence[Row]) -> list[Number]:
     ]
 
 
-def dropout_answers(rows: Sequence[Row]) -> list[str]:
+def dropout_answers(rows: Sequence[Row], mislabelled: bool) -> list[str]:
     """Return what switching the memorization channels off does to examples that are mislabelled, or else atypical."""
     own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
     plain = _row(rows, "plain", AS_TRAINED)
@@ -114,13 +109,13 @@ def dropout_answers(rows: Sequence[Row]) -> list[str]:
         f"{percent(own['memorized'])} % to {percent(drop['memorized'])} %, and on clean training examples from "
         f"{percent(own['clean'])} % to {percent(drop['clean'])} %.",
         "Without those channels, "
-        + (back if _is_mislabelled(rows) else "")
+        + (back if mislabelled else "")
         + f"{percent(drop['test'])} % of the test examples are right"
         + (f" ({percent(plain['test'])} % after plain training)." if plain else "."),
     ]
 
 
-def dropout_numbers(rows: Sequence[Row]) -> list[Number]:
+def dropout_numbers(rows: Sequence[Row], mislabelled: bool) -> list[Number]:
     """Return the numbers of these sentences."""
     own, drop = _row(rows, "example_tied", "train"), _row(rows, "example_tied", "drop")
     if own is None or drop is None:
@@ -132,7 +127,7 @@ def dropout_numbers(rows: Sequence[Row]) -> list[Number]:
         Number(f"{name}: memorized examples, dropped", drop["memorized"], "%", "0.1 % (MNIST), 3 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, own mask", own["clean"], "%", "99.9 % (CIFAR-10)"),
         Number(f"{name}: clean training examples, dropped", drop["clean"], "%", "90.8 % (CIFAR-10)"),
-        *([returned] if _is_mislabelled(rows) else []),
+        *([returned] if mislabelled else []),
         Number(f"{name}: test accuracy, dropped", drop["test"], "%", "82.7 % (CIFAR-10)"),
     ]
 

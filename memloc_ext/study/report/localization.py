@@ -224,7 +224,9 @@ def units_per_example(localizations: Mapping[str, DatasetLocalization]) -> Figur
         for place, (kind, result) in zip((-0.5, 0.5), localization.kinds.items(), strict=False):
             places = np.arange(len(result.histogram)) + place * _WIDTH
             shares = 100 * np.array(result.histogram) / result.localized
-            label = f"{KINDS[kind]}: {result.flipped} of {result.localized} flip; units: {_units(result)}"
+            middle = f", median {result.median:g}" if result.median is not None else ""
+            middle = middle if result.mean is None else f", mean {result.mean:.2f}"
+            label = f"{KINDS[kind]}: {result.flipped} of {result.localized} flip{middle}"
             axes.bar(places, shares, _WIDTH, color=COLORS[kind], label=label)
         axes.set_xlim(0.4, max([1, *(len(r.histogram) - 1 for r in localization.kinds.values())]) + 0.6)
         axes.locator_params(axis="x", integer=True)

@@ -28,7 +28,8 @@ def sections(run: Run) -> list[Section]:
 def numbers(run: Run) -> list[Number]:
     """Return every number of a run that a report compares with the paper's."""
     probed = [number for module, result in _probed(run) for number in module.numbers(result)]
-    return [*accuracies.plain_numbers(run.metrics), *probed, *accuracies.dropout_numbers(run.metrics)]
+    dropped = accuracies.dropout_numbers(run.metrics, run.mislabelled)
+    return [*accuracies.plain_numbers(run.metrics), *probed, *dropped]
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -36,8 +36,8 @@ def test_bars_are_percent_of_the_examples_of_a_kind() -> None:
     (axes,) = units_per_example({"plain": make_localization()}).axes
     assert axes.get_title() == "plain training"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "memorized examples: 2 of 3 flip; units: 3 in the median",
-        "clean examples: 2 of 3 flip; units: 3 in the median",
+        "memorized examples: 2 of 3 flip, median 3",
+        "clean examples: 2 of 3 flip, median 3",
     ]
     memorized, clean = axes.containers
     for bars in (memorized, clean):
