@@ -8,10 +8,23 @@ import torch
 from PIL import Image
 
 from memloc_ext.data import Dataset, Split
-from memloc_ext.study import DataConfig, ModelConfig, StudyConfig, build_model, load_data, load_run
+from memloc_ext.study import DataConfig, ModelConfig, StudyConfig, build_model, load_data, load_run, run_study
 from memloc_ext.study.command_line import main
 from memloc_ext.study.setup import fingerprint_data
+from memloc_ext.training import TrainConfig
 
+TIMM = """
+from torch import nn
+
+class models:
+    get_pretrained_cfg = lambda name: None
+
+def is_model(name):
+    return name == "net.a1_in1k"
+
+def create_model(name, num_classes, in_chans):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+"""
 PART = StudyConfig(data=DataConfig(examples=300), device="cpu")
 
 
@@ -82,6 +95,20 @@ def test_a_model_of_timm_needs_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="--model timm:resnet10t needs timm; run: pip install timm"):
         build_model(replace(PART, model=ModelConfig("timm:resnet10t")), load_data(PART), "plain")
+
+
+def test_dropout_is_left_out_of_a_model_of_timm_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timm.py").write_text(TIMM)
+    monkeypatch.setitem(sys.modules, "timm", None)  # which is put back after the test
+    del sys.modules["timm"]
+    monkeypatch.syspath_prepend(tmp_path)
+    config = replace(PART, model=ModelConfig("timm:net.a1_in1k"), train=TrainConfig(epochs=1))
+    said: list[str] = []
+    run = run_study(config, tmp_path / "run", stages=["train", "dropout"], progress=False, say=said.append)
+    assert list(run.histories) == ["plain"]
+    assert said == ["left out: dropout; name modules for dropout by --sites", "[1/1] train: begins"]
 
 
 def test_models_of_timm_fit_the_images(tmp_path: Path) -> None:
