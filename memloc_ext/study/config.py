@@ -102,6 +102,9 @@ class DropoutConfig:
     channel_dim: Literal[1, -1] | None = None
     standard_p: float = 0.2
 
+    def __post_init__(self) -> None:
+        check_rules(self, channel_dim=(self.channel_dim in (None, 1, -1), "1, -1 or None"))
+
 
 @dataclass(frozen=True)
 class RewindConfig:

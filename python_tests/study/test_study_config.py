@@ -2,7 +2,7 @@
 
 import pytest
 
-from memloc_ext.study.config import RetrainConfig, RewindConfig
+from memloc_ext.study.config import DropoutConfig, RetrainConfig, RewindConfig
 
 
 def test_rewind_settings_are_checked() -> None:
@@ -19,6 +19,12 @@ def test_rewind_settings_are_checked() -> None:
         RewindConfig((-1,))
     with pytest.raises(ValueError, match="rewind_groups must be different"):
         RewindConfig((), ("a", "a"))
+
+
+def test_dropout_has_its_channels_first_or_last() -> None:
+    assert [DropoutConfig(channel_dim=dim).channel_dim for dim in (None, 1, -1)] == [None, 1, -1]
+    with pytest.raises(ValueError, match="DropoutConfig: channel_dim must be 1, -1 or None, got 2"):
+        DropoutConfig(channel_dim=2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
