@@ -272,6 +272,11 @@ class _Held:
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         columns = [tensors_of(batch) for batch in batches]
+        if len({tuple((t.dtype, t.shape[1:]) for t in column) for column in columns}) > 1:
+            raise ValueError(
+                "batches must be of one shape where single examples are picked out of them; give a DataLoader, whose "
+                "collate_fn can pad any examples alike"
+            )
         joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
         self._batch = with_each_tensor(batches[0], lambda _: next(joined)) if batches else None
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 Marks: TypeAlias = Any
 """Some examples: bool ``[N]`` by number, or the numbers themselves; a tensor, an array or a list."""
@@ -64,7 +64,7 @@ class ByNumber:
         """Return the values of some examples, on the device of ``ids``; ValueError if there is none for one."""
         at = ids.to(self._values.device)
         if self._order is None:
-            unknown, rows = at[at >= len(self._values)], at
+            unknown, rows = at[(at < 0) | (at >= len(self._values))], at
         else:
             places = torch.searchsorted(self._numbers, at).clamp_(max=len(self._numbers) - 1)
             # not looked for on a GPU, which would be waited for
@@ -78,7 +78,8 @@ class ByNumber:
 def _own(name: str, data: Any) -> ByNumber | None:
     """Return an attribute of a data set."""
     data = data.dataset if isinstance(data, DataLoader) else data
-    values, numbers = getattr(data, name, None), getattr(data, "indices", None)
+    values = getattr(data, name, None)
+    numbers = None if isinstance(data, Subset) else getattr(data, "indices", None)  # those of a Subset are rows
     if values is None:
         return None
     return ByNumber(name, torch.as_tensor(values), None if numbers is None else torch.as_tensor(numbers))

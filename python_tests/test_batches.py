@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 import memloc_ext
 from memloc_ext.batches import Batch, call, device_of, read_batch, tensors_of, with_each_tensor
 from memloc_ext.data import Split
 from memloc_ext.examples import Examples, examples
 from memloc_ext.marks import ByNumber, marked, truth
+from memloc_ext.probes.accuracy import Evaluation
 
 X, Y = torch.arange(14.0).view(7, 2), torch.arange(7) % 3
 NUMBERS = torch.tensor([30, 10, 20, 0, 60, 50, 40])
@@ -356,3 +357,43 @@ def test_a_stream_comes_in_batches_of_the_size_that_is_asked_for() -> None:
     model.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     memloc_ext.accuracy(model, Streamed(), batch_size=2)
     assert seen == [2, 2, 2, 1]
+
+
+def test_a_negative_number_is_no_examples_number() -> None:
+    with pytest.raises(ValueError, match="memorized must have a value for each example, got none for number -1"):
+        memloc_ext.accuracy(torch.nn.Linear(2, 3), [(X, Y, torch.arange(7) - 1)], memorized=[True] * 7)
+
+
+def test_the_marks_of_a_subset_are_by_its_own_numbers() -> None:
+    subset = Subset(TensorDataset(X, Y), [2, 0, 1])
+    subset.memorized = torch.tensor([True, False, False])
+    account = memloc_ext.account_epoch(torch.nn.Linear(2, 3), subset)
+    assert account.memorized.tolist() == [True, False, False]
+
+
+def test_batches_of_several_shapes_give_no_single_examples() -> None:
+    batches = [(torch.randn(3, 2), Y[:3]), (torch.randn(3, 4), Y[:3])]
+    with pytest.raises(ValueError, match="batches must be of one shape where single examples are picked out of them"):
+        len(examples("probe", batches, CPU))
+
+
+def test_every_probe_takes_the_settings_of_all() -> None:
+    model, data = (
+        torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)),
+        TensorDataset(X, Y),
+    )
+    common = {"memorized": [0], "true_labels": Y, "test": None, "task": "classification", "groups": None}
+    memloc_ext.accuracy(model, data, **common)
+    memloc_ext.account_epoch(model, data, **common)
+    memloc_ext.rewind(model, {0: model.state_dict()}, data, **common)
+    memloc_ext.retrain(model, model.state_dict(), data, **common, epochs=1)
+    memloc_ext.localize_dataset(model, data, **common, localized=1, max_units=1, edited=0)
+
+
+def test_an_example_is_judged_in_the_row_it_is_in_though_each_pass_leaves_others_out() -> None:
+    model, y = torch.nn.Linear(2, 3), torch.arange(40) % 3
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, y, torch.arange(40)), 7, shuffle=True, drop_last=True)
+    evaluation = Evaluation("probe", model, loader, None, None, None, "classification", 16, 0)
+    ids = evaluation.train.indices
+    assert torch.equal(evaluation.right_by_row(model), (model(x).argmax(1) == y)[ids])

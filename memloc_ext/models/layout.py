@@ -42,7 +42,8 @@ def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = 
 
     Args:
         model: Any module.
-        groups: Group to names of parameters, or of modules with all parameters inside. May leave parameters out.
+        groups: Group to a name, or names, of parameters, or of modules with all parameters inside. May leave parameters
+            out.
 
     Returns:
         Group to parameter names, in the order of ``groups``, the layout or the model; names in that of
@@ -60,6 +61,7 @@ def layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = 
             found.setdefault(owner(name), []).append(name)
         return found
     given = groups if groups is not None else layout.groups if layout is not None else {}
+    given = {group: (told,) if isinstance(told, str) else told for group, told in given.items()}
     where = "groups" if groups is not None else "layout"
     found = {group: [] for group in given}
     for name in names:
@@ -138,4 +140,4 @@ def layout_of(model: nn.Module) -> Layout | None:
 
 
 def _within(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
+    return name == prefix or name.startswith(prefix.removesuffix(".") + ".")

@@ -185,6 +185,8 @@ def account_epoch(
     data: Data,
     *,
     memorized: Marks | None = None,
+    true_labels: Any | None = None,
+    test: Data | None = None,
     task: TaskName | Task = "classification",
     groups: Groups = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -202,6 +204,8 @@ def account_epoch(
         data: The examples, at least one; see `memloc_ext.examples`. A ``DataLoader`` may shuffle if its items give
             their numbers.
         memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
+        true_labels: Not read; every probe takes this and ``test``, so that the same settings go to all.
+        test: Not read.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
         groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
             default all of these. Parameters in no group are not accounted.

@@ -64,6 +64,7 @@ def accuracy(
     true_labels: Any | None = None,
     test: Data | None = None,
     task: TaskName | Task = "classification",
+    groups: object = None,
     batch_size: int = 512,
     num_workers: int = 0,
 ) -> Accuracy:
@@ -79,6 +80,7 @@ def accuracy(
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
         test: Test examples. They are left out in dropout mode ``train``, where they have no masks.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        groups: Not read; every probe takes it, so that the same settings go to all.
         batch_size: Examples at a time of a data set; a ``DataLoader`` has its own. Does not change the result.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
 
@@ -173,9 +175,10 @@ class Evaluation:
 
     def right_by_row(self, model: nn.Module) -> Tensor:
         """Return about which training examples a model is right, in the order of their ``indices``, ``[N]``, bool."""
+        by_row = self.train.subset(torch.arange(len(self.train)))  # a pass may draw other rows, or leave some out
         with kept_training_flags(model):
             model.eval()
-            found = self._outcomes(lambda x: [call(model, x)], 1, self.train)
+            found = self._outcomes(lambda x: [call(model, x)], 1, by_row)
         right = torch.empty_like(found["right"][0])
         right[self.train.indices.argsort()] = found["right"][0][found["ids"].argsort()]
         return right

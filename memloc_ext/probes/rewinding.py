@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -154,7 +155,8 @@ def rewind(
     chosen = chosen_groups("rewind", model, groups)
     evaluation = Evaluation("rewind", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     if isinstance(states, Mapping):
-        sources, when = states, sorted(states) if epochs is None else _there(states, epochs)
+        sources = {_epoch("states", epoch): state for epoch, state in states.items()}
+        when = sorted(sources) if epochs is None else _there(sources, epochs)
     else:  # read by one process: another machine may not see the newest yet
         sources = once(lambda: found_states("rewind", states))
         when = _before_last(sources) if epochs is None else _there(sources, epochs)
@@ -205,10 +207,17 @@ def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[
 
 
 def _there(sources: Mapping[int, Any], epochs: Sequence[int]) -> list[int]:
-    for epoch in epochs:
-        if epoch not in sources:
-            raise ValueError(f"rewind: epochs must be among those of states, {_listed(sources)}, got {epoch}")
-    return sorted(set(epochs))
+    wanted = {_epoch("epochs", epoch) for epoch in epochs}
+    for epoch in wanted - sources.keys():
+        raise ValueError(f"rewind: epochs must be among those of states, {_listed(sources)}, got {epoch}")
+    return sorted(wanted)
+
+
+def _epoch(name: str, epoch: Any) -> int:
+    try:
+        return operator.index(epoch)
+    except TypeError:
+        raise TypeError(f"rewind: epochs in {name} must be integers, got {epoch!r}") from None
 
 
 def _before_last(sources: Mapping[int, Any]) -> list[int]:

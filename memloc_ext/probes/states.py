@@ -43,14 +43,14 @@ def read_state(function: str, source: State, model: nn.Module) -> dict[str, Tens
     """Return the values of a model's parameters and buffers at another time, on the CPU if they are read from a file.
 
     Files are ``.safetensors``, or what ``torch.save`` wrote, of which only tensors and plain values are read. A prefix
-    that a wrapper gave to all names, such as ``module.`` or ``model.``, is taken off. The model is not compiled.
+    that a wrapper gave to all names, such as ``module.`` or ``_orig_mod.``, is taken off. The model is not compiled.
 
     Raises:
         ValueError: If a file is damaged, or it is the state of another model.
         OSError: If a file cannot be read.
     """
     if isinstance(source, Mapping):
-        return checked_state(f"{function}: the state dict", source, model)
+        return checked_state(f"{function}: the state dict", _without_prefix(source, model), model)
     try:
         state = _read(Path(source))
     except OSError:
@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _without_prefix(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def _without_prefix(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Return what is under the one prefix that all of a model's names have in a state, if there is one."""
     own = [name for name, value in model.state_dict().items() if isinstance(value, Tensor)]
     if own and not any(name in state for name in own):

@@ -39,7 +39,7 @@ B = 4
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast(backward_inside: bool) -> None:
     torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
     head = nn.Linear(36, 8), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-5), nn.Linear(8, 3)
     model, x, y = nn.Sequential(*layers, nn.Flatten(), *head).eval(), torch.randn(B, 2, 5, 5), targets(B)
 

@@ -27,6 +27,21 @@ class Doubled(torch.autograd.Function):
 
 
 UNCOVERED = {
+    "einsum, a size of one": (
+        lambda: Model(lambda m, x: torch.einsum("bij,ij->bi", x, m.w), w=parameter(1, 3)),
+        (B, 5, 3),
+        {"w"},
+    ),
+    "einsum, a size of one in the input": (
+        lambda: Model(lambda m, x: torch.einsum("bij,ijk->bik", x, m.w), w=parameter(5, 3, 2)),
+        (B, 1, 3),
+        {"w"},
+    ),
+    "einsum, a diagonal": (
+        lambda: Model(lambda m, x: torch.einsum("bij,jj->bi", x, m.w), w=parameter(3, 3)),
+        (B, 5, 3),
+        {"w"},
+    ),
     "activation": (lambda: nn.Sequential(nn.Linear(3, 5), Uncovered(), nn.Linear(5, 2)), (B, 3), {"1.weight"}),
     "embedding by frequency": (
         lambda: nn.Sequential(nn.Embedding(9, 3, max_norm=9.0), nn.Linear(3, 2)),

@@ -80,6 +80,7 @@ def test_groups_are_given_by_names_or_prefixes():
         "first": ["scale", "encoder.0.weight", "encoder.0.bias"],
         "bias": ["encoder.1.bias"],
     }
+    assert layer_groups(model, {"all": "encoder."}) == layer_groups(model, {"all": ["encoder"]})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from probing import Everything, Store, changed_state, made_dataset, small_model
@@ -271,3 +272,15 @@ def test_a_mode_set_by_name_is_what_masks_test_examples() -> None:
     assert not masks_test_examples(model.train())
     model[0].mode = "train"
     assert masks_test_examples(model)
+
+
+def test_epochs_are_integers_of_any_kind() -> None:
+    model = small_model("lenet")
+    states = history(model, 0, 2)
+    expected = rewind(model, states, epochs=[0], groups=["fc1"]).rows()
+    assert (
+        rewind(model, {np.int64(e): s for e, s in states.items()}, epochs=np.array([0]), groups=["fc1"]).rows()
+        == expected
+    )
+    with pytest.raises(TypeError, match="epochs in states must be integers, got '0'"):
+        rewind(model, {"0": states[0]})

@@ -122,3 +122,11 @@ def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
     torch.save(other(nn.Linear(1, 1), 0), tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match=r"foreign.pt must be of this model, whose 0.weight is .*, got it not there"):
         read_state("probe", tmp_path / "foreign.pt", model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_wrapped_models_state_is_that_of_the_model(prefix: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    state = model.state_dict()
+    found = read_state("probe", {f"{prefix}{name}": value for name, value in state.items()}, model)
+    assert found.keys() == state.keys()

@@ -68,8 +68,10 @@ def contract(tracer: Tracer, x: Tensor, w: Tensor, letters: tuple[str, str, str]
     own, given, result = letters
     axis = tracer.axis(x)
     free, rows = [a for a in given if a not in own], [a for a in own if a not in given]
-    if axis is None or not x.numel() or len({*own}) < len(own):
+    if axis is None or not x.numel() or len({*own}) < len(own) or len({*given}) < len(given):
         return NotImplemented
+    if any(x.shape[own.index(a)] != w.shape[given.index(a)] for a in own if a in given):
+        return NotImplemented  # a size of 1 is repeated
     axis = axis.prefer_dim(own.index(rows[0]), x) if rows else axis
     if (letter := own[axis.dim]) in given:  # rows for each example, as positions are that were repeated
         each = spread(tracer, w, replace(axis, dim=given.index(letter)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from memloc_ext.accounting.backward_pass import Repeated
-from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows
+from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, Rows, accumulated
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.layers.embedding import Embedding
-from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
+from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction, Product
 from memloc_ext.accounting.propagation import writes
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
@@ -198,11 +198,12 @@ def _repeat(tracer: Tracer, t: Tensor, axis: ExampleAxis, rank: int) -> Tensor |
     return Broadcast(tracer, [source.weight], axis, source, own)(source.value)
 
 
-class PReLU(LayerFunction):
+class PReLU(Product):
     """``x`` where it is positive, else ``weight * x``; one weight, or one for each channel, which is dimension 1."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Forward:
-        return torch.prelu(x, weight), (x, weight)
+    def forward(self, input: Tensor, weight: Tensor) -> Forward:
+        x, w = self.cast(input, weight)
+        return torch.prelu(x, w), (x, w)
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         x, weight = saved
@@ -210,7 +211,8 @@ class PReLU(LayerFunction):
         rows = (grad * x.clamp(max=0)).movedim(self.axis.dim, 0)
         if len(weight) > 1:
             rows = rows.movedim(1 if self.axis.dim == 0 else 2, 1)
-        rows = rows.reshape(len(rows), len(weight), rows[0].numel() // len(weight)).sum(2)
+        rows = rows.reshape(len(rows), len(weight), rows[0].numel() // len(weight))
+        rows = rows.sum(2, dtype=accumulated(rows.dtype))
         grad_weight = self.record(1, Rows(self.by_example(rows))) if needs[1] else None
         return torch.where(x > 0, grad, grad * slope) if needs[0] else None, grad_weight
 

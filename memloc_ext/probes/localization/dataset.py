@@ -151,8 +151,10 @@ def localize_dataset(
     data: Data,
     *,
     memorized: Marks | None = None,
+    true_labels: Any | None = None,
     test: Data | None = None,
     task: TaskName | Task = "classification",
+    groups: object = None,
     sites: Sequence[str] | None = None,
     localized: int = 100,
     max_units: int = 50,
@@ -178,8 +180,10 @@ def localize_dataset(
         model: As for `localize`; left as it was.
         data: Training examples, see `memloc_ext.accuracy`; all inputs of one shape but for the batch.
         memorized: Which of them are memorized, see `memloc_ext.accuracy`.
+        true_labels: Not read; every probe takes this and ``groups``, so that the same settings go to all.
         test: Test examples that edits are evaluated on.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        groups: Not read; ``sites`` says where units are.
         sites: See `localize`.
         localized: Examples whose units are searched for, at least 1: so many memorized and so many clean ones.
         max_units: Largest number of units that are switched off for an example, at least 1.
