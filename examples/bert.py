@@ -50,7 +50,7 @@ def main():
     print("memorized, rewound:", {row["group"]: round(row["memorized"], 2) for row in rewound.rows()})
     retrained = memloc_ext.retrain(model, initial, loader, memorized=wrong, epochs=5)
     print("memorized, retrained:", {row["group"]: round(row["memorized"], 2) for row in retrained.rows()})
-    found = memloc_ext.localize_dataset(model, loader, memorized=wrong, localized=4, max_units=10, edited=0)
+    found = memloc_ext.localize_dataset(model, loader, memorized=wrong, localized=4, max_units=6, edited=0)
     print("units that flip a text:", [row["units"] for row in found.rows() if row["status"] == "flipped"])
 
     tied = memloc_ext.nn.insert_example_tied_dropout(build(), after=HIDDEN, channel_dim=-1)

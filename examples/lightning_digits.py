@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import memloc_ext
 from memloc_ext.nn import insert_example_tied_dropout
 
-EPOCHS = 10
+EPOCHS = 8
 
 
 class PerExample(lightning.Callback):
