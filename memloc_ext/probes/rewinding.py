@@ -133,8 +133,8 @@ def rewind(
         groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
             default all of these.
         epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
-            .. 14, before its last checkpoint, or all before it if none is the paper's or the last is of epoch 3 or
-            less.
+            .. 14, before its last checkpoint; all before it if the paper's are fewer than two, or the last is of epoch 3
+            or less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
         parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
@@ -226,7 +226,7 @@ def _before_last(sources: Mapping[int, Any]) -> list[int]:
     if not before:
         raise ValueError(f"rewind: states must hold one to rewind to, before the last, got {_listed(sources)}")
     papers = [epoch for epoch in before if epoch in PAPER_EPOCHS]
-    return before if last <= _SHORT or not papers else papers
+    return before if last <= _SHORT or len(papers) < 2 else papers  # one may be a number of steps
 
 
 def _listed(epochs: Mapping[int, Any]) -> str:

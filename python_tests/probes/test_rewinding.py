@@ -284,3 +284,10 @@ def test_epochs_are_integers_of_any_kind() -> None:
     )
     with pytest.raises(TypeError, match="epochs in states must be integers, got '0'"):
         rewind(model, {"0": states[0]})
+
+
+def test_steps_are_not_taken_for_the_papers_epochs() -> None:
+    model = small_model("lenet")
+    assert rewind(model, history(model, 10, 20, 30, 40), groups=["fc1"]).epochs == [10, 20, 30, 40]
+    assert rewinding._before_last(dict.fromkeys((10, 20, 30, 40))) == [10, 20, 30]
+    assert rewinding._before_last(dict.fromkeys(range(9))) == [0, 2, 4, 6]
