@@ -133,8 +133,8 @@ def rewind(
         groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
             default all of these.
         epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
-            .. 14, before its last checkpoint; all before it if the paper's are fewer than two, or the last is of epoch 3
-            or less.
+            .. 14, before its last checkpoint; all before it if the paper's are fewer than two, or the last is of epoch
+            3 or less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
         num_workers: Processes that read a data set; a ``DataLoader`` has its own.
         parts: Keeps finished groups for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
