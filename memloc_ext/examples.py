@@ -249,7 +249,7 @@ class _Passes:
             rows = torch.tensor(sorted(row for batch in sampler for row in batch), dtype=torch.int64)
             settings = (self.device, loader.num_workers, loader.collate_fn, self._unnumbered)
             return _Items(self.function, loader.dataset, rows, *settings)
-        held = _Held([with_each_tensor(batch, Tensor.cpu) for batch in self._pass()])
+        held = _Held(self.function, [with_each_tensor(batch, Tensor.cpu) for batch in self._pass()])
         return _Items(self.function, held, torch.arange(len(held)), self.device, collate=lambda batch: batch)
 
     @property
@@ -270,12 +270,13 @@ class _Passes:
 class _Held:
     """Batches as one data set, in memory."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(self, function: str, batches: Sequence[Batch]) -> None:
         columns = [tensors_of(batch) for batch in batches]
-        if len({tuple((t.dtype, t.shape[1:]) for t in column) for column in columns}) > 1:
+        shapes = sorted({str([["batch", *t.shape[1:]] for t in column]) for column in columns})
+        if len(shapes) > 1:
             raise ValueError(
-                "batches must be of one shape where single examples are picked out of them; give a DataLoader, whose "
-                "collate_fn can pad any examples alike"
+                f"{function}: batches must be of one shape where single examples are picked out of them, got "
+                f"{shapes[0]} and {shapes[1]}; give a DataLoader, whose collate_fn can pad any examples alike"
             )
         joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
         self._batch = with_each_tensor(batches[0], lambda _: next(joined)) if batches else None
