@@ -9,7 +9,8 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
 - `layers`: one file per kind of layer. A layer function runs forward and backward as an autograd function of its own,
   whose backward knows the layer's input and the gradient of its output.
 - `contributions`: what one use of a parameter adds to each example's gradient: norms and sums, not the gradient itself.
-- `backward_pass`: adds up the contributions to every parameter.
+- `uses`: all uses of a parameter, as one contribution to it. `backward_pass`: adds them up, for every parameter.
+- `queries`: what else is asked of the examples' gradients. `clipping`: gradients of which none is long.
 - `graph`: which parameters a loss depends on. `losses`: whether it is the mean that it is said to be.
 - `per_example`: where the above cannot tell examples apart, a pass for each, by running the model again
   (`forward_pass`). `outputs`: what the model returned for each. `check`: holds two examples against plain autograd.
@@ -18,5 +19,6 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
 
 from memloc_ext.accounting.account import Account
 from memloc_ext.accounting.accountant import GradientAccountant
+from memloc_ext.accounting.queries import Projection
 
-__all__ = ["Account", "GradientAccountant"]
+__all__ = ["Account", "GradientAccountant", "Projection"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.contributions import accumulated
@@ -19,57 +21,199 @@ _REDUCTIONS = ("mean", "sum", "none")
 class Account:
     """What one backward pass tells of its examples. Its tensors take no part in autograd.
 
+    All but the group gradients are of the gradient of each example's *own* loss, whatever the loss of the batch was,
+    and zeros for a parameter that the loss does not depend on. They are float64 for a float64 parameter, else float32.
+
     Attributes:
-        sqnorm: Parameter name to ``[batch]``: squared L2 norm of the gradient of each example's *own* loss, whatever
-            the loss of the batch was; float64 for a float64 parameter, else float32. Zeros if the loss does not
-            depend on the parameter.
+        sqnorm: Parameter name to ``[batch]``: squared L2 norm of each example's gradient.
         group_grad: Parameter name to ``[num_groups, *shape]``: what each group of examples adds to the gradient of the
             loss *as it was given*, so that their sum is the gradient of the batch; a mean loss divides by the size
-            of the batch, not of the group. Of the dtypes of ``sqnorm``. Empty without ``group_ids``.
+            of the batch, not of the group. Empty without ``group_ids``.
+        dot: Name of a direction to parameter name to ``[batch]``: inner product of each example's gradient with it.
+        direction_sqnorm: Name of a direction to its squared L2 norm over all parameters, 0-d.
+        inner: Inner products of the gradients of all pairs of examples over all parameters, ``[batch, batch]``; None
+            without ``pairwise=True``.
+        parameter_inner: Parameter name to the same for it alone, of the parameters named in ``pairwise``.
+        projected: Parameter name to ``[batch, k, k']``; see `Projection`. Empty without ``project``.
+        position_sqnorm: Parameter name to ``[batch, positions]``: squared norm of what each position (token) adds to
+            an example's gradient, of linear layers and embeddings. Empty without ``per_position``.
+        row_sqnorm: Parameter name to ``[batch, out]``: squared norm of each output row (neuron, filter) of each
+            example's gradient, of the parameters named in ``by_row``.
+        mean_sqnorm: Parameter name to the squared norm of the mean of the examples' gradients, 0-d. Empty where it
+            does not come with the parameters' gradients: see `noise_scale`.
     """
 
     sqnorm: dict[str, Tensor]
     group_grad: dict[str, Tensor]
+    dot: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    direction_sqnorm: dict[str, Tensor] = field(default_factory=dict)
+    inner: Tensor | None = None
+    parameter_inner: dict[str, Tensor] = field(default_factory=dict)
+    projected: dict[str, Tensor] = field(default_factory=dict)
+    position_sqnorm: dict[str, Tensor] = field(default_factory=dict)
+    row_sqnorm: dict[str, Tensor] = field(default_factory=dict)
+    mean_sqnorm: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_sqnorm(self) -> Tensor:
         """Squared L2 norm of each example's own gradient over all parameters, ``[batch]``."""
-        first, *others = self.sqnorm.values()
-        return sum((norm.to(first.device) for norm in others), start=first)
+        return _total(self.sqnorm)
 
     @property
     def norms(self) -> Tensor:
         """L2 norm of each example's own gradient over all parameters, ``[batch]``."""
         return self.total_sqnorm.sqrt()
 
+    def cosine(self, direction: str) -> Tensor:
+        """Return the cosine of each example's own gradient and a direction, over all parameters, ``[batch]``.
+
+        It is 0 where one of the two is 0.
+
+        Raises:
+            ValueError: If there is no such direction.
+        """
+        if direction not in self.dot:
+            raise ValueError(f"Account: direction must be one of {list(self.dot)}, got {direction!r}")
+        dot = _total(self.dot[direction])
+        lengths = self.norms.to(dot.dtype) * self.direction_sqnorm[direction].to(dot).sqrt()
+        return torch.where(lengths == 0, 0, dot / lengths)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Simple noise scale ``S / (|g|^2 - S / B)`` of the gradient over all parameters, 0-d, of whatever sign.
+
+        ``g`` is the mean of the ``B`` examples' own gradients, ``S`` the sum of their variances.
+
+        Raises:
+            ValueError: If the mean is not known: it comes with the parameters' gradients, so with ``weight_grads`` and
+                without ``max_norm``, where all examples weigh the same in the loss; or with ``pairwise=True``.
+
+        Source: McCandlish et al., "An empirical model of large-batch training", 2018.
+        """
+        if self.inner is not None:
+            return _noise_scale(self.total_sqnorm, self.inner.mean())
+        self._check_means()
+        return _noise_scale(self.total_sqnorm, _total(self.mean_sqnorm))
+
+    @property
+    def parameter_noise_scale(self) -> dict[str, Tensor]:
+        """Parameter name to the same of its gradient alone, 0-d."""
+        self._check_means()
+        return {name: _noise_scale(self.sqnorm[name], mean) for name, mean in self.mean_sqnorm.items()}
+
+    def _check_means(self) -> None:
+        if not self.mean_sqnorm:
+            raise ValueError(
+                "Account: noise_scale needs the mean of the examples' own gradients, which comes with "
+                "weight_grads=True, without max_norm and with equal example_weights; or give pairwise=True"
+            )
+
+
+def _noise_scale(sqnorm: Tensor, mean_sqnorm: Tensor) -> Tensor:
+    batch = len(sqnorm)
+    noise = (sqnorm.mean() - mean_sqnorm) * (batch / (batch - 1) if batch > 1 else math.nan)
+    return noise / (mean_sqnorm - noise / batch)
+
+
+def _total(by_parameter: dict[str, Tensor]) -> Tensor:
+    """Return the sum over the parameters."""
+    first, *others = by_parameter.values()
+    return sum((t.to(first.device) for t in others), start=first)
+
+
+@dataclass(frozen=True)
+class OwnGradients:
+    """How examples' own gradients follow from those that flow in a backward pass: times a factor.
+
+    Attributes:
+        batch: Number of examples.
+        factor: Of all, a whole number; or of each, ``[batch]`` float64, 0 where an example has no part in the loss.
+    """
+
+    batch: int
+    factor: int | Tensor
+
+    @classmethod
+    def of(cls, batch: int, loss_reduction: str, example_weights: Tensor | None) -> OwnGradients:
+        """Return this for a loss of examples with these weights."""
+        if example_weights is None:
+            return cls(batch, batch if loss_reduction == "mean" else 1)
+        wide = example_weights.double()
+        return cls(batch, torch.where(wide > 0, 1 / wide, 0))
+
+    @property
+    def of_all(self) -> float | None:
+        """The factor if it is the same for all examples, else None."""
+        if not isinstance(self.factor, Tensor):
+            return self.factor
+        return float(self.factor[0]) if self.batch and bool((self.factor == self.factor[0]).all()) else None
+
+    def times(self, answers: dict[str, Tensor], power: int = 1) -> dict[str, Tensor]:
+        """Return answers ``[batch, *]`` times the factor, or a power of it."""
+        if isinstance(self.factor, Tensor):
+            return {name: self._times_each(t, self.factor, power) for name, t in answers.items()}
+        if not answers or self.factor == 1:
+            return answers
+        scaled = torch._foreach_mul(list(answers.values()), self.factor**power)  # pyright: ignore
+        return dict(zip(answers, scaled, strict=True))
+
+    def times_pairs(self, answers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return inner products ``[batch, batch]`` times the factors of both examples."""
+        if not isinstance(self.factor, Tensor):
+            return self.times(answers, 2)
+        rows = self.times(answers)
+        return {name: t.t() for name, t in self.times({name: t.t() for name, t in rows.items()}).items()}
+
+    def _times_each(self, t: Tensor, factors: Tensor, power: int) -> Tensor:
+        factors, wide = factors.to(t.device).reshape(-1, *[1] * (t.dim() - 1)), t.double()
+        for _ in range(power):  # float64 has room for squares that float32 has none for
+            wide = wide * factors
+        return torch.where(factors > 0, wide, 0).to(t.dtype)
+
 
 def account_of(
-    tracer: Tracer, backward: BackwardPass, groups: Groups | None, loss_reduction: str, example_weights: Tensor | None
+    named: Mapping[str, nn.Parameter], backward: BackwardPass, groups: Groups | None, own: OwnGradients
 ) -> Account:
     """Return what a backward pass told of every parameter that requires a gradient; zeros where it told nothing."""
-    sqnorm, group_grad = {}, {}
-    for name, p in tracer.named_parameters():
-        if not p.requires_grad:
-            continue
-        dtype, key = accumulated(p.dtype), id(p)
-        norms = backward.sqnorm.get(key)
-        sqnorm[name] = torch.zeros(backward.batch, dtype=dtype.to_real(), device=p.device) if norms is None else norms
-        if groups is not None:
-            sums = backward.group_grad.get(key)
-            shape = (groups.num, *p.shape)
-            group_grad[name] = torch.zeros(shape, dtype=dtype, device=p.device) if sums is None else sums
-    if example_weights is not None:
-        sqnorm = {name: _divided(norm, example_weights.to(norm.device)) for name, norm in sqnorm.items()}
-    elif loss_reduction == "mean" and sqnorm:
-        scaled = torch._foreach_mul(list(sqnorm.values()), backward.batch**2)  # pyright: ignore[reportPrivateImportUsage]
-        sqnorm = dict(zip(sqnorm, scaled, strict=True))
-    return Account(sqnorm, group_grad)
+    batch = own.batch
 
+    def told(
+        answers: Mapping[int, Tensor], shape: Callable[[nn.Parameter], Sequence[int]] = lambda _: (batch,)
+    ) -> dict[str, Tensor]:
+        """Return what was told of each parameter, by name; ``shape``: of the zeros."""
+        found = {}
+        for name, p in named.items():
+            known, dtype = answers.get(id(p)), accumulated(p.dtype).to_real()
+            found[name] = p.new_zeros(shape(p), dtype=dtype) if known is None else known
+        return found
 
-def _divided(norm: Tensor, factors: Tensor) -> Tensor:
-    """Divide by the squares of factors, whose range float64 has room for; where a factor is 0, so is the norm."""
-    wide = factors.double()
-    return torch.where(wide > 0, norm / wide / wide, 0).to(norm.dtype)
+    group_grad = {}
+    if groups is not None:
+        for name, p in named.items():
+            sums, shape = backward.group_grad.get(id(p)), (groups.num, *p.shape)
+            group_grad[name] = p.new_zeros(shape, dtype=accumulated(p.dtype)) if sums is None else sums
+    means = {}
+    if backward.total_sqnorm and (factor := own.of_all) is not None:
+        square = (factor / max(1, batch)) ** 2
+        means = {name: t * square for name, t in told(backward.total_sqnorm, lambda _: ()).items()}
+    account, asked = Account(own.times(told(backward.sqnorm), 2), group_grad, mean_sqnorm=means), backward.queries
+    if asked is None:
+        return account
+    by_name = {id(p): name for name, p in named.items()}
+
+    def of_some(answers: Mapping[int, Tensor], power: int = 1) -> dict[str, Tensor]:
+        return own.times({by_name[key]: t for key, t in answers.items()}, power)
+
+    return replace(
+        account,
+        dot={direction: own.times(told(answers)) for direction, answers in asked.dot.items()},
+        direction_sqnorm=asked.direction_sqnorm,
+        inner=None if asked.inner is None else own.times_pairs({"": asked.inner})[""],
+        parameter_inner=own.times_pairs({by_name[key]: t for key, t in asked.parameter_inner.items()}),
+        projected=of_some(asked.projected),
+        position_sqnorm=of_some(asked.position_sqnorm, 2),
+        row_sqnorm=of_some(asked.row_sqnorm, 2),
+    )
 
 
 def batch_of(

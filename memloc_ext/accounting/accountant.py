@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -15,18 +15,20 @@ from torch._C._functorch import maybe_current_level
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from memloc_ext.accounting.account import Account, account_of, batch_of, groups_of
+from memloc_ext.accounting.account import Account, OwnGradients, account_of, batch_of, groups_of
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.check import Checks, Known, known_of, known_slow, mistook
+from memloc_ext.accounting.clipping import clipping_of
 from memloc_ext.accounting.forward_pass import unwrapped
-from memloc_ext.accounting.graph import Reached, reached
+from memloc_ext.accounting.graph import Reached, check_reentrant, reached
 from memloc_ext.accounting.layers.handlers import COMPLEX_HANDLERS, HANDLERS
 from memloc_ext.accounting.losses import check_example_weights, check_loss
-from memloc_ext.accounting.per_example import add_to_grads, extra_passes
+from memloc_ext.accounting.per_example import add_to_grads, clipped_gradients, extra_passes
+from memloc_ext.accounting.queries import Directions, Projection, Queries
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.batches import tensors_of
-from memloc_ext.borrowing import uncompiled
+from memloc_ext.borrowing import uncompiled, without_hooks
 
 
 class GradientAccountant:
@@ -185,6 +187,13 @@ class GradientAccountant:
         exact_groups: bool = False,
         batch_size: int | None = None,
         retain_graph: bool = False,
+        directions: Directions | None = None,
+        max_norm: float | None = None,
+        clipping: Literal["flat", "per_parameter"] = "flat",
+        pairwise: bool | Collection[str] = False,
+        project: Projection | None = None,
+        per_position: bool = False,
+        by_row: Collection[str] = (),
     ) -> Account:
         """Run ``loss.backward()`` and account it.
 
@@ -206,9 +215,21 @@ class GradientAccountant:
             batch_size: Number of examples, if each has the same number of consecutive rows of the model's input; by
                 default each row is one.
             retain_graph: Keep the graph for another backward pass.
+            directions: Name to tensors by name of parameter, each of the parameter's shape, dtype and device: answered
+                by ``account.dot`` and ``account.cosine``. A parameter that a direction leaves out counts as zero.
+            max_norm: Give parameters the sum, or the mean as the loss is, of the examples' own gradients clipped to
+                this L2 norm: ``g * min(1, max_norm / |g|)``. Greater than 0. ``account`` tells of what was not clipped.
+                The layers' inputs and gradients are kept until all norms are known.
+            clipping: ``flat`` clips by the norm over all parameters; ``per_parameter`` each parameter's gradient by its
+                own norm, to ``max_norm / sqrt(number of parameters)``.
+            pairwise: True for ``account.inner``, inner products over all parameters; or names of parameters, for
+                ``account.parameter_inner`` of each.
+            project: Random matrices for ``account.projected``.
+            per_position: Whether to tell ``account.position_sqnorm``, of linear layers and embeddings over tokens.
+            by_row: Names of parameters for ``account.row_sqnorm``.
 
         Returns:
-            Squared norms and group gradients of every parameter that requires a gradient.
+            Squared norms of every parameter that requires a gradient, and the answers to what else was asked.
 
         Raises:
             RuntimeError: If called outside the ``with``.
@@ -216,23 +237,29 @@ class GradientAccountant:
                 a parameter is not covered and neither the loss nor the model's output tells the examples apart; or the
                 loss has a gradient penalty, or is a ``mean`` of PyTorch's in which examples' ignored targets or class
                 weights differ. No gradient is written then, unless the layer is the cause.
-            TypeError: If ``group_ids`` is not int64, or ``example_weights`` not of floating point.
+            TypeError: If ``group_ids`` is not int64, ``example_weights`` not of floating point, or another argument of
+                another type.
         """
         if not self._tracers:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         tracer = self._tracers[-1][0]
+        named = {name: p for name, p in tracer.named_parameters() if p.requires_grad}
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
             batch = batch_of(tracer, loss, loss_reduction, group_ids, batch_size)
             check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             check_parallel(self._model, weight_grads, exact_groups)
+            clip = clipping_of(max_norm, clipping, weight_grads)
+            asked = Queries(named, batch, directions, pairwise, project, per_position, by_row)
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, tracer, tracer.parameters)
             mean = loss_reduction == "mean" and example_weights is None
             watched = check_loss(tracer, found.nodes, batch, mean=mean)
             if mistaken := mistook(self._known, tracer, loss, batch, batch_size is not None):
                 found = Reached(unseen=found.all, nodes=found.nodes)
-            check_sharded(tracer, found, exact_groups)
+            check_sharded(tracer, found, exact_groups, max_norm)
+            if clip is not None:
+                check_reentrant(found)
         slow = found.unseen | ({} if self._check == "never" else known_slow(self._known, tracer, found))
         exact = groups if exact_groups and weight_grads else None
         backward = BackwardPass(
@@ -242,19 +269,19 @@ class GradientAccountant:
             tracer.calls | found.uses,  # the larger count of each
             slow,
             several_rows=batch_size is not None and not mistaken,
+            queries=asked if asked.any else None,
+            clipped=clip is not None,
         )
         own_mean = mean and not watched and batch > 1 and self._check != "never"
         checks = Checks(self._known, self._check, self._model, tracer, backward)
         if not mistaken:
             self._warn(found.unseen, tracer, batch)
-        self._warned |= extra_passes(checks, loss, root, found, exact, own_mean)
-        # parameters that are not covered know no other way to be left alone
-        inputs = list(found.seen.values()) if found.unseen and not backward.weight_grads else None
+        told, outputs = extra_passes(checks, loss, root, found, exact, own_mean)
+        self._warned |= told
         try:
             with tracer.accounting(backward):
                 tracer.accounted = True
-                if inputs is None or inputs:
-                    root.backward(retain_graph=retain_graph, inputs=inputs)
+                others = _run(root, found, backward, retain_graph or bool(clip and slow))
                 with torch._C.DisableTorchFunction(), torch.no_grad():
                     backward.finish()
         finally:
@@ -264,8 +291,16 @@ class GradientAccountant:
                     tracer.drop_outputs(found.nodes)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact is not None:
-                add_to_grads(found.all, backward.group_grad)
-            return account_of(tracer, backward, groups if weight_grads else None, loss_reduction, example_weights)
+                totals = {key: t.sum(0) for key, t in backward.group_grad.items()}
+                backward.note_totals(totals)
+                if clip is None:
+                    add_to_grads({p: totals[key] for key, p in found.all.items()})
+            own = OwnGradients.of(batch, loss_reduction, example_weights)
+            account = account_of(named, backward, groups if weight_grads else None, own)
+            if clip is not None:
+                factors = {id(named[name]): t for name, t in clip.factors(account.sqnorm).items()}
+                add_to_grads(others | clipped_gradients(tracer, backward, outputs, factors, found.all, clip))
+            return account
 
     @property
     def _known(self) -> Known:
@@ -279,3 +314,21 @@ class GradientAccountant:
             self._warned.update(names)
             message = f"GradientAccountant: layers that are not covered take a pass per example, of {', '.join(names)}"
             warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _run(root: Tensor, found: Reached, backward: BackwardPass, retain_graph: bool) -> dict[Tensor, Tensor]:
+    """Run the backward pass; if gradients are clipped, nothing is written, and other leaves' gradients are returned."""
+    inputs = None
+    if backward.clipped:
+        inputs = [*found.seen.values(), *(leaf for leaf in found.leaves if id(leaf) not in found.all)]
+    elif found.unseen and not backward.weight_grads:
+        inputs = list(found.seen.values())  # parameters that are not covered know no other way to be left alone
+    if inputs is None:
+        root.backward(retain_graph=retain_graph)
+    elif inputs and not backward.clipped:
+        root.backward(retain_graph=retain_graph, inputs=inputs)
+    elif inputs:
+        with without_hooks(inputs):
+            gradients = torch.autograd.grad(root, inputs, retain_graph=retain_graph, allow_unused=True)
+        return {leaf: t for leaf, t in zip(inputs, gradients, strict=True) if t is not None}
+    return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -10,44 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, combined_sqnorm
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, row_sqnorms
 from memloc_ext.accounting.example_axis import ExampleAxis
+from memloc_ext.accounting.queries import Queries
+from memloc_ext.accounting.uses import ParameterView, Use, together
 from memloc_ext.ops import Groups
 
 if TYPE_CHECKING:
     from memloc_ext.accounting.layers.derived import Derived
-
-
-@dataclass(frozen=True)
-class ParameterView:
-    """A parameter, or a view of it: a slice, a transposed one, a part of a split one; or what stands in its place.
-
-    Attributes:
-        parameter: What is trained; of a tensor that is computed from such, its copy.
-        tensor: What the function is run with.
-        derived: How it is computed, or None.
-    """
-
-    parameter: nn.Parameter
-    tensor: Tensor
-    derived: Derived | None = None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return [self.parameter] if self.derived is None else self.derived.parameters
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether no view was taken."""
-        return self.tensor is self.parameter
-
-    def view_of(self, parameter_like: Tensor) -> Tensor:
-        """Return the same view of a contiguous tensor of the parameter's shape."""
-        if self.is_parameter:
-            return parameter_like
-        offset = parameter_like.storage_offset() + self.tensor.storage_offset() - self.parameter.storage_offset()
-        return parameter_like.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
 @dataclass(frozen=True)
@@ -79,8 +48,11 @@ class BackwardPass:
         slow: Parameters that are accounted one example at a time, by their ``id``.
         several_rows: Whether an example may have several rows of the model's input, one behind the other.
         constant_statistics: Whether batch normalisation takes the batch's statistics for constants.
+        queries: What else is asked, or None.
+        clipped: Whether parameters get their gradients from `clipped_gradients`, when all norms are known.
         sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
         group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
+        total_sqnorm: Squared norm of the sum of all examples' gradients, where it was formed, in the same way.
     """
 
     per_example: ClassVar[bool] = True  # whether layers tell the examples' gradients apart
@@ -92,15 +64,19 @@ class BackwardPass:
     slow: dict[int, nn.Parameter]
     several_rows: bool = False
     constant_statistics: bool = False
+    queries: Queries | None = None
+    clipped: bool = False
     sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
+    total_sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     _single: Groups | None = field(default=None, init=False)
-    _held: dict[int, list[tuple[ParameterView, Contribution]]] = field(default_factory=dict, init=False)
-    _derived: dict[Derived, list[Contribution]] = field(default_factory=dict, init=False)
+    _sums: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _held: dict[int, list[Use]] = field(default_factory=dict, init=False)
+    _derived: dict[Derived, list[Use]] = field(default_factory=dict, init=False)
 
     def trial(self) -> BackwardPass:
         """Return a pass for the norms alone, to be compared."""
-        return replace(self, groups=None, weight_grads=False, constant_statistics=True)
+        return replace(self, groups=None, weight_grads=False, constant_statistics=True, queries=None, clipped=False)
 
     def fits(self, axis: ExampleAxis) -> bool:
         """Return whether rows of the model's input that are in these places are those of the examples."""
@@ -123,55 +99,104 @@ class BackwardPass:
         return all(id(parameter) in self.slow for parameter in weight.parameters)
 
     def wants(self, weight: ParameterView) -> bool:
-        """Return whether a parameter's gradient of the whole batch is computed."""
-        return self.weight_grads
+        """Return whether a parameter's gradient of the whole batch is computed on the way."""
+        return self.weight_grads and not self.clipped
 
     def record(self, weight: ParameterView, contribution: Contribution) -> Tensor | None:
         """Take note of a use; return the gradient of the whole batch, or None where it is not wanted.
 
-        The norm of a parameter that the forward pass used once is computed here. The uses of another are held, with
-        the tensors they are made of, until all of them are known.
+        What is asked of a parameter that the forward pass used once is answered here. The uses of another, and all if
+        gradients are clipped, are held, with the tensors they are made of, until all of them are known.
         """
         key, wanted = id(weight.parameter), self.wants(weight)
         if self.is_slow(weight):
             return contribution.total().to(weight.tensor.dtype) if wanted else None
         if weight.derived is not None:
-            self._derived.setdefault(weight.derived, []).append(contribution)
+            self._derived.setdefault(weight.derived, []).append((weight, contribution))
             return None
         all_of_it = weight.tensor.numel() == weight.parameter.numel()
-        only_use = self.calls.get(key) == 1 and key not in self._held and all_of_it
+        only_use = self.calls.get(key) == 1 and key not in self._held and all_of_it and not self.clipped
         if key in self.sqnorm:  # found out too late that there is another use
             raise ValueError(
                 f"GradientAccountant: a parameter of shape {list(weight.parameter.shape)} is used in a way that "
                 "reentrant checkpointing hides: give checkpoint use_reentrant=False"
             )
-        gradient = None
-        if wanted and (only_use or self.groups is not None):
-            groups = self.summation_groups(contribution.device)
-            sqnorm, sums = contribution.sqnorm_and_groups(groups)
-            gradient = sums.sum(0) if groups.num > 1 else sums[0]
-            if self.groups is not None:
-                self._add_groups(weight, sums)
-                gradient = gradient.clone() if groups.num == 1 else gradient  # the parameter's own, to be changed
-            if only_use:
-                self.sqnorm[key] = sqnorm
-        elif wanted:
-            gradient = contribution.total()
-        elif only_use:
-            self.sqnorm[key] = contribution.sqnorm()
-        if not only_use:
+        gradient, queries = None, self.queries
+        if only_use:
+            gradient, dot = self._only_use(weight, contribution, wanted)
+            if queries is not None:
+                queries.ask(key, [(weight, contribution)], dot)
+        else:
             self._held.setdefault(key, []).append((weight, contribution))
-        return None if gradient is None else gradient.to(weight.tensor.dtype)
+            if wanted or self.groups is not None:
+                gradient = self._summed(weight, contribution)[-1] if self.groups is not None else contribution.total()
+        if not wanted or gradient is None:
+            return None
+        if only_use:
+            self.note_totals({key: gradient})
+        else:
+            like, dtype = weight.parameter, accumulated(gradient.dtype)
+            total = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+            weight.views_of(self._sums.setdefault(key, total)[None])[0].add_(gradient)
+        return gradient.to(weight.tensor.dtype)
 
-    def take(self, derived: Derived) -> list[Contribution]:
+    def _only_use(
+        self, weight: ParameterView, contribution: Contribution, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Note the norms of a parameter that is used once; return its gradient and the products with its directions."""
+        key, dot, gradient = id(weight.parameter), None, None
+        if not wanted and self.groups is None:
+            self.sqnorm[key] = contribution.sqnorm()
+            return None, None
+        directions = self.queries.directions_of(key) if self.queries is not None and weight.is_parameter else None
+        dot, self.sqnorm[key], gradient = self._summed(weight, contribution, directions)
+        return gradient, dot
+
+    def _summed(
+        self, weight: ParameterView, contribution: Contribution, directions: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Note the sums over groups; return products with directions, squared norms and the sum over all examples."""
+        groups, dot = self.summation_groups(contribution.device), None
+        if directions is None:
+            sqnorm, sums = contribution.sqnorm_and_groups(groups)
+        else:
+            dot, sqnorm, sums = contribution.dot_and_groups(directions, groups)
+        gradient = sums.sum(0) if groups.num > 1 else sums[0]
+        if self.groups is not None:
+            self._add_groups(weight, sums)
+            gradient = gradient.clone() if groups.num == 1 else gradient  # the parameter's own, to be changed
+        return dot, sqnorm, gradient
+
+    def take(self, derived: Derived) -> list[Use]:
         """Return the uses of a tensor that is computed from parameters, now that all are known."""
         return self._derived.pop(derived, [])
 
     def finish(self) -> None:
-        """Compute the norms of the parameters whose uses were held."""
-        for key, contributions in self._held.items():
-            self.sqnorm[key] = _held_sqnorm(contributions)
-        self._held.clear()
+        """Answer what is asked of the parameters whose uses were held."""
+        for key, uses in self._held.items():
+            self.sqnorm[key] = together(uses).sqnorm()
+            if self.queries is not None:
+                self.queries.ask(key, uses)
+        if self.weight_grads and not self.clipped:
+            self.note_totals(self._sums)
+        self._sums.clear()
+        if self.queries is not None:
+            self.queries.finish()
+        if not self.clipped:
+            self._held.clear()
+
+    def note_totals(self, totals: Mapping[int, Tensor]) -> None:
+        """Take note of the sums of all examples' gradients, by the ``id`` of each parameter."""
+        for key, total in totals.items():
+            self.total_sqnorm[key] = row_sqnorms(total.reshape(1, -1))[0]
+
+    def clipped_gradients(self, factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the sums of the examples' gradients times their factors ``[batch]``, of all that was held."""
+        result = {}
+        while self._held:
+            key, uses = self._held.popitem()
+            result[key] = together(uses).total(factors[key]).to(uses[0][0].parameter.dtype)
+        return result
 
     def add_examples(self, parameters: Mapping[int, nn.Parameter], begin: int, gradients: Mapping[int, Tensor]) -> None:
         """Take note of gradients, ``[n, *shape]``, of examples from ``begin`` on, by the ``id`` of each parameter."""
@@ -181,6 +206,10 @@ class BackwardPass:
             if key not in self.sqnorm:
                 self.sqnorm[key] = norms.new_zeros(self.batch)
             self.sqnorm[key][begin:end] = norms
+            total = rows.sum(0, dtype=accumulated(rows.dtype))
+            self._sums[key] = self._sums[key] + total if key in self._sums else total
+            if self.queries is not None:
+                self.queries.ask_rows(key, begin, rows)
             if self.weight_grads and self.groups is not None:
                 rows = rows.to(accumulated(rows.dtype))
                 self._groups_of(parameters[key]).index_add_(0, self.groups.ids[begin:end], rows)
@@ -190,6 +219,9 @@ class BackwardPass:
         for key in parameters:
             self.sqnorm.pop(key, None)
             self.group_grad.pop(key, None)
+            self._sums.pop(key, None)
+            if self.queries is not None:
+                self.queries.forget(key)
 
     def summation_groups(self, device: torch.device) -> Groups:
         """Return the groups over whose examples gradients are added up: all in one, if there are none."""
@@ -213,7 +245,7 @@ class BackwardPass:
             self.group_grad[key] = groups
             return
         for total, part in zip(self._groups_of(weight.parameter), groups, strict=True):
-            weight.view_of(total).add_(part)
+            weight.views_of(total[None])[0].add_(part)
 
 
 class GradientPass(BackwardPass):
@@ -232,27 +264,3 @@ class GradientPass(BackwardPass):
     def record(self, weight: ParameterView, contribution: Contribution) -> Tensor | None:
         """Take no note."""
         return contribution.total().to(weight.tensor.dtype) if self.wants(weight) else None
-
-
-def _held_sqnorm(contributions: list[tuple[ParameterView, Contribution]]) -> Tensor:
-    """Return the squared norm of the sum of uses of views of one parameter; views that do not overlap just add up."""
-    places: dict[tuple[object, ...], list[Contribution]] = defaultdict(list)
-    views: dict[tuple[object, ...], ParameterView] = {}
-    for weight, contribution in contributions:
-        place = (weight.tensor.shape, weight.tensor.stride(), weight.tensor.storage_offset())
-        places[place].append(contribution)
-        views[place] = weight
-    parameter = contributions[0][0].parameter
-    touched = torch.zeros(parameter.shape, dtype=torch.int8)
-    for weight in views.values():
-        weight.view_of(touched).add_(1)
-    if len(places) == 1 or not (touched > 1).any():
-        return torch.stack([combined_sqnorm(contributions) for contributions in places.values()]).sum(0)
-    batch, dtype = contributions[0][1].batch, contributions[0][1].dtype
-    norms = torch.zeros(batch, dtype=dtype, device=parameter.device)
-    for example in range(batch):
-        gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        for weight, contribution in contributions:
-            weight.view_of(gradient).add_(contribution.gradients(example, example + 1)[0])
-        norms[example] = Rows(gradient[None]).sqnorm()[0]
-    return norms

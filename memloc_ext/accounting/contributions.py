@@ -1,8 +1,7 @@
-"""What one use of a parameter adds to each example's gradient, in the cheapest form that gives norms and sums."""
+"""What one use of a parameter adds to each example's gradient, in the cheapest form that answers what is asked."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -35,20 +34,67 @@ class Contribution:
         """Return the gradients of examples ``begin`` to ``end``, ``[end - begin, *shape]``."""
         raise NotImplementedError
 
-    def total(self) -> Tensor:
-        """Return the sum over the examples, ``[*shape]``."""
-        raise NotImplementedError
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        """Return the sum over the examples, each times its factor ``[batch]``: ``[*shape]``."""
+        factors = torch.ones(self.batch, dtype=self.dtype, device=self.device) if factors is None else factors
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for begin, end in self._chunks():
+            result += torch.tensordot(factors[begin:end].to(self.dtype), self.gradients(begin, end), 1)
+        return result
 
     def sqnorm(self) -> Tensor:
         """Return the squared norm of each example's gradient, ``[batch]``."""
-        return materialised_sqnorm([self])
+        return torch.cat([row_sqnorms(self._flat(begin, end)) for begin, end in self._chunks()])
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """Return `sqnorm` and the sum over the examples of each group, ``[groups.num, *shape]``."""
         sums = torch.zeros(groups.num, *self.shape, dtype=self.dtype, device=self.device)
-        for begin, end in chunks(self.batch, self.shape, self.dtype):
+        for begin, end in self._chunks():
             sums.index_add_(0, groups.ids[begin:end], self.gradients(begin, end))
         return self.sqnorm(), sums
+
+    def dot(self, directions: Tensor) -> Tensor:
+        """Return the inner products of each example's gradient with ``[n, *shape]``: ``[n, batch]``."""
+        flat = _real(directions.to(self.dtype))
+        return torch.cat([flat @ self._flat(begin, end).t() for begin, end in self._chunks()], 1)
+
+    def dot_and_groups(self, directions: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `dot` and `sqnorm_and_groups`."""
+        return self.dot(directions), *self.sqnorm_and_groups(groups)
+
+    def inner(self) -> Tensor:
+        """Return the inner products of the gradients of all pairs of examples, ``[batch, batch]``."""
+        result = torch.empty(self.batch, self.batch, dtype=self.dtype.to_real(), device=self.device)
+        parts = list(self._chunks())
+        for i, (begin, end) in enumerate(parts):
+            rows = self._flat(begin, end)
+            for first, last in parts[i:]:
+                block = rows @ (rows if first == begin else self._flat(first, last)).t()
+                result[begin:end, first:last], result[first:last, begin:end] = block, block.t()
+        return result
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``left @ G @ right.T`` of each gradient ``G`` as a matrix ``[shape[0], rest]``: ``[batch, k, k']``."""
+        left, right = left.to(self.dtype), right.to(self.dtype)
+        sides = (left.shape[1], right.shape[1])
+        parts = (self.gradients(begin, end).reshape(end - begin, *sides) for begin, end in self._chunks())
+        return torch.cat([left @ part @ right.t() for part in parts])
+
+    def row_sqnorm(self) -> Tensor:
+        """Return the squared norm of each row of each example's gradient, ``[batch, shape[0]]``."""
+        rows = self.shape[0] if self.shape else 1
+        parts = (self._flat(begin, end).unflatten(1, (rows, -1)) for begin, end in self._chunks())
+        return torch.cat([part.square().sum(2) for part in parts])
+
+    def by_position(self) -> Contribution | None:
+        """Return the same with each position of each example as an example, ``[batch * positions]``; None without."""
+        return None
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        return chunks(self.batch, self.shape, self.dtype)
+
+    def _flat(self, begin: int, end: int) -> Tensor:
+        return _real(self.gradients(begin, end))
 
 
 class Rows(Contribution):
@@ -56,17 +102,21 @@ class Rows(Contribution):
 
     Args:
         gradients: ``[batch, *shape]``.
+        positions: What they are the sums over, ``[batch, *, *shape]``, if examples have positions.
     """
 
-    def __init__(self, gradients: Tensor) -> None:
+    def __init__(self, gradients: Tensor, positions: Tensor | None = None) -> None:
         super().__init__(len(gradients), gradients.shape[1:], gradients)
-        self.rows, self._sqnorm = gradients, None
+        self.rows, self._positions, self._sqnorm = gradients, positions, None
 
     def gradients(self, begin: int, end: int) -> Tensor:
         return self.rows[begin:end].to(self.dtype)
 
-    def total(self) -> Tensor:
-        return self.rows.sum(0)
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        return self.rows.sum(0) if factors is None else super().total(factors)
+
+    def by_position(self) -> Contribution | None:
+        return None if self._positions is None else Rows(self._positions.reshape(-1, *self.shape))
 
     def sqnorm(self) -> Tensor:
         if self._sqnorm is None:
@@ -97,8 +147,11 @@ class LinearContribution(Contribution):
         x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
         return g.transpose(1, 2) @ x
 
-    def total(self) -> Tensor:
-        return self.grad_output.flatten(0, -2).t() @ self.input.flatten(0, -2)
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        x, g = self.input, self.grad_output
+        if factors is not None:
+            x, g = x.to(self.dtype), scaled(g.to(self.dtype), factors)
+        return g.flatten(0, -2).t() @ x.flatten(0, -2)
 
     def sqnorm(self) -> Tensor:
         if self._bias is not None:
@@ -109,6 +162,18 @@ class LinearContribution(Contribution):
         if self._bias is not None:
             return self.sqnorm(), linear_group_grad(self.input, self.grad_output, groups)
         return ops.linear_grad_sqnorm_groups(self.input, self.grad_output, groups)
+
+    def dot(self, directions: Tensor) -> Tensor:
+        x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)
+        return torch.stack([(x @ v.t() * g).flatten(1).sum(1) for v in directions.to(self.dtype)])
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        x, g = _positions(self.input).to(self.dtype) @ right.t(), _positions(self.grad_output).to(self.dtype) @ left.t()
+        return g.mT @ x
+
+    def by_position(self) -> Contribution:
+        x, g = (t.reshape(-1, 1, t.shape[-1]) for t in (self.input, self.grad_output))
+        return LinearContribution(x, g)
 
 
 class EmbeddingContribution(Contribution):
@@ -133,82 +198,57 @@ class EmbeddingContribution(Contribution):
         return rows.new_zeros(num, self.shape[1]).index_add_(0, keys.flatten(), rows)
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        part = EmbeddingContribution(self.indices[begin:end], self.grad_output[begin:end], self.shape[0], -1)
+        part = self._like(self.indices[begin:end], self.grad_output[begin:end])
         first = torch.arange(end - begin, device=self.device)[:, None] * self.shape[0]
         return part._sums(part.indices + first, (end - begin) * self.shape[0]).reshape(-1, *self.shape)
 
-    def total(self) -> Tensor:
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        if factors is not None:
+            return self._like(self.indices, scaled(self.grad_output.to(self.dtype), factors)).total()
         return self._sums(self.indices, self.shape[0])
 
     def sqnorm(self) -> Tensor:
-        """Return the squared norms: the gradients of equal indices of an example are added up, and only those rows."""
+        present, squares = self._row_squares()
+        owner = present.div(max(1, self.shape[0]), rounding_mode="floor")
+        return squares.new_zeros(self.batch).index_add_(0, owner, squares)
+
+    def row_sqnorm(self) -> Tensor:
+        present, squares = self._row_squares()
+        return squares.new_zeros(self.batch * self.shape[0]).index_add_(0, present, squares).reshape(self.batch, -1)
+
+    def _row_squares(self) -> tuple[Tensor, Tensor]:
+        """Return the rows that examples use, ``example * num + index``, and the squared norms of their gradients."""
         first = torch.arange(self.batch, device=self.device)[:, None] * self.shape[0]
         present, keys = torch.unique(self.indices + first, return_inverse=True)
-        squares = self._sums(keys, len(present)).square().sum(1)
-        return squares.new_zeros(self.batch).index_add_(
-            0, present.div(max(1, self.shape[0]), rounding_mode="floor"), squares
-        )
+        return present, self._sums(keys, len(present)).square().sum(1)
+
+    def dot(self, directions: Tensor) -> Tensor:
+        g = self.grad_output.to(self.dtype)
+        return torch.stack([(v[self.indices] * g).flatten(1).sum(1) for v in directions.to(self.dtype)])
+
+    def inner(self) -> Tensor:
+        present, keys = torch.unique(self.indices, return_inverse=True)  # rows that no example uses add nothing
+        return Contribution.inner(EmbeddingContribution(keys, self.grad_output, len(present), -1))
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        rows = left.to(self.dtype).t()[self.indices]
+        return rows.mT @ (self.grad_output.to(self.dtype) @ right.t())
+
+    def by_position(self) -> Contribution:
+        return self._like(self.indices.reshape(-1, 1), self.grad_output.reshape(-1, 1, self.shape[1]))
+
+    def _like(self, indices: Tensor, grad_output: Tensor) -> EmbeddingContribution:
+        return EmbeddingContribution(indices, grad_output, self.shape[0], -1)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         sums = self._sums(self.indices + groups.ids[:, None] * self.shape[0], groups.num * self.shape[0])
         return self.sqnorm(), sums.reshape(groups.num, *self.shape)
 
 
-def combined_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
-    """Return the squared norm of each example's gradient of one parameter that was used several times, ``[batch]``.
-
-    Cross terms are included: the uses of a linear layer are concatenated over their positions, and so are those of an
-    embedding; between a linear layer and an embedding of the same table, row ``i`` of the one meets index ``i`` of the
-    other. Anything else is materialised, a few examples at a time.
-    """
-    if len(contributions) == 1:
-        return contributions[0].sqnorm()
-    linear = [c for c in contributions if isinstance(c, LinearContribution)]
-    lookups = [c for c in contributions if isinstance(c, EmbeddingContribution)]
-    if len(linear) + len(lookups) < len(contributions) or len({c.dtype for c in contributions}) > 1:
-        return materialised_sqnorm(contributions)
-    norms = contributions[0].sqnorm().new_zeros(contributions[0].batch)
-    x = g = None
-    if linear:
-        dtype = functools.reduce(torch.promote_types, (c.input.dtype for c in linear))
-        x, g = (
-            torch.cat([_positions(getattr(c, name)).to(dtype) for c in linear], 1) for name in ("input", "grad_output")
-        )
-        norms += ops.linear_grad_sqnorm(x, g)
-    if lookups:
-        rows = torch.cat([c.grad_output.to(c.dtype) for c in lookups], 1)
-        indices = torch.cat([c.indices for c in lookups], 1)
-        norms += EmbeddingContribution(indices, rows, lookups[0].shape[0], -1).sqnorm()
-        if x is not None and g is not None:
-            for begin, end in chunks(len(x), (indices.shape[1], x.shape[1]), rows.dtype):
-                meeting = rows[begin:end] @ x[begin:end].to(rows.dtype).transpose(1, 2)  # [n, tokens, positions]
-                index = indices[begin:end, None, :].expand(-1, x.shape[1], -1)
-                weights = g[begin:end].gather(2, index).transpose(1, 2).to(rows.dtype)
-                norms[begin:end] += 2 * (meeting * weights).sum((1, 2)).to(norms.dtype)
-    return norms.clamp_(min=0)  # the cross term cancels, down to rounding below zero
-
-
-def materialised_sqnorm(contributions: Sequence[Contribution]) -> Tensor:
-    """Return the squared norms of the sums of the uses' gradients, ``[batch]``, a few examples at a time."""
-    first = contributions[0]
-    norms = torch.zeros(first.batch, dtype=first.dtype.to_real(), device=first.device)
-    for begin, end in chunks(first.batch, first.shape, first.dtype):
-        norms[begin:end] = Rows(sum_of_gradients(contributions, begin, end)).sqnorm()
-    return norms
-
-
-def sum_of_gradients(contributions: Sequence[Contribution], begin: int, end: int) -> Tensor:
-    """Return the gradients of examples ``begin`` to ``end`` of one parameter, ``[end - begin, *shape]``."""
-    gradient = contributions[0].gradients(begin, end)
-    for contribution in contributions[1:]:
-        gradient = gradient + contribution.gradients(begin, end)
-    return gradient
-
-
 def row_sqnorms(rows: Tensor) -> Tensor:
     """Return the squared norm of each row of a matrix."""
     if rows.is_complex():
-        return rows.abs().square().sum(1)
+        rows = _real(rows)
     if rows.numel() < 1 << 15 and rows.dtype in (torch.float32, torch.float64):  # the operator's call costs more
         return rows.square().sum(1)
     return ops.linear_grad_sqnorm(rows, rows.new_ones(len(rows), 1))
@@ -217,13 +257,24 @@ def row_sqnorms(rows: Tensor) -> Tensor:
 def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Yield ranges of examples whose tensors of ``shape`` fit into so many bytes, at least one example each."""
     step = max(1, BUDGET // max(1, math.prod(shape) * dtype.itemsize))
-    for begin in range(0, batch, step):
+    for begin in range(0, max(1, batch), step):
         yield begin, min(batch, begin + step)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """Return the type that sums of ``dtype`` are formed in."""
     return dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+
+
+def scaled(t: Tensor, factors: Tensor) -> Tensor:
+    """Return ``[batch, *]`` with each example's part times its factor ``[batch]``."""
+    return t * factors.to(t.dtype).reshape(-1, *[1] * (t.dim() - 1))
+
+
+def _real(rows: Tensor) -> Tensor:
+    """Return ``[n, *]`` as a matrix of real numbers."""
+    flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    return torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
 
 
 def _positions(t: Tensor) -> Tensor:

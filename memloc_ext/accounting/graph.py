@@ -37,6 +37,11 @@ class Reached:
         return any(type(node).__name__ == "CheckpointFunctionBackward" for node in self.nodes)
 
     @property
+    def leaves(self) -> list[Tensor]:
+        """Leaves that reach the loss otherwise than through a layer of the accountant as its parameter."""
+        return [node.variable for node in self.nodes if hasattr(node, "variable")]
+
+    @property
     def all(self) -> dict[int, nn.Parameter]:
         """Both kinds."""
         return self.seen | self.unseen
@@ -87,3 +92,12 @@ def _below(layer: LayerFunction, edges: Sequence[tuple[Any, int]], found: Reache
             found.seen[id(weight.parameter)] = weight.parameter
             found.uses[id(weight.parameter)] += 1
     return below
+
+
+def check_reentrant(found: Reached) -> None:
+    """Refuse what allows no backward pass but that of the whole graph."""
+    if found.reentrant:
+        raise ValueError(
+            "GradientAccountant: max_norm does not work with reentrant checkpointing: give checkpoint "
+            "use_reentrant=False"
+        )

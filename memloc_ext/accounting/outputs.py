@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
+from memloc_ext.accounting.contributions import scaled
 from memloc_ext.accounting.example_axis import ExampleAxis, Picked
 from memloc_ext.accounting.forward_pass import ForwardPass, has_own_hooks
 from memloc_ext.accounting.graph import reached
@@ -53,6 +54,13 @@ class Outputs:
             axis.examples_first(part)[chosen] = axis.examples_first(cotangent)[chosen]
             result.append(part)
         return result
+
+    def times(self, factors: Tensor) -> Outputs:
+        """Return the same with each example's cotangents times its factor ``[batch]``."""
+        result = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.cotangents]
+        for to, cotangent, axis in zip(result, self.cotangents, self.axes, strict=True):
+            axis.examples_first(to).copy_(scaled(axis.examples_first(cotangent), factors.to(to.device)))
+        return replace(self, cotangents=result)
 
 
 def outputs_of(

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.backward_pass import BackwardPass
+from memloc_ext.accounting.backward_pass import BackwardPass, GradientPass
 from memloc_ext.accounting.check import Checks, check_own_mean, returned_by_model
+from memloc_ext.accounting.clipping import Clipping
 from memloc_ext.accounting.contributions import BUDGET, accumulated
 from memloc_ext.accounting.forward_pass import ForwardPass, unwrapped
 from memloc_ext.accounting.graph import Reached
-from memloc_ext.accounting.outputs import Outputs, agree, no_outputs, outputs_of, whole_batch
+from memloc_ext.accounting.outputs import Outputs, agree, gradients_of, no_outputs, outputs_of, whole_batch
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import kept_state, without_hooks
 from memloc_ext.ops import Groups
@@ -21,8 +22,8 @@ from memloc_ext.ops import Groups
 
 def extra_passes(
     checks: Checks, loss: Tensor, root: Tensor, found: Reached, groups: Groups | None, own_mean: bool
-) -> set[str]:
-    """Run what comes before a backward pass; return the names of the parameters that the user was told of.
+) -> tuple[set[str], Outputs | None]:
+    """Run what comes before a backward pass.
 
     Args:
         checks: Of the backward pass.
@@ -31,12 +32,16 @@ def extra_passes(
         found: What the loss depends on.
         groups: Whose gradients are to be exact, or None.
         own_mean: Whether a loss that the model returned is to be held against its examples' own.
+
+    Returns:
+        Names of the parameters that the user was told of, and what tells the examples apart if some parameters or
+        groups take passes of their own.
     """
     tracer, backward = checks.tracer, checks.backward
     numbers = returned_by_model(tracer, loss) if own_mean else []
     due, told = checks.due(found), set()
     if not (backward.slow or groups or numbers or due):
-        return told
+        return told, None
     with kept_state(checks.model):  # what runs again, and what checkpointing recomputes, leaves no trace
         outputs = outputs_of(tracer, root, loss if loss.dim() else None, found.all, backward)
         if numbers and outputs is not None:
@@ -44,14 +49,14 @@ def extra_passes(
         if due:
             told = checks.compare(outputs, found)
         if not (backward.slow or groups):
-            return told
+            return told, None
         if outputs is None:
             no_outputs(tracer, backward.slow or found.all)
         if backward.slow:
             _account_examples(checks, outputs, backward.slow)
         if groups is not None:
             backward.group_grad = _exact_groups(tracer, backward, outputs, found.all, groups)
-    return told
+    return told, outputs
 
 
 def _account_examples(checks: Checks, outputs: Outputs, parameters: Mapping[int, nn.Parameter]) -> None:
@@ -92,12 +97,39 @@ def _exact_groups(
     return result
 
 
-@torch.no_grad()
-def add_to_grads(parameters: Mapping[int, nn.Parameter], group_grad: Mapping[int, Tensor]) -> None:
-    """Give the parameters the sum of the groups' gradients, on top of what they have."""
-    for key, p in parameters.items():
-        total = group_grad[key].sum(0).to(p.dtype)
-        p.grad = total if p.grad is None else p.grad.add_(total)
+def add_to_grads(gradients: Mapping[Tensor, Tensor]) -> None:
+    """Give leaves these gradients, on top of what they have, as a backward pass does: hooks are called."""
+    torch.autograd.backward(list(gradients), [t.to(leaf.dtype) for leaf, t in gradients.items()])
+
+
+def clipped_gradients(
+    tracer: Tracer,
+    backward: BackwardPass,
+    outputs: Outputs | None,
+    factors: Mapping[int, Tensor],
+    parameters: Mapping[int, nn.Parameter],
+    clip: Clipping,
+) -> dict[Tensor, Tensor]:
+    """Return the sums of the examples' gradients times their factors; zeros where nothing was told of a parameter.
+
+    Slow parameters take another backward pass, of outputs' gradients times the factors; one for each if these differ.
+
+    Args:
+        tracer: That the loss was computed in.
+        backward: The backward pass, finished.
+        outputs: What tells the examples apart, if there are slow parameters.
+        factors: By the ``id`` of each parameter, ``[batch]``.
+        parameters: By their ``id``.
+        clip: How gradients are clipped.
+    """
+    result = {key: torch.zeros_like(p) for key, p in parameters.items()} | backward.clipped_gradients(factors)
+    each = [{key: p} for key, p in backward.slow.items()] if clip.clipping == "per_parameter" else [backward.slow]
+    for part in filter(None, each):
+        assert outputs is not None
+        scaled = outputs.times(factors[next(iter(part))])
+        with torch.enable_grad():
+            result |= gradients_of(tracer, GradientPass(backward, part), scaled, part)
+    return {p: result[key] for key, p in parameters.items()}
 
 
 def _account_alone(

@@ -73,12 +73,15 @@ def check_parallel(model: nn.Module, weight_grads: bool, exact_groups: bool) -> 
                 )
 
 
-def check_sharded(tracer: Tracer, found: Reached, exact_groups: bool) -> None:
+def check_sharded(tracer: Tracer, found: Reached, exact_groups: bool, max_norm: float | None) -> None:
     """Refuse what takes several backward passes: processes with fewer would leave the others waiting."""
-    if tracer.gathered and exact_groups:
-        raise ValueError("GradientAccountant: exact_groups must be False after fully_shard, got True")
+    if not tracer.gathered:
+        return
+    for name, wrong, rule in (("exact_groups", exact_groups, False), ("max_norm", max_norm, None)):
+        if wrong:
+            raise ValueError(f"GradientAccountant: {name} must be {rule} after fully_shard, got {wrong}")
     names = [name for name, p in tracer.named_parameters() if id(p) in found.unseen]
-    if tracer.gathered and names:
+    if names:
         raise ValueError(
             f"GradientAccountant: the layers of {', '.join(names)} are not covered, and fully_shard allows no "
             "backward pass per example; freeze them, or use DistributedDataParallel"

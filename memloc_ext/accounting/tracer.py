@@ -13,12 +13,13 @@ from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
+from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
 from memloc_ext.accounting.places import Places, TensorMemory
+from memloc_ext.accounting.uses import ParameterView
 from memloc_ext.batches import collect, tensors_of
 from memloc_ext.borrowing import in_parts
 

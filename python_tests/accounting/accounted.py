@@ -9,7 +9,7 @@ import torch
 from accuracy import assert_stable, moved
 from torch import Tensor, nn
 
-from memloc_ext import GradientAccountant
+from memloc_ext import GradientAccountant, Projection
 from memloc_ext.accounting import Account
 from memloc_ext.reference.accounting import per_example_gradients, squared_norms
 
@@ -134,7 +134,52 @@ def check(
     assert_all_stable("squared norm alone", norms.sqnorm, squared_norms(off), squared_norms(exact))
     assert_equal(grads(model), written)
     assert_equal(model.state_dict(), state)
+    hold_queries(wide(model), wide(inputs), wide(target), loss_of, exact, batch_dim=batch_dim)
     return account
+
+
+def hold_queries(
+    model: nn.Module, inputs: Inputs, target: Tensor, loss_of: LossOf, exact: dict[str, Tensor], **settings: Any
+) -> None:
+    """Ask everything of one backward pass of a mean loss in float64, and hold the answers against exact gradients."""
+    batch, real = len(target), {name: _real(g) for name, g in exact.items()}
+    directions = {
+        "first": {name: g[:1].mean(0) if batch else g.sum(0) for name, g in exact.items()},
+        "some": {name: torch.ones_like(g.sum(0)) for name, g in list(exact.items())[::2]},
+    }
+    norms = torch.stack([g.square().sum(1) for g in real.values()]).sum(0)
+    bound, project = float(norms.mean().sqrt()) + 1e-3, Projection(2, seed=3)
+    model.zero_grad()
+    account, _ = account_of(
+        model, loss_of, inputs, target, **settings, directions=directions, pairwise=True, max_norm=bound,
+        project=project, by_row=set(exact), per_position=True,
+    )  # fmt: skip
+    torch.testing.assert_close(account.sqnorm, squared_norms(exact))
+    for direction, tensors in directions.items():
+        dots = {n: g @ _real(tensors[n][None])[0] if n in tensors else g.sum(1) * 0 for n, g in real.items()}
+        torch.testing.assert_close(account.dot[direction], dots, rtol=1e-7, atol=1e-7 * float(norms.mean()))
+        length = sum(_real(t[None]).square().sum() for t in tensors.values())
+        cosine = sum(dots.values()) / (norms * length).sqrt()
+        torch.testing.assert_close(account.cosine(direction), cosine.nan_to_num(0))
+    inner = sum(g @ g.t() for g in real.values())
+    torch.testing.assert_close(account.inner, inner, rtol=1e-7, atol=1e-7 * float(norms.mean()))
+    clipped = (bound / norms.sqrt()).clamp(max=1)
+    written = {name: 0 if p.grad is None else p.grad.to_dense() for name, p in model.named_parameters()}
+    for name, g in exact.items():
+        torch.testing.assert_close(written[name] + 0 * g[0], torch.tensordot(clipped.to(g.dtype), g, 1) / batch)
+        rows = g.reshape(batch, len(g[0]) if g.dim() > 1 else 1, -1)
+        sides = [project.matrix(name, side, n, g).to(g.dtype) for side, n in zip(("left", "right"), rows.shape[1:])]
+        torch.testing.assert_close(account.projected[name], sides[0] @ rows @ sides[1].t(), msg=name)
+        torch.testing.assert_close(account.row_sqnorm[name], rows.abs().square().sum(2), msg=name)
+    variance = (norms.mean() - inner.mean()) * batch / (batch - 1) if batch > 1 else torch.nan * norms.sum()
+    off = 1e-7 * float((norms.mean() / variance).abs())
+    inverse = (inner.mean() - variance / batch) / variance
+    torch.testing.assert_close(1 / account.noise_scale, inverse, rtol=0, atol=off, equal_nan=True)
+
+
+def _real(g: Tensor) -> Tensor:
+    """Return gradients ``[batch, *]`` as a matrix of real numbers."""
+    return torch.view_as_real(g).flatten(1) if g.is_complex() else g.unsqueeze(-1).flatten(1)
 
 
 def held(model: nn.Module, x: Tensor, **arguments) -> Account:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution
+from memloc_ext.accounting.contributions import Contribution, scaled
 from memloc_ext.accounting.layers.elementwise import spread
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
@@ -54,8 +54,11 @@ class BatchedLinearContribution(Contribution):
         x, g = (t[begin:end].to(self.dtype) for t in (self.input, self.grad_output))
         return x.mT @ g
 
-    def total(self) -> Tensor:
-        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (self.input, self.grad_output))
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        x, g = self.input, self.grad_output
+        if factors is not None:
+            x, g = x.to(self.dtype), scaled(g.to(self.dtype), factors)
+        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
         return x.mT @ g
 
     def sqnorm(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution, Rows
+from memloc_ext.accounting.contributions import Contribution, Rows, scaled
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
@@ -44,6 +44,8 @@ class ConvolutionContribution(Contribution):
 
     def gradients(self, begin: int, end: int) -> Tensor:
         """Return each example's gradient, as one convolution whose groups are the examples."""
+        if begin == end:  # a convolution has at least one group
+            return torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
         images = slice(begin * self.repeats, end * self.repeats)
         x, g = self.input[images].to(self.dtype), self.grad_output[images].to(self.dtype)
         n = len(x)
@@ -51,8 +53,11 @@ class ConvolutionContribution(Contribution):
         merged = self._weight_gradient(x.flatten(0, 1)[None], g.flatten(0, 1)[None], shape, groups)
         return merged.reshape(n // self.repeats, self.repeats, *self.shape).sum(1)
 
-    def total(self) -> Tensor:
-        return self._weight_gradient(self.input, self.grad_output, self.shape, self.settings[-1])
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        x, g = self.input, self.grad_output
+        if factors is not None:
+            x, g = x.to(self.dtype), scaled(g.to(self.dtype), factors.repeat_interleave(self.repeats))
+        return self._weight_gradient(x, g, self.shape, self.settings[-1])
 
     def _planar(self) -> tuple[Any, ...] | None:
         """Return input, gradient, kernel size, stride, padding, dilation and groups of an equal 2-d convolution."""
@@ -75,6 +80,21 @@ class ConvolutionContribution(Contribution):
         x, g, *geometry = planar
         sqnorm, sums = ops.conv2d_grad_sqnorm_groups(x, g, groups, None, *geometry)
         return sqnorm, sums.reshape(groups.num, *self.shape)
+
+    def dot(self, directions: Tensor) -> Tensor:
+        x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)
+        outs = (aten.convolution(x, v, None, *self.settings) for v in directions.to(self.dtype))
+        return torch.stack([(out * g).reshape(self.batch, -1).sum(1) for out in outs])
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        transposed, _, groups = self.settings[3:]
+        if transposed:
+            return super().projected(left, right)
+        x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype).flatten(2)
+        kernels = right.reshape(-1, *self.shape[1:]).repeat(groups, *[1] * (len(self.shape) - 1))
+        patches = aten.convolution(x, kernels, None, *self.settings).flatten(2).unflatten(1, (groups, -1))
+        rows = torch.einsum("kgo,bgot->bgkt", left.unflatten(1, (groups, -1)), g.unflatten(1, (groups, -1)))
+        return (rows @ patches.mT).unflatten(0, (self.batch, self.repeats)).sum((1, 2))
 
 
 @dataclass(eq=False, repr=False)

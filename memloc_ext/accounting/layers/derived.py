@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from memloc_ext.accounting.backward_pass import BackwardPass, ParameterView
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, chunks, sum_of_gradients
+from memloc_ext.accounting.backward_pass import BackwardPass
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, chunks
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
+from memloc_ext.accounting.uses import ParameterView, together
 from memloc_ext.borrowing import without_hooks
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class Derived(LayerFunction):
 
     def backward(self, saved: Any, needs: Sequence[bool], grad: Tensor) -> Gradients:
         backward = self.tracer.backward
-        contributions = [] if backward is None else backward.take(self)
-        if backward is not None and contributions:
-            parts = zip(self.weights, self._each(backward, contributions), strict=True)
+        uses = [] if backward is None else backward.take(self)
+        if backward is not None and uses:
+            parts = zip(self.weights, self._each(backward, together(uses)), strict=True)
             return tuple(
                 contribution.total() if weight is None else backward.record(weight, contribution)
                 for weight, contribution in parts
@@ -63,9 +64,9 @@ class Derived(LayerFunction):
                 result[i] = gradients[0]
         return tuple(result)
 
-    def _each(self, backward: BackwardPass, contributions: Sequence[Contribution]) -> list[DerivedContribution]:
+    def _each(self, backward: BackwardPass, contribution: Contribution) -> list[DerivedContribution]:
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
-        batch, dtype = contributions[0].batch, accumulated(self.value.dtype)
+        batch, dtype = contribution.batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
         groups = backward.summation_groups(self.value.device) if backward.weight_grads or None in self.weights else None
         sums = [
@@ -74,12 +75,12 @@ class Derived(LayerFunction):
         ]
         size = max(self.value.numel(), sum(t.numel() for t in self.leaves))
         for begin, end in chunks(batch, (size,), dtype):
-            for i, part in enumerate(self.pull_back(sum_of_gradients(contributions, begin, end), self.leaves)):
+            for i, part in enumerate(self.pull_back(contribution.gradients(begin, end), self.leaves)):
                 norms[i][begin:end] = Rows(part).sqnorm()
                 if groups is not None and (total := sums[i]) is not None:
                     total.index_add_(0, groups.ids[begin:end], part.to(total.dtype))
         parts = zip(self.leaves, norms, sums, strict=True)
-        return [DerivedContribution(self, leaf, contributions, norm, total) for leaf, norm, total in parts]
+        return [DerivedContribution(self, leaf, contribution, norm, total) for leaf, norm, total in parts]
 
     def pull_back(self, gradients: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients ``[n, *]`` of what the tensor is computed from, given ``[n, *shape]`` of its own."""
@@ -110,29 +111,30 @@ class DerivedContribution(Contribution):
     Args:
         layer: The derived tensor.
         leaf: The parameter.
-        contributions: Of the derived tensor.
+        contribution: Of all uses of the derived tensor.
         norms: Of each example's gradient, squared, ``[batch]``.
         sums: Of the gradients of each group, ``[groups, *shape]``, where gradients are wanted.
     """
 
     def __init__(
-        self, layer: Derived, leaf: Tensor, contributions: Sequence[Contribution], norms: Tensor, sums: Tensor | None
+        self, layer: Derived, leaf: Tensor, contribution: Contribution, norms: Tensor, sums: Tensor | None
     ) -> None:
         super().__init__(len(norms), leaf.shape, leaf)
-        self.layer, self.leaf, self.contributions, self.norms, self.sums = layer, leaf, contributions, norms, sums
+        self.layer, self.leaf, self.contribution, self.norms, self.sums = layer, leaf, contribution, norms, sums
 
     def gradients(self, begin: int, end: int) -> Tensor:
         parts = [
-            self.layer.pull_back(sum_of_gradients(self.contributions, begin + first, begin + last), [self.leaf])[0].to(
+            self.layer.pull_back(self.contribution.gradients(begin + first, begin + last), [self.leaf])[0].to(
                 self.dtype
             )
             for first, last in chunks(end - begin, self.layer.value.shape, self.dtype)
         ]
         return torch.cat(parts)
 
-    def total(self) -> Tensor:
-        assert self.sums is not None
-        return self.sums.sum(0)
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        if factors is None and self.sums is not None:
+            return self.sums.sum(0)
+        return self.layer.pull_back(self.contribution.total(factors)[None], [self.leaf])[0][0].to(self.dtype)
 
     def sqnorm(self) -> Tensor:
         return self.norms

@@ -82,8 +82,8 @@ class OwnRowsContribution(Contribution):
             self.axis.examples_first(place)[b] = rows[b]
         return result
 
-    def total(self) -> Tensor:
-        return self.grad
+    def total(self, factors: Tensor | None = None) -> Tensor:
+        return self.grad if factors is None else super().total(factors)
 
     def sqnorm(self) -> Tensor:
         return Rows(self.axis.examples_first(self.grad)).sqnorm()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import Contribution
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.losses import TWICE
+from memloc_ext.accounting.uses import ParameterView
 
 if TYPE_CHECKING:
     from memloc_ext.accounting.tracer import Tracer

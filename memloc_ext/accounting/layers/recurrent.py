@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memloc_ext.accounting.backward_pass import ParameterView
 from memloc_ext.accounting.contributions import LinearContribution, Rows
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.layers.elementwise import spread
 from memloc_ext.accounting.layers.layer_function import Gradients, LayerFunction
 from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.accounting.uses import ParameterView
 
 
 @dataclass(eq=False, repr=False)
@@ -70,7 +70,7 @@ class Recurrent(LayerFunction):
     def _recorded(self, index: int, source: Tensor | None, grad: Tensor) -> Tensor | None:
         g = self.examples(grad)
         if source is None:
-            return self.record(index, Rows(g.flatten(1, -2).sum(1)))
+            return self.record(index, Rows(g.flatten(1, -2).sum(1), g))
         return self.record(index, LinearContribution(self.examples(source), g))
 
 
