@@ -171,10 +171,10 @@ def hold_queries(
         sides = [project.matrix(name, side, n, g).to(g.dtype) for side, n in zip(("left", "right"), rows.shape[1:])]
         torch.testing.assert_close(account.projected[name], sides[0] @ rows @ sides[1].t(), msg=name)
         torch.testing.assert_close(account.row_sqnorm[name], rows.abs().square().sum(2), msg=name)
-    variance = (norms.mean() - inner.mean()) * batch / (batch - 1) if batch > 1 else torch.nan * norms.sum()
-    off = 1e-7 * float((norms.mean() / variance).abs())
-    inverse = (inner.mean() - variance / batch) / variance
-    torch.testing.assert_close(1 / account.noise_scale, inverse, rtol=0, atol=off, equal_nan=True)
+    if batch > 1:
+        variance = (norms.mean() - inner.mean()) * batch / (batch - 1)
+        off, inverse = 1e-7 * float((norms.mean() / variance).abs()), (inner.mean() - variance / batch) / variance
+        torch.testing.assert_close(1 / account.noise_scale, inverse, rtol=0, atol=off, equal_nan=True)
 
 
 def _real(g: Tensor) -> Tensor:
