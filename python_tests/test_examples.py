@@ -60,6 +60,12 @@ def test_the_right_labels_alone_are_learnt(name: str, package: str) -> None:
     assert ratio > 2
 
 
+def test_private() -> None:
+    ((learnt, _, epsilon),) = numbers("private", "opacus")
+    assert learnt > 85
+    assert 1 < epsilon < 10
+
+
 def test_hugging_face() -> None:
     (rule, random), (rule_without, random_without), (ratio,), units = numbers(
         "hugging_face", "transformers", "accelerate"

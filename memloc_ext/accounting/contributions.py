@@ -144,7 +144,7 @@ class LinearContribution(Contribution):
         self._bias = bias if input.dim() == 2 else None
 
     def gradients(self, begin: int, end: int) -> Tensor:
-        x, g = (_positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
+        x, g = (positions(t[begin:end]).to(self.dtype) for t in (self.input, self.grad_output))
         return g.transpose(1, 2) @ x
 
     def total(self, factors: Tensor | None = None) -> Tensor:
@@ -168,7 +168,7 @@ class LinearContribution(Contribution):
         return torch.stack([(x @ v.t() * g).flatten(1).sum(1) for v in directions.to(self.dtype)])
 
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
-        x, g = _positions(self.input).to(self.dtype) @ right.t(), _positions(self.grad_output).to(self.dtype) @ left.t()
+        x, g = positions(self.input).to(self.dtype) @ right.t(), positions(self.grad_output).to(self.dtype) @ left.t()
         return g.mT @ x
 
     def by_position(self) -> Contribution:
@@ -277,5 +277,6 @@ def _real(rows: Tensor) -> Tensor:
     return torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
 
 
-def _positions(t: Tensor) -> Tensor:
+def positions(t: Tensor) -> Tensor:
+    """Return ``[batch, *, features]`` as ``[batch, positions, features]``."""
     return t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1])

@@ -175,7 +175,8 @@ class Queries:
         """Answer if all uses have as many positions, whose gradients add up."""
         each = [(view, by) for view, use in uses if (by := use.by_position()) is not None]
         if len(each) == len(uses) and len({by.batch for _, by in each}) == 1:
-            self.position_sqnorm[key] = together(each).sqnorm().reshape(self._batch, -1)
+            positions = each[0][1].batch // max(1, self._batch)
+            self.position_sqnorm[key] = together(each).sqnorm().reshape(self._batch, positions)
 
     def _pairwise(self, key: int) -> bool:
         return self._all_pairs or key in self._pairs

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.contributions import Contribution, EmbeddingContribution, LinearContribution, chunks
+from memloc_ext.accounting.contributions import (
+    Contribution,
+    EmbeddingContribution,
+    LinearContribution,
+    chunks,
+    positions,
+)
 
 if TYPE_CHECKING:
     from memloc_ext.accounting.layers.derived import Derived
@@ -81,8 +87,7 @@ def together(uses: Sequence[Use]) -> Contribution:
 def _linear(uses: Sequence[LinearContribution]) -> LinearContribution:
     dtype = functools.reduce(torch.promote_types, (use.input.dtype for use in uses))
     x, g = (
-        torch.cat([getattr(use, name).reshape(use.batch, -1, size).to(dtype) for use in uses], 1)
-        for name, size in (("input", uses[0].shape[1]), ("grad_output", uses[0].shape[0]))
+        torch.cat([positions(getattr(use, name)).to(dtype) for use in uses], 1) for name in ("input", "grad_output")
     )
     return LinearContribution(x, g)
 

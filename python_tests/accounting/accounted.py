@@ -168,8 +168,9 @@ def hold_queries(
     for name, g in exact.items():
         torch.testing.assert_close(written[name] + 0 * g[0], torch.tensordot(clipped.to(g.dtype), g, 1) / batch)
         rows = g.reshape(batch, len(g[0]) if g.dim() > 1 else 1, -1)
-        sides = [project.matrix(name, side, n, g).to(g.dtype) for side, n in zip(("left", "right"), rows.shape[1:])]
-        torch.testing.assert_close(account.projected[name], sides[0] @ rows @ sides[1].t(), msg=name)
+        sides = zip(("left", "right"), rows.shape[1:], strict=True)
+        left, right = (project.matrix(name, side, n, g).to(g.dtype) for side, n in sides)
+        torch.testing.assert_close(account.projected[name], left @ rows @ right.t(), msg=name)
         torch.testing.assert_close(account.row_sqnorm[name], rows.abs().square().sum(2), msg=name)
     if batch > 1:
         variance = (norms.mean() - inner.mean()) * batch / (batch - 1)

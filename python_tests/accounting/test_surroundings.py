@@ -248,6 +248,20 @@ def _distributed(rank: int) -> None:
         own = exact[name][rank * B : (rank + 1) * B]
         torch.testing.assert_close(account.sqnorm[f"module.{name}"], squared_norms({"": own})[""])
         torch.testing.assert_close(account.group_grad[f"module.{name}"].sum(0), own.mean(0))
+    bound, direction = 3.0, {f"module.{n}": torch.ones_like(p) for n, p in plain.named_parameters()}
+    factors = (bound / sum(squared_norms(exact).values()).sqrt()).clamp(max=1)
+    assert (factors < 1).any()
+    model.zero_grad()
+    with GradientAccountant(model) as accountant:
+        part = slice(rank * B, (rank + 1) * B)
+        account = accountant.backward(
+            weighted(model(mine), targets(world * B)[part]), max_norm=bound, directions={"ones": direction}
+        )
+    for name in exact:
+        clipped = torch.tensordot(factors, exact[name], 1) / len(x)
+        torch.testing.assert_close(model.get_parameter(f"module.{name}").grad, clipped)
+        own = exact[name][part].reshape(B, -1).sum(1)
+        torch.testing.assert_close(account.dot["ones"][f"module.{name}"], own)
     before = grads(model)
     with GradientAccountant(model) as accountant:
         for wrong in ({"weight_grads": False}, {"exact_groups": True, "group_ids": ids}):

@@ -84,7 +84,9 @@ class ConvolutionContribution(Contribution):
     def dot(self, directions: Tensor) -> Tensor:
         x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)
         outs = (aten.convolution(x, v, None, *self.settings) for v in directions.to(self.dtype))
-        return torch.stack([(out * g).reshape(self.batch, -1).sum(1) for out in outs])
+        return (
+            torch.stack([(out * g).flatten(1).sum(1) for out in outs]).unflatten(1, (self.batch, self.repeats)).sum(2)
+        )
 
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
         transposed, _, groups = self.settings[3:]

@@ -102,7 +102,7 @@ class GroupNorm(_Norm):
         given = (grad, x, mean, rstd, weight, *sizes, self.groups)
         grad_input = aten.native_group_norm_backward(*given, _OF_INPUT)[0] if needs[0] else None
         width = x.shape[1] // self.groups
-        mean, rstd = (t.reshape(len(x), -1).repeat_interleave(width, 1)[..., None] for t in (mean, rstd))
+        mean, rstd = (t.reshape(len(x), self.groups).repeat_interleave(width, 1)[..., None] for t in (mean, rstd))
         return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean, rstd)
 
 
