@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,19 @@ def one_by_one(workload: Workload) -> Step:
 
 def functorch(workload: Workload) -> Step:
     """Vectorise the gradient of one example over the batch with `torch.func`, eight examples at a time."""
+
+    def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: gradient.square().sum() for name, gradient in gradients.items()}
+
+    return _functorch(workload, norms)
+
+
+def per_example_gradients(workload: Workload) -> dict[str, Tensor]:
+    """Return every example's gradient of every parameter, by `torch.func`."""
+    return _functorch(workload, lambda gradients: gradients)()
+
+
+def _functorch(workload: Workload, of: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Step:
     model = workload.model
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
@@ -43,10 +57,10 @@ def functorch(workload: Workload) -> Step:
     def loss(values: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         return workload.losses(functional_call(model, (values, buffers), (x[None],)), target[None]).sum()
 
-    def norms(values: dict[str, Tensor], x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return {name: gradient.square().sum() for name, gradient in grad(loss)(values, x, target).items()}
+    def one(values: dict[str, Tensor], x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return of(grad(loss)(values, x, target))
 
-    batched = vmap(norms, in_dims=(None, 0, 0), chunk_size=8)
+    batched = vmap(one, in_dims=(None, 0, 0), chunk_size=8)
     return lambda: batched(parameters, workload.inputs, workload.targets)
 
 
@@ -54,23 +68,52 @@ def opacus_ghost(workload: Workload) -> Step | None:
     """Use Opacus' ghost norms: Grams where they are cheaper, of unfolded patches in convolutions."""
     if importlib.util.find_spec("opacus") is None:
         return None
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping  # pyright: ignore[reportMissingImports]
-
-    model = copy.deepcopy(workload.model).train()  # it refuses evaluation mode
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            _replace(model, name, _frozen(module))
-    wrapped = GradSampleModuleFastGradientClipping(
-        model, loss_reduction="sum", strict=False, max_grad_norm=1, use_ghost_clipping=True
-    )
+    wrapped = _ghost(workload, 1)
 
     def step() -> dict[str, Tensor]:
         wrapped.zero_grad(set_to_none=True)
         workload.loss(wrapped).backward()
         wrapped.get_norm_sample()
-        return {name: vars(p)["_norm_sample"].square() for name, p in model.named_parameters()}
+        return {name: vars(p)["_norm_sample"].square() for name, p in wrapped._module.named_parameters()}
 
     return step
+
+
+def opacus_clipping(workload: Workload, max_norm: int) -> Callable[[], object] | None:
+    """Use Opacus' ghost clipping: norms in a first backward pass, the clipped gradient in a second."""
+    if importlib.util.find_spec("opacus") is None:
+        return None
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    wrapped, batch = _ghost(workload, max_norm), len(workload.inputs)
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(wrapped.parameters(), lr=0.1),
+        noise_multiplier=0,
+        max_grad_norm=max_norm,
+        expected_batch_size=batch,
+        loss_reduction="sum",
+    )
+    criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+
+    def step() -> None:
+        wrapped.zero_grad(set_to_none=True)
+        criterion(wrapped(workload.inputs), workload.targets).backward()
+
+    return step
+
+
+def _ghost(workload: Workload, max_norm: int) -> Any:
+    """Return the model in Opacus' wrapper."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    model = copy.deepcopy(workload.model).train()  # it refuses evaluation mode
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            _replace(model, name, _frozen(module))
+    return GradSampleModuleFastGradientClipping(
+        model, loss_reduction="sum", strict=False, max_grad_norm=max_norm, use_ghost_clipping=True
+    )
 
 
 def backpack(workload: Workload) -> Step | None:
@@ -103,7 +146,7 @@ PEERS: dict[str, Callable[[Workload], Step | None]] = {
 
 def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
     """Return a batch normalisation in evaluation mode that stays in it, with Opacus' rule for its gradients."""
-    from opacus.grad_sample import register_grad_sampler  # pyright: ignore[reportMissingImports]
+    from opacus.grad_sample import register_grad_sampler
 
     frozen = _Frozen(norm)
 

@@ -13,6 +13,7 @@ from memloc_ext.ops import Groups
 from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
 BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
+_BLOCK = 1 << 14  # terms of a sum of products in the type of the gradients
 
 
 class Contribution:
@@ -56,7 +57,7 @@ class Contribution:
     def dot(self, directions: Tensor) -> Tensor:
         """Return the inner products of each example's gradient with ``[n, *shape]``: ``[n, batch]``."""
         flat = _real(directions.to(self.dtype))
-        return torch.cat([flat @ self._flat(begin, end).t() for begin, end in self._chunks()], 1)
+        return torch.cat([_products(flat, self._flat(begin, end)) for begin, end in self._chunks()], 1)
 
     def dot_and_groups(self, directions: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
         """Return `dot` and `sqnorm_and_groups`."""
@@ -69,7 +70,7 @@ class Contribution:
         for i, (begin, end) in enumerate(parts):
             rows = self._flat(begin, end)
             for first, last in parts[i:]:
-                block = rows @ (rows if first == begin else self._flat(first, last)).t()
+                block = _products(rows, rows if first == begin else self._flat(first, last))
                 result[begin:end, first:last], result[first:last, begin:end] = block, block.t()
         return result
 
@@ -269,6 +270,15 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 def scaled(t: Tensor, factors: Tensor) -> Tensor:
     """Return ``[batch, *]`` with each example's part times its factor ``[batch]``."""
     return t * factors.to(t.dtype).reshape(-1, *[1] * (t.dim() - 1))
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b.T``; blocks of its sums, too short to lose digits, are added up in float64."""
+    parts = zip(a.split(_BLOCK, 1), b.split(_BLOCK, 1), strict=True)
+    result = a.new_zeros(len(a), len(b), dtype=torch.float64)
+    for first, second in parts:
+        result += first @ second.t()
+    return result.to(a.dtype)
 
 
 def _real(rows: Tensor) -> Tensor:
