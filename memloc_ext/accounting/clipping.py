@@ -35,6 +35,8 @@ class Clipping:
         if self.clipping == "per_parameter":
             bound = self.max_norm / math.sqrt(max(1, len(sqnorm)))
             return {name: _factors(bound, norms) for name, norms in sqnorm.items()}
+        if not sqnorm:
+            return {}
         first = next(iter(sqnorm.values()))
         total = torch.stack([norms.to(first.device, torch.float64) for norms in sqnorm.values()]).sum(0)
         shared = _factors(self.max_norm, total)
