@@ -42,7 +42,9 @@ def main():
         privacy.step(noise_multiplier=NOISE, sample_rate=RATE)
     with torch.no_grad():
         right = model(x).argmax(1) == y
-    print(f"labels learnt: {right.float().mean():.1%}, epsilon at delta {DELTA}: {privacy.get_epsilon(delta=DELTA):.2f}")
+    print(
+        f"labels learnt: {right.float().mean():.1%}, epsilon at delta {DELTA}: {privacy.get_epsilon(delta=DELTA):.2f}"
+    )
 
 
 if __name__ == "__main__":

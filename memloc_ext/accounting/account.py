@@ -36,9 +36,11 @@ class Account:
         parameter_inner: Parameter name to the same for it alone, of the parameters named in ``pairwise``.
         projected: Parameter name to ``[batch, k, k']``; see `Projection`. Empty without ``project``.
         position_sqnorm: Parameter name to ``[batch, positions]``: squared norm of what each position (token) adds to
-            an example's gradient, of linear layers and embeddings. Empty without ``per_position``.
+            an example's gradient. Of linear layers and embeddings whose uses have the same number of positions; those
+            that take a pass per example are left out. Empty without ``per_position``.
         row_sqnorm: Parameter name to ``[batch, out]``: squared norm of each output row (neuron, filter) of each
-            example's gradient, of the parameters named in ``by_row``.
+            example's gradient, of the parameters named in ``by_row``. Rows are the first dimension: of a weight that is
+            stored as ``[in, out]``, as transposed convolutions and GPT-2 do, they are the inputs.
         mean_sqnorm: Parameter name to the squared norm of the mean of the examples' gradients, 0-d. Empty where it
             does not come with the parameters' gradients: see `noise_scale`.
     """
@@ -92,21 +94,27 @@ class Account:
         """
         if self.inner is not None:
             return _noise_scale(self.total_sqnorm, self.inner.mean())
-        self._check_means()
-        return _noise_scale(self.total_sqnorm, _total(self.mean_sqnorm))
+        return _noise_scale(self.total_sqnorm, _total(self._known("pairwise=True", self.mean_sqnorm)))
 
     @property
     def parameter_noise_scale(self) -> dict[str, Tensor]:
-        """Parameter name to the same of its gradient alone, 0-d."""
-        self._check_means()
-        return {name: _noise_scale(self.sqnorm[name], mean) for name, mean in self.mean_sqnorm.items()}
+        """Parameter name to the `noise_scale` of its gradient alone, 0-d; else of the parameters named in ``pairwise``.
 
-    def _check_means(self) -> None:
-        if not self.mean_sqnorm:
+        Raises:
+            ValueError: As `noise_scale`, but for ``pairwise`` with names.
+        """
+        pairs = {name: inner.mean() for name, inner in self.parameter_inner.items()}
+        means = self._known("the names of parameters in pairwise", self.mean_sqnorm or pairs)
+        return {name: _noise_scale(self.sqnorm[name], mean) for name, mean in means.items()}
+
+    def _known(self, other: str, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the squared norms of mean gradients, if there are any."""
+        if not means:
             raise ValueError(
                 "Account: noise_scale needs the mean of the examples' own gradients, which comes with "
-                "weight_grads=True, without max_norm and with equal example_weights; or give pairwise=True"
+                f"weight_grads=True, without max_norm and with equal example_weights; or give {other}"
             )
+        return means
 
 
 def _noise_scale(sqnorm: Tensor, mean_sqnorm: Tensor) -> Tensor:
@@ -165,7 +173,8 @@ class OwnGradients:
         return {name: t.t() for name, t in self.times({name: t.t() for name, t in rows.items()}).items()}
 
     def _times_each(self, t: Tensor, factors: Tensor, power: int) -> Tensor:
-        factors, wide = factors.to(t.device).reshape(-1, *[1] * (t.dim() - 1)), t.double()
+        factors = factors.to(t.device).reshape(-1, *[1] * (t.dim() - 1))
+        wide = t.to(torch.complex128 if t.is_complex() else torch.float64)
         for _ in range(power):  # float64 has room for squares that float32 has none for
             wide = wide * factors
         return torch.where(factors > 0, wide, 0).to(t.dtype)
@@ -193,9 +202,9 @@ def account_of(
             sums, shape = backward.group_grad.get(id(p)), (groups.num, *p.shape)
             group_grad[name] = p.new_zeros(shape, dtype=accumulated(p.dtype)) if sums is None else sums
     means = {}
-    if backward.total_sqnorm and (factor := own.of_all) is not None:
+    if backward.sum_sqnorm and (factor := own.of_all) is not None:
         square = (factor / max(1, batch)) ** 2
-        means = {name: t * square for name, t in told(backward.total_sqnorm, lambda _: ()).items()}
+        means = {name: t * square for name, t in told(backward.sum_sqnorm, lambda _: ()).items()}
     account, asked = Account(own.times(told(backward.sqnorm), 2), group_grad, mean_sqnorm=means), backward.queries
     if asked is None:
         return account

@@ -218,8 +218,8 @@ class GradientAccountant:
             directions: Name to tensors by name of parameter, each of the parameter's shape, dtype and device: answered
                 by ``account.dot`` and ``account.cosine``. A parameter that a direction leaves out counts as zero.
             max_norm: Give parameters the sum, or the mean as the loss is, of the examples' own gradients clipped to
-                this L2 norm: ``g * min(1, max_norm / |g|)``. Greater than 0. ``account`` tells of what was not clipped.
-                The layers' inputs and gradients are kept until all norms are known.
+                this L2 norm: ``g * min(1, max_norm / |g|)``. Greater than 0. Norms and answers are of the gradients
+                before clipping. The layers' inputs and gradients are kept until all norms are known.
             clipping: ``flat`` clips by the norm over all parameters; ``per_parameter`` each parameter's gradient by its
                 own norm, to ``max_norm / sqrt(number of parameters)``.
             pairwise: True for ``account.inner``, inner products over all parameters; or names of parameters, for
@@ -251,6 +251,7 @@ class GradientAccountant:
             check_parallel(self._model, weight_grads, exact_groups)
             clip = clipping_of(max_norm, clipping, weight_grads)
             asked = Queries(named, batch, directions, pairwise, project, per_position, by_row)
+            asked.names |= {id(p): name for name, p in unwrapped(self._model).named_parameters()}
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, tracer, tracer.parameters)
             mean = loss_reduction == "mean" and example_weights is None
@@ -264,7 +265,7 @@ class GradientAccountant:
         exact = groups if exact_groups and weight_grads else None
         backward = BackwardPass(
             batch,
-            None if exact else groups,
+            groups if weight_grads and exact is None else None,
             weight_grads and exact is None,
             tracer.calls | found.uses,  # the larger count of each
             slow,
@@ -289,18 +290,20 @@ class GradientAccountant:
                 tracer.calls.clear()
                 with torch._C.DisableTorchFunction():
                     tracer.drop_outputs(found.nodes)
+        written: dict[Tensor, Tensor] = {}
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact is not None:
                 totals = {key: t.sum(0) for key, t in backward.group_grad.items()}
                 backward.note_totals(totals)
-                if clip is None:
-                    add_to_grads({p: totals[key] for key, p in found.all.items()})
+                written = {p: totals[key] for key, p in found.all.items()}
             own = OwnGradients.of(batch, loss_reduction, example_weights)
             account = account_of(named, backward, groups if weight_grads else None, own)
-            if clip is not None:
-                factors = {id(named[name]): t for name, t in clip.factors(account.sqnorm).items()}
-                add_to_grads(others | clipped_gradients(tracer, backward, outputs, factors, found.all, clip))
-            return account
+        if clip is not None:
+            factors = {id(named[name]): t for name, t in clip.factors(account.sqnorm).items()}
+            written = others | clipped_gradients(checks, outputs, factors, found.all, clip, retain_graph)
+        if written:
+            add_to_grads(written)
+        return account
 
     @property
     def _known(self) -> Known:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, row_sqnorms
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norms
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.queries import Queries
 from memloc_ext.accounting.uses import ParameterView, Use, together
@@ -52,7 +52,7 @@ class BackwardPass:
         clipped: Whether parameters get their gradients from `clipped_gradients`, when all norms are known.
         sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
         group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
-        total_sqnorm: Squared norm of the sum of all examples' gradients, where it was formed, in the same way.
+        sum_sqnorm: Squared norm of the sum of all examples' gradients, where it was formed, in the same way.
     """
 
     per_example: ClassVar[bool] = True  # whether layers tell the examples' gradients apart
@@ -68,10 +68,11 @@ class BackwardPass:
     clipped: bool = False
     sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
-    total_sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
+    sum_sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     _single: Groups | None = field(default=None, init=False)
     _sums: dict[int, Tensor] = field(default_factory=dict, init=False)
     _held: dict[int, list[Use]] = field(default_factory=dict, init=False)
+    _kept: dict[int, Contribution] = field(default_factory=dict, init=False)
     _derived: dict[Derived, list[Use]] = field(default_factory=dict, init=False)
 
     def trial(self) -> BackwardPass:
@@ -125,7 +126,8 @@ class BackwardPass:
         if only_use:
             gradient, dot = self._only_use(weight, contribution, wanted)
             if queries is not None:
-                queries.ask(key, [(weight, contribution)], dot)
+                uses = [(weight, contribution)]
+                queries.ask(key, uses, together(uses), dot)
         else:
             self._held.setdefault(key, []).append((weight, contribution))
             if wanted or self.groups is not None:
@@ -135,16 +137,17 @@ class BackwardPass:
         if only_use:
             self.note_totals({key: gradient})
         else:
-            like, dtype = weight.parameter, accumulated(gradient.dtype)
-            total = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-            weight.views_of(self._sums.setdefault(key, total)[None])[0].add_(gradient)
+            if key not in self._sums:
+                like, dtype = weight.parameter, accumulated(gradient.dtype)
+                self._sums[key] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+            weight.views_of(self._sums[key][None])[0].add_(gradient)
         return gradient.to(weight.tensor.dtype)
 
     def _only_use(
         self, weight: ParameterView, contribution: Contribution, wanted: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Note the norms of a parameter that is used once; return its gradient and the products with its directions."""
-        key, dot, gradient = id(weight.parameter), None, None
+        key = id(weight.parameter)
         if not wanted and self.groups is None:
             self.sqnorm[key] = contribution.sqnorm()
             return None, None
@@ -174,28 +177,30 @@ class BackwardPass:
     def finish(self) -> None:
         """Answer what is asked of the parameters whose uses were held."""
         for key, uses in self._held.items():
-            self.sqnorm[key] = together(uses).sqnorm()
+            contribution = together(uses)
+            self.sqnorm[key] = contribution.sqnorm()
             if self.queries is not None:
-                self.queries.ask(key, uses)
+                self.queries.ask(key, uses, contribution)
+            if self.clipped:
+                self._kept[key] = contribution
+        self._held.clear()
         if self.weight_grads and not self.clipped:
             self.note_totals(self._sums)
         self._sums.clear()
         if self.queries is not None:
             self.queries.finish()
-        if not self.clipped:
-            self._held.clear()
 
     def note_totals(self, totals: Mapping[int, Tensor]) -> None:
         """Take note of the sums of all examples' gradients, by the ``id`` of each parameter."""
         for key, total in totals.items():
-            self.total_sqnorm[key] = row_sqnorms(total.reshape(1, -1))[0]
+            self.sum_sqnorm[key] = squared_norms(total.reshape(1, -1))[0]
 
     def clipped_gradients(self, factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return the sums of the examples' gradients times their factors ``[batch]``, of all that was held."""
         result = {}
-        while self._held:
-            key, uses = self._held.popitem()
-            result[key] = together(uses).total(factors[key]).to(uses[0][0].parameter.dtype)
+        while self._kept:
+            key, contribution = self._kept.popitem()
+            result[key] = contribution.total(factors[key])
         return result
 
     def add_examples(self, parameters: Mapping[int, nn.Parameter], begin: int, gradients: Mapping[int, Tensor]) -> None:
@@ -255,11 +260,13 @@ class GradientPass(BackwardPass):
 
     def __init__(self, backward: BackwardPass, wanted: Mapping[int, nn.Parameter]) -> None:
         several_rows, constant_statistics = backward.several_rows, backward.constant_statistics
-        super().__init__(backward.batch, None, True, {}, dict(wanted), several_rows, constant_statistics)
+        slow = backward.slow | dict(wanted)
+        super().__init__(backward.batch, None, True, {}, slow, several_rows, constant_statistics)
+        self._wanted = frozenset(wanted)
 
     def wants(self, weight: ParameterView) -> bool:
         """Return whether it is one of these parameters, or computed from one."""
-        return any(id(parameter) in self.slow for parameter in weight.parameters)
+        return any(id(parameter) in self._wanted for parameter in weight.parameters)
 
     def record(self, weight: ParameterView, contribution: Contribution) -> Tensor | None:
         """Take no note."""

@@ -1,4 +1,4 @@
-"""Gradients of a batch in which no example's own is longer than a bound."""
+"""Sums of clipped gradients: each example's is scaled down to a largest norm."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Contribution:
 
     def sqnorm(self) -> Tensor:
         """Return the squared norm of each example's gradient, ``[batch]``."""
-        return torch.cat([row_sqnorms(self._flat(begin, end)) for begin, end in self._chunks()])
+        return torch.cat([squared_norms(self._flat(begin, end)) for begin, end in self._chunks()])
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """Return `sqnorm` and the sum over the examples of each group, ``[groups.num, *shape]``."""
@@ -82,7 +82,7 @@ class Contribution:
         return torch.cat([left @ part @ right.t() for part in parts])
 
     def row_sqnorm(self) -> Tensor:
-        """Return the squared norm of each row of each example's gradient, ``[batch, shape[0]]``."""
+        """Return the squared norms of ``gradient[i]`` for each ``i``, ``[batch, shape[0]]``."""
         rows = self.shape[0] if self.shape else 1
         parts = (self._flat(begin, end).unflatten(1, (rows, -1)) for begin, end in self._chunks())
         return torch.cat([part.square().sum(2) for part in parts])
@@ -121,7 +121,7 @@ class Rows(Contribution):
 
     def sqnorm(self) -> Tensor:
         if self._sqnorm is None:
-            self._sqnorm = row_sqnorms(self.rows.reshape(self.batch, math.prod(self.shape)))
+            self._sqnorm = squared_norms(self.rows.reshape(self.batch, math.prod(self.shape)))
         return self._sqnorm
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class LinearContribution(Contribution):
 
     def sqnorm(self) -> Tensor:
         if self._bias is not None:
-            return row_sqnorms(self.input) * self._bias.sqnorm()
+            return squared_norms(self.input) * self._bias.sqnorm()
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -167,6 +167,11 @@ class LinearContribution(Contribution):
     def dot(self, directions: Tensor) -> Tensor:
         x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)
         return torch.stack([(x @ v.t() * g).flatten(1).sum(1) for v in directions.to(self.dtype)])
+
+    def dot_and_groups(self, directions: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+        if self._bias is not None:
+            return super().dot_and_groups(directions, groups)
+        return ops.linear_grad_dot(self.input, self.grad_output, directions, groups)
 
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
         x, g = positions(self.input).to(self.dtype) @ right.t(), positions(self.grad_output).to(self.dtype) @ left.t()
@@ -246,8 +251,8 @@ class EmbeddingContribution(Contribution):
         return self.sqnorm(), sums.reshape(groups.num, *self.shape)
 
 
-def row_sqnorms(rows: Tensor) -> Tensor:
-    """Return the squared norm of each row of a matrix."""
+def squared_norms(rows: Tensor) -> Tensor:
+    """Return the squared norm of each row of a matrix, ``[rows]``."""
     if rows.is_complex():
         rows = _real(rows)
     if rows.numel() < 1 << 15 and rows.dtype in (torch.float32, torch.float64):  # the operator's call costs more

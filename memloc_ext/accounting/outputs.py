@@ -143,13 +143,17 @@ def gradients_of(
     outputs: Outputs,
     parameters: Mapping[int, nn.Parameter],
     chosen: Tensor | None = None,
+    *,
+    retain_graph: bool = True,
 ) -> dict[int, Tensor]:
     """Return the gradients of what the chosen examples, or all, add to the loss, by the ``id`` of each parameter."""
     cotangents = outputs.cotangents if chosen is None else outputs.cotangents_of(chosen)
     wanted = list(parameters.values())
     # the cotangents have been through the hooks
     with tracer.accounting(backward), without_hooks([*wanted, *outputs.tensors]):
-        gradients = torch.autograd.grad(outputs.tensors, wanted, cotangents, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            outputs.tensors, wanted, cotangents, retain_graph=retain_graph, allow_unused=True
+        )
         with torch.no_grad():
             backward.finish()
     return _dense(parameters, gradients)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -99,36 +100,40 @@ def _exact_groups(
 
 def add_to_grads(gradients: Mapping[Tensor, Tensor]) -> None:
     """Give leaves these gradients, on top of what they have, as a backward pass does: hooks are called."""
-    torch.autograd.backward(list(gradients), [t.to(leaf.dtype) for leaf, t in gradients.items()])
+    with torch._C.DisableTorchFunction():
+        torch.autograd.backward(list(gradients), [t.to(leaf.dtype) for leaf, t in gradients.items()])
 
 
 def clipped_gradients(
-    tracer: Tracer,
-    backward: BackwardPass,
+    checks: Checks,
     outputs: Outputs | None,
     factors: Mapping[int, Tensor],
     parameters: Mapping[int, nn.Parameter],
     clip: Clipping,
+    retain_graph: bool,
 ) -> dict[Tensor, Tensor]:
     """Return the sums of the examples' gradients times their factors; zeros where nothing was told of a parameter.
 
     Slow parameters take another backward pass, of outputs' gradients times the factors; one for each if these differ.
 
     Args:
-        tracer: That the loss was computed in.
-        backward: The backward pass, finished.
+        checks: Of the backward pass, which is finished.
         outputs: What tells the examples apart, if there are slow parameters.
         factors: By the ``id`` of each parameter, ``[batch]``.
         parameters: By their ``id``.
         clip: How gradients are clipped.
+        retain_graph: Whether the graph is kept.
     """
-    result = {key: torch.zeros_like(p) for key, p in parameters.items()} | backward.clipped_gradients(factors)
-    each = [{key: p} for key, p in backward.slow.items()] if clip.clipping == "per_parameter" else [backward.slow]
-    for part in filter(None, each):
-        assert outputs is not None
-        scaled = outputs.times(factors[next(iter(part))])
-        with torch.enable_grad():
-            result |= gradients_of(tracer, GradientPass(backward, part), scaled, part)
+    tracer, backward = checks.tracer, checks.backward
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        result = {key: torch.zeros_like(p) for key, p in parameters.items()} | backward.clipped_gradients(factors)
+    slow = backward.slow
+    parts = [{key: p} for key, p in slow.items()] if clip.clipping == "per_parameter" else [slow] if slow else []
+    with kept_state(checks.model) if parts else nullcontext():  # what checkpointing recomputes leaves no trace
+        for i, part in enumerate(parts, 1):
+            assert outputs is not None
+            scaled, keep = outputs.times(factors[next(iter(part))]), retain_graph or i < len(parts)
+            result |= gradients_of(tracer, GradientPass(backward, part), scaled, part, retain_graph=keep)
     return {p: result[key] for key, p in parameters.items()}
 
 

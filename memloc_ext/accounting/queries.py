@@ -6,13 +6,15 @@ import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, row_sqnorms
-from memloc_ext.accounting.uses import ParameterView, Use, together
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norms
+from memloc_ext.accounting.uses import Use, by_position
+from memloc_ext.borrowing import is_part
 
 Directions = Mapping[str, Mapping[str, Tensor]]
 
@@ -22,8 +24,9 @@ class Projection:
     """Random matrices that make each example's gradient small and leave inner products right on average.
 
     A parameter's gradient counts as a matrix: its first dimension by all others. Every element of the two matrices is
-    1 / sqrt(dim) or its negative, drawn by the seed, the parameter's name and its place: the same in every batch,
-    process and device. A side of the gradient that is shorter than ``dim`` is left as it is.
+    1 / sqrt(dim) or its negative, drawn by the seed, the parameter's name in the model and its place: the same in every
+    batch, process and device, also where `DistributedDataParallel` or `torch.compile` wraps the model. A side of the
+    gradient that is shorter than ``dim`` is left as it is.
 
     Args:
         dim: Rows of each matrix, at least 1.
@@ -52,13 +55,17 @@ class Projection:
         if size < self.dim:
             return torch.eye(size, dtype=dtype, device=like.device)
         ones, rows = (torch.ones(self.dim, size, device=like.device), torch.arange(self.dim, device=like.device))
-        site = zlib.crc32(f"{side} of {name}".encode())
+        site = zlib.crc32(f"{side} of {name.removeprefix('_orig_mod.')}".encode())
         kept = ops.example_tied_dropout(ones, rows, num_generalization=0, p_mem=0.5, seed=self.seed, site=site)
         return (2 * kept - 1).to(dtype) / math.sqrt(self.dim)
 
 
 class Queries:
     """The queries of one backward pass and the answers, by the ``id`` of each parameter, of gradients as they flow.
+
+    Attributes:
+        names: Of the parameters, by their ``id``, as projections are drawn by.
+        direction_sqnorm: Squared norm of each direction over all parameters, 0-d.
 
     Args:
         named: The model's parameters that require gradients, by name.
@@ -88,14 +95,15 @@ class Queries:
             raise TypeError(f"GradientAccountant: project must be a Projection, got {type(project).__name__}")
         self._batch, self._project, self._per_position = batch, project, per_position
         self._named = {id(p): p for p in named.values()}
-        self._names = {id(p): name for name, p in named.items()}
+        self.names = {id(p): name for name, p in named.items()}
         self.directions = _checked(directions or {}, named)
         self._stacked: dict[int, tuple[list[str], Tensor]] = {}
-        for key, name in self._names.items():
+        for key, name in self.names.items():
             given = [direction for direction, tensors in self.directions.items() if name in tensors]
             if given:
                 rows = torch.stack([self.directions[direction][name].detach() for direction in given])
                 self._stacked[key] = given, rows.to(accumulated(rows.dtype))
+        self.direction_sqnorm = {name: _sqnorm(list(tensors.values())) for name, tensors in self.directions.items()}
         self._all_pairs = pairwise is True
         self._pairs = _keys("pairwise", () if isinstance(pairwise, bool) else pairwise, named)
         self._by_row = _keys("by_row", by_row, named)
@@ -115,27 +123,25 @@ class Queries:
             self._project is not None
         )
 
-    @property
-    def direction_sqnorm(self) -> dict[str, Tensor]:
-        """Squared norm of each direction over all parameters, 0-d."""
-        result = {}
-        for direction, tensors in self.directions.items():
-            norms = [row_sqnorms(t.detach().reshape(1, -1))[0] for t in tensors.values()] or [torch.zeros(())]
-            result[direction] = torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
-        return result
-
     def directions_of(self, key: int) -> Tensor | None:
         """Return the directions of a parameter, ``[n, *shape]``; None if there are none."""
         return self._stacked[key][1] if key in self._stacked else None
 
-    def ask(self, key: int, uses: Sequence[Use], dot: Tensor | None = None) -> None:
-        """Answer for all examples, given all uses of a parameter; ``dot``: with its directions, if it is known."""
-        contribution = together(uses)
+    def ask(self, key: int, uses: Sequence[Use], contribution: Contribution, dot: Tensor | None = None) -> None:
+        """Answer for all examples.
+
+        Args:
+            key: The ``id`` of a parameter.
+            uses: All of it.
+            contribution: The same as one.
+            dot: Inner products with its directions, ``[n, batch]``, if they are known.
+        """
         self._answer(key, contribution, 0, dot)
         if self._pairwise(key):
             self._add_inner(key, contribution.inner())
-        if self._per_position:
-            self._ask_positions(key, uses)
+        if self._per_position and (each := by_position(uses)) is not None:
+            positions = each.batch // max(1, self._batch)
+            self.position_sqnorm[key] = each.sqnorm().reshape(self._batch, positions)
 
     def ask_rows(self, key: int, begin: int, rows: Tensor) -> None:
         """Answer for examples from ``begin`` on, given their gradients ``[n, *shape]``."""
@@ -148,13 +154,19 @@ class Queries:
         self._rows.pop(key, None)
 
     def finish(self) -> None:
-        """Answer what takes the rows of all examples, and with zeros what nothing was told of."""
+        """Answer what takes the gradients of all examples, and for parameters that the loss does not depend on."""
         for key, rows in self._rows.items():
             self._add_inner(key, Rows(torch.cat(rows)).inner())
         self._rows.clear()
         for key in self._named.keys() - self._answered:
-            p = self._named[key]
-            self.ask(key, [(ParameterView(p, p), Rows(p.detach().new_zeros(1).expand(self._batch, *p.shape)))])
+            zeros = partial(self._named[key].new_zeros, dtype=accumulated(self._named[key].dtype).to_real())
+            if self._pairwise(key):
+                self._add_inner(key, zeros((self._batch, self._batch)))
+            sides = _sides(self._named[key].shape)
+            if self._project is not None:
+                self.projected[key] = zeros((self._batch, *(min(self._project.dim, size) for size in sides)))
+            if key in self._by_row:
+                self.row_sqnorm[key] = zeros((self._batch, sides[0]))
 
     def _answer(self, key: int, contribution: Contribution, begin: int, dot: Tensor | None = None) -> None:
         self._answered.add(key)
@@ -163,20 +175,12 @@ class Queries:
             for name, values in zip(names, contribution.dot(directions) if dot is None else dot, strict=True):
                 self._put(self.dot[name], key, begin, values)
         if self._project is not None:
-            rows = contribution.shape[0] if contribution.shape else 1
-            sides = {"left": rows, "right": math.prod(contribution.shape) // max(1, rows)}
             like = torch.empty(0, dtype=contribution.dtype, device=contribution.device)
-            left, right = (self._project.matrix(self._names[key], side, n, like) for side, n in sides.items())
+            sides = zip(("left", "right"), _sides(contribution.shape), strict=True)
+            left, right = (self._project.matrix(self.names[key], side, size, like) for side, size in sides)
             self._put(self.projected, key, begin, contribution.projected(left, right))
         if key in self._by_row:
             self._put(self.row_sqnorm, key, begin, contribution.row_sqnorm())
-
-    def _ask_positions(self, key: int, uses: Sequence[Use]) -> None:
-        """Answer if all uses have as many positions, whose gradients add up."""
-        each = [(view, by) for view, use in uses if (by := use.by_position()) is not None]
-        if len(each) == len(uses) and len({by.batch for _, by in each}) == 1:
-            positions = each[0][1].batch // max(1, self._batch)
-            self.position_sqnorm[key] = together(each).sqnorm().reshape(self._batch, positions)
 
     def _pairwise(self, key: int) -> bool:
         return self._all_pairs or key in self._pairs
@@ -210,13 +214,35 @@ def _checked(directions: Directions, named: Mapping[str, nn.Parameter]) -> dict[
         _keys(f"directions[{direction!r}]", tensors, named)
         for name, t in tensors.items():
             p = named[name]
-            got = (list(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else type(t).__name__
-            if got != (list(p.shape), p.dtype, p.device):
+            got = _kind(t)
+            if got != _kind(p.detach()):
                 raise ValueError(
-                    f"GradientAccountant: directions[{direction!r}][{name!r}] must be like the parameter, of shape "
-                    f"{list(p.shape)}, {p.dtype} on {p.device}, got {got}"
+                    f"GradientAccountant: directions[{direction!r}][{name!r}] must be like the parameter, "
+                    f"{_kind(p.detach())}, got {got}"
                 )
     return {direction: dict(tensors) for direction, tensors in directions.items()}
+
+
+def _kind(t: object) -> str:
+    """Return in words what a direction must have in common with its parameter."""
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    if is_part(t):
+        return "a DTensor; give full_tensor()"
+    layout = "" if t.layout == torch.strided else f", {t.layout}"
+    return f"{list(t.shape)} of {t.dtype} on {t.device}{layout}"
+
+
+def _sqnorm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the squared norm of all elements of some tensors, 0-d."""
+    norms = [squared_norms(t.detach().reshape(1, -1))[0] for t in tensors] or [torch.zeros(())]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the sides of a gradient as a matrix: its first dimension, and all others."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape) // max(1, rows)
 
 
 def _keys(argument: str, names: Collection[str], named: Mapping[str, nn.Parameter]) -> set[int]:

@@ -78,10 +78,17 @@ def together(uses: Sequence[Use]) -> Contribution:
         parts += same if merge is None or len(own) == 1 else [(same[0][0], merge(own))]
     if not all(view.is_parameter for view, _ in parts):
         return Views(parts)
-    kinds = {type(contribution): contribution for _, contribution in parts}
     if len(parts) == 1:
         return parts[0][1]
-    return Tied(parts) if len(parts) == 2 and kinds.keys() == _MERGED.keys() else Views(parts)
+    tied = len(parts) == 2 and {type(contribution) for _, contribution in parts} == _MERGED.keys()
+    return Tied(parts) if tied else Views(parts)
+
+
+def by_position(uses: Sequence[Use]) -> Contribution | None:
+    """Return all uses of a parameter with each position of each example as an example; None if they differ in these."""
+    each = [(view, by) for view, use in uses if (by := use.by_position()) is not None]
+    same = len(each) == len(uses) and len({by.batch for _, by in each}) == 1
+    return together(each) if same else None
 
 
 def _linear(uses: Sequence[LinearContribution]) -> LinearContribution:

@@ -172,6 +172,20 @@ def hold_queries(
         left, right = (project.matrix(name, side, n, g).to(g.dtype) for side, n in sides)
         torch.testing.assert_close(account.projected[name], left @ rows @ right.t(), msg=name)
         torch.testing.assert_close(account.row_sqnorm[name], rows.abs().square().sum(2), msg=name)
+    model.zero_grad()
+    ids, mean = torch.arange(batch) % 2, {name: g.mean(0) for name, g in exact.items()}
+    for grads_too in (True, False):  # answers that are given on the way
+        arguments = {"directions": directions, "project": project, "by_row": set(exact), "weight_grads": grads_too}
+        other, _ = account_of(model, loss_of, inputs, target, **settings, **arguments, group_ids=ids, num_groups=2)
+        torch.testing.assert_close(other.sqnorm, account.sqnorm)
+        torch.testing.assert_close(other.projected, account.projected)
+        torch.testing.assert_close(other.row_sqnorm, account.row_sqnorm)
+        for direction in directions:
+            off = 1e-7 * float(norms.mean())
+            torch.testing.assert_close(other.dot[direction], account.dot[direction], rtol=1e-7, atol=off)
+        if grads_too:
+            squares = {name: _real(g[None]).square().sum() for name, g in mean.items()}
+            torch.testing.assert_close(other.mean_sqnorm, squares, rtol=1e-6, atol=1e-9 * float(norms.mean()))
     if batch > 1:
         variance = (norms.mean() - inner.mean()) * batch / (batch - 1)
         off, inverse = 1e-7 * float((norms.mean() / variance).abs()), (inner.mean() - variance / batch) / variance

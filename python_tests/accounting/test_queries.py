@@ -378,6 +378,7 @@ WRONG = {
         r"torch\.float32.*torch\.float64",
     ),
     "device": ({"directions": {"d": {"0.bias": FIVE.to("meta")}}}, ValueError, r"on cpu.*meta"),
+    "layout": ({"directions": {"d": {"0.bias": FIVE.to_sparse()}}}, ValueError, r"got \[5\] of .*sparse_coo"),
     "no tensor": ({"directions": {"d": {"0.bias": 1.0}}}, ValueError, r"got float"),
     "unknown": ({"directions": {"d": {"no": FIVE}}}, ValueError, r"directions\['d'\].*0\.weight.*'no'"),
     "one direction": ({"directions": {"0.bias": FIVE}}, TypeError, r"directions\['0.bias'\].*Tensor"),
@@ -464,3 +465,110 @@ def test_no_examples() -> None:
     assert account.cosine("d").shape == (0,)
     assert account.projected["0.weight"].shape == (0, 2, 2)
     assert account.row_sqnorm["0.weight"].shape == (0, 3)
+
+
+def test_no_examples_of_a_computed_weight() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    direction = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    with GradientAccountant(model) as accountant:
+        account = sums(
+            accountant, total(model, torch.zeros(0, 3)), directions={"d": direction}, pairwise=True, per_position=True
+        )
+    assert account.cosine("d").shape == (0,)
+
+
+def test_computed_weights_have_positions() -> None:
+    torch.manual_seed(0)
+    model, x = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double(), torch.randn(B, 5, 3).double()
+    account = held(model, x, per_position=True)
+    for t in range(5):
+        own = per_example_gradients(model, lambda out, y, t=t: weighted_part(out, y, t), x, targets(B).double())
+        for name, g in own.items():
+            torch.testing.assert_close(account.position_sqnorm[name][:, t], g.flatten(1).square().sum(1), msg=name)
+
+
+def weighted_part(out: Tensor, y: Tensor, t: int) -> Tensor:
+    """Return the part of `weighted` that depends on one position; others are constants."""
+    return weighted(torch.cat([out[:, :t].detach(), out[:, t : t + 1], out[:, t + 1 :].detach()], 1), y)
+
+
+def test_group_ids_without_weight_gradients_of_a_computed_weight() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double()
+    x, y = torch.randn(B, 3).double(), targets(B).double()
+    exact = squared_norms(per_example_gradients(model, weighted, x, y))
+    account, _ = account_of(model, weighted, x, y, weight_grads=False, group_ids=torch.arange(B) % 2)
+    torch.testing.assert_close(account.sqnorm, exact)
+    assert account.group_grad == {}
+
+
+def test_a_direction_may_be_the_gradients_that_are_there() -> None:
+    model, (x, y) = tiny(), batch()
+    own = own_gradients(model, x, y)
+    F.cross_entropy(model(x), y).backward()
+    with GradientAccountant(model) as accountant:
+        direction = {n: p.grad for n, p in model.named_parameters()}
+        account = accountant.backward(F.cross_entropy(model(x), y), directions={"own": direction})
+    expected = F.cosine_similarity(flat(own), flat(own).mean(0, keepdim=True))
+    torch.testing.assert_close(account.cosine("own"), expected)
+
+
+def test_complex_answers_are_of_own_gradients() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: torch.view_as_real(x.to(m.w.dtype) @ m.w).flatten(1), w=parameter(3, 4)).double()
+    model.w = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+    x, weights, project = torch.randn(B, 3).double(), torch.tensor([0.5, 1.0, 2.0, 0.25]), Projection(2, 0)
+    own = per_example_gradients(model, weighted, x, targets(B).double())["w"]
+    with GradientAccountant(model) as accountant:
+        each = ((model(x) - targets(B)[:, None]).square() * torch.linspace(-1, 1.5, 8).double()).sum(1)
+        account = accountant.backward(
+            (each * weights).sum(), loss_reduction="sum", example_weights=weights, project=project
+        )
+    left, right = (project.matrix("w", side, n, x).to(own.dtype) for side, n in (("left", 3), ("right", 4)))
+    torch.testing.assert_close(account.projected["w"], left @ own @ right.t())
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_parameter"])
+def test_clipping_with_checkpointing_and_layers_that_are_not_covered(clipping: str) -> None:
+    torch.manual_seed(0)
+    before, inside = Uncovered(3).double(), Uncovered(4).double()
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), inside).double().eval()
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        return m.head(checkpoint(m.body, m.before(x), use_reentrant=False))
+
+    model = Model(forward, before=before, body=body, head=nn.Linear(4, 2)).double()
+    x, y = torch.randn(B, 3).double(), targets(B).double()
+    exact = per_example_gradients(model, weighted, x, y)
+    bound, state = float(flat(exact).norm(dim=1).median()), copy.deepcopy(model.state_dict())
+    account_of(model, weighted, x, y, max_norm=bound, clipping=clipping)
+    for n, g in exact.items():
+        own = (
+            g.flatten(1).norm(dim=1) * math.sqrt(len(exact)) if clipping == "per_parameter" else flat(exact).norm(dim=1)
+        )
+        expected = torch.tensordot((bound / own).clamp(max=1), g, 1) / B
+        torch.testing.assert_close(model.get_parameter(n).grad, expected, msg=n)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_clipping_keeps_no_graph() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), Uncovered(5), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match="not covered"), GradientAccountant(model) as accountant:
+        loss = weighted(model(torch.randn(B, 3)), targets(B))
+        accountant.backward(loss, max_norm=1.0)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
+
+def test_noise_scales_of_parameters_from_pairs() -> None:
+    model, (x, y) = tiny(), batch()
+    own = own_gradients(model, x, y)
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(F.cross_entropy(model(x), y), max_norm=1.0, pairwise={"0.weight"})
+    found = account.parameter_noise_scale
+    torch.testing.assert_close(found, {"0.weight": noise_scale(own["0.weight"].flatten(1))})
+    with pytest.raises(ValueError, match=r"pairwise=True"):
+        _ = account.noise_scale
+    with GradientAccountant(model) as accountant:
+        account = accountant.backward(F.cross_entropy(model(x), y), max_norm=1.0, pairwise=True)
+    with pytest.raises(ValueError, match=r"names of parameters in pairwise"):
+        _ = account.parameter_noise_scale

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from memloc_ext import GradientAccountant
+from memloc_ext import GradientAccountant, Projection
 from memloc_ext.reference.accounting import per_example_gradients, squared_norms
 
 B = 4
@@ -255,8 +255,15 @@ def _distributed(rank: int) -> None:
     with GradientAccountant(model) as accountant:
         part = slice(rank * B, (rank + 1) * B)
         account = accountant.backward(
-            weighted(model(mine), targets(world * B)[part]), max_norm=bound, directions={"ones": direction}
+            weighted(model(mine), targets(world * B)[part]),
+            max_norm=bound,
+            directions={"ones": direction},
+            project=Projection(2, 0),
         )
+    with GradientAccountant(plain, check="never") as accountant:
+        bare = accountant.backward(weighted(plain(mine), targets(world * B)[part]), project=Projection(2, 0))
+    for name, t in bare.projected.items():
+        torch.testing.assert_close(account.projected[f"module.{name}"], t)
     for name in exact:
         clipped = torch.tensordot(factors, exact[name], 1) / len(x)
         torch.testing.assert_close(model.get_parameter(f"module.{name}").grad, clipped)

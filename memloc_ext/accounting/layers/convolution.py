@@ -84,9 +84,17 @@ class ConvolutionContribution(Contribution):
     def dot(self, directions: Tensor) -> Tensor:
         x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)
         outs = (aten.convolution(x, v, None, *self.settings) for v in directions.to(self.dtype))
-        return (
-            torch.stack([(out * g).flatten(1).sum(1) for out in outs]).unflatten(1, (self.batch, self.repeats)).sum(2)
-        )
+        images = torch.stack([(out * g).flatten(1).sum(1) for out in outs])
+        return images.unflatten(1, (self.batch, self.repeats)).sum(2)
+
+    def dot_and_groups(self, directions: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+        planar = self._planar()
+        if planar is None:
+            return super().dot_and_groups(directions, groups)
+        x, g, kernel, *geometry = planar
+        flat = directions.reshape(*directions.shape[:3], *kernel)
+        dot, sqnorm, sums = ops.conv2d_grad_dot(x, g, flat, groups, None, kernel, *geometry)
+        return dot, sqnorm, sums.reshape(groups.num, *self.shape)
 
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
         transposed, _, groups = self.settings[3:]

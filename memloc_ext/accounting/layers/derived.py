@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, chunks
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, LayerFunction
-from memloc_ext.accounting.uses import ParameterView, together
+from memloc_ext.accounting.uses import ParameterView, Use, by_position, together
 from memloc_ext.borrowing import without_hooks
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Derived(LayerFunction):
         backward = self.tracer.backward
         uses = [] if backward is None else backward.take(self)
         if backward is not None and uses:
-            parts = zip(self.weights, self._each(backward, together(uses)), strict=True)
+            parts = zip(self.weights, self._each(backward, uses), strict=True)
             return tuple(
                 contribution.total() if weight is None else backward.record(weight, contribution)
                 for weight, contribution in parts
@@ -64,8 +64,9 @@ class Derived(LayerFunction):
                 result[i] = gradients[0]
         return tuple(result)
 
-    def _each(self, backward: BackwardPass, contribution: Contribution) -> list[DerivedContribution]:
+    def _each(self, backward: BackwardPass, uses: Sequence[Use]) -> list[DerivedContribution]:
         """Return what the uses of the tensor add to the gradients of what it is computed from."""
+        contribution = together(uses)
         batch, dtype = contribution.batch, accumulated(self.value.dtype)
         norms = [torch.zeros(batch, dtype=accumulated(t.dtype), device=t.device) for t in self.leaves]
         groups = backward.summation_groups(self.value.device) if backward.weight_grads or None in self.weights else None
@@ -80,11 +81,13 @@ class Derived(LayerFunction):
                 if groups is not None and (total := sums[i]) is not None:
                     total.index_add_(0, groups.ids[begin:end], part.to(total.dtype))
         parts = zip(self.leaves, norms, sums, strict=True)
-        return [DerivedContribution(self, leaf, contribution, norm, total) for leaf, norm, total in parts]
+        return [DerivedContribution(self, leaf, uses, norm, total) for leaf, norm, total in parts]
 
     def pull_back(self, gradients: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients ``[n, *]`` of what the tensor is computed from, given ``[n, *shape]`` of its own."""
         gradients = gradients.to(self.value.dtype)
+        if not len(gradients):
+            return [leaf.new_zeros(0, *leaf.shape) for leaf in leaves]
         if len(gradients) > 1:
             with contextlib.suppress(RuntimeError):  # of functions that cannot be batched
                 return self._pull(gradients, leaves, batched=True)
@@ -111,16 +114,17 @@ class DerivedContribution(Contribution):
     Args:
         layer: The derived tensor.
         leaf: The parameter.
-        contribution: Of all uses of the derived tensor.
-        norms: Of each example's gradient, squared, ``[batch]``.
+        uses: All of the derived tensor.
+        norms: Of each example's gradient, squared, ``[batch]``, if they are known.
         sums: Of the gradients of each group, ``[groups, *shape]``, where gradients are wanted.
     """
 
     def __init__(
-        self, layer: Derived, leaf: Tensor, contribution: Contribution, norms: Tensor, sums: Tensor | None
+        self, layer: Derived, leaf: Tensor, uses: Sequence[Use], norms: Tensor | None = None, sums: Tensor | None = None
     ) -> None:
-        super().__init__(len(norms), leaf.shape, leaf)
-        self.layer, self.leaf, self.contribution, self.norms, self.sums = layer, leaf, contribution, norms, sums
+        self.uses, self.contribution = uses, together(uses)
+        super().__init__(self.contribution.batch, leaf.shape, leaf)
+        self.layer, self.leaf, self.norms, self.sums = layer, leaf, norms, sums
 
     def gradients(self, begin: int, end: int) -> Tensor:
         parts = [
@@ -137,11 +141,16 @@ class DerivedContribution(Contribution):
         return self.layer.pull_back(self.contribution.total(factors)[None], [self.leaf])[0][0].to(self.dtype)
 
     def sqnorm(self) -> Tensor:
-        return self.norms
+        return super().sqnorm() if self.norms is None else self.norms
+
+    def by_position(self) -> Contribution | None:
+        each = by_position(self.uses)
+        own = ParameterView(cast("nn.Parameter", self.layer.value), self.layer.value)
+        return None if each is None else DerivedContribution(self.layer, self.leaf, [(own, each)])
 
     def sqnorm_and_groups(self, groups: object) -> tuple[Tensor, Tensor]:
         assert self.sums is not None
-        return self.norms, self.sums
+        return self.sqnorm(), self.sums
 
 
 def derive(tracer: Tracer, t: Tensor) -> ParameterView | None:
