@@ -70,13 +70,15 @@ struct GradSqnormShape {
     return gram_time() < direct_time() && gram_fits() ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
   }
 
-  // Whether one direct pass that also adds up the gradients of groups takes less time than the norms and a weight
-  // gradient per group. Adding a tile to a sum costs as much as 3 more positions; the rows of groups and their weight
+  // Whether one direct pass that also adds up the gradients of groups, and multiplies them with directions, takes less
+  // time than the norms, a weight gradient per group and a forward product per direction. Adding a tile to a sum costs
+  // as much as 3 more positions, multiplying it with a direction as much as 2; the rows of groups and their weight
   // gradients as much as 1.2 direct ways, measured at 1.0 for convolutions and 1.5 to 2 for matrix products.
-  bool fused() const {
+  bool fused(int64_t directions = 0) const {
     const GradSqnormMethod way = choose();
     if (way != GradSqnormMethod::kGram) return way == GradSqnormMethod::kDirect;
-    return direct_time() + 3 * direct() / positions() < gram_time() + 1.2 * direct();
+    const double count = static_cast<double>(directions);
+    return direct_time() + (3 + 2 * count) * direct() / positions() < gram_time() + (1.2 + count) * direct();
   }
 
   // On CUDA, in multiply-adds at the rate of an arithmetic unit per lane, about 30 T/s on a large device; reckoned from

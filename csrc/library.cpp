@@ -22,7 +22,16 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "conv2d_grad_sqnorm_groups(Tensor input, Tensor grad_output, Tensor group_ids, SymInt num_groups, SymInt[2] "
       "kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
-  m.def("plan(int groups, int inputs, int outputs, int[] y, int[] x) -> (int, float, float, float, bool)");
+  m.def(
+      "linear_grad_dot(Tensor input, Tensor grad_output, Tensor directions, Tensor? group_ids=None, SymInt "
+      "num_groups=0) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv2d_grad_dot(Tensor input, Tensor grad_output, Tensor directions, Tensor? group_ids, SymInt num_groups, "
+      "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "plan(int groups, int inputs, int outputs, int[] y, int[] x, int directions=0) -> (int, float, float, float, "
+      "bool)");
   m.def("channel_saliency(Tensor activation, Tensor grad, int channel_dim=1) -> Tensor");
   m.def(
       "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "

@@ -1,4 +1,5 @@
 // The kernels of per-example gradient norms for AVX-512.
+#include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
 #include <torch/headeronly/util/BFloat16.h>

@@ -1,10 +1,13 @@
-// Per-example gradient norms and the sums of the gradients over groups of examples, in one direct pass on the CPU.
+// Per-example gradient norms, the sums of the gradients over groups of examples and their inner products with
+// directions, in one direct pass on the CPU.
 //
 // Threads share tiles of the gradient, not examples, so that a sum is kept once: memory is the result and kPackedBytes
 // of packed operands (one example, if that is more). Examples go in the order of their group, some at a time: packed by
 // all threads, then every task adds up its block of tiles over them. Partitions depend on sizes only, and parts are
 // added in a fixed order, so the result does not depend on the number of threads. Layers with too few blocks for many
 // threads split the examples too, into slices with their own sums, of at most kSliceElements.
+#include "cpu/grad_sqnorm_groups.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -16,7 +19,6 @@
 
 #include "cpu/element_types.h"
 #include "cpu/grad_sqnorm_tensors.h"
-#include "grad_sqnorm_args.h"
 
 namespace memloc {
 namespace {
@@ -25,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // shared by the threads; it stays in the third-level cache
-constexpr int64_t kBlockBytes = 192 << 10;          // of a task's sums, in the second-level cache
+constexpr int64_t kBlockBytes = 192 << 10;          // of a task's sums and directions, in the second-level cache
 constexpr int64_t kTasks = 16;                      // wanted at a time
 constexpr int64_t kSliceElements = int64_t{1} << 20;
 
@@ -52,22 +54,23 @@ class Packed {
 };
 thread_local std::unique_ptr<char[]> Packed::kept_;
 
-// The examples in the order of their groups, and those.
+// The examples in the order of their groups, and those; one group if there are none.
 struct Order {
   std::vector<int64_t> examples, ids;
 
-  Order(const char* op, const Tensor& group_ids, int64_t num_groups) {
-    const int64_t* const given = static_cast<const int64_t*>(group_ids.const_data_ptr());
-    const int64_t count = group_ids.size(0), step = group_ids.stride(0);
+  Order(const char* op, int64_t count, const std::optional<Tensor>& group_ids, int64_t num_groups)
+      : examples(count), ids(count) {
+    std::iota(examples.begin(), examples.end(), int64_t{0});
+    if (!group_ids) return;
+    const int64_t* const given = static_cast<const int64_t*>(group_ids->const_data_ptr());
+    const int64_t step = group_ids->stride(0);
     for (int64_t b = 0; b < count; ++b) {
       const int64_t id = given[b * step];
       MEMLOC_CHECK(id >= 0 && id < num_groups, op, ": group_ids must be in [0, ", num_groups, "), got ", id);
     }
-    examples.resize(count);
-    std::iota(examples.begin(), examples.end(), int64_t{0});
     const auto before = [&](int64_t a, int64_t b) { return given[a * step] < given[b * step]; };
     std::stable_sort(examples.begin(), examples.end(), before);
-    for (const int64_t b : examples) ids.push_back(given[b * step]);
+    for (int64_t i = 0; i < count; ++i) ids[i] = given[examples[i] * step];
   }
 };
 
@@ -76,7 +79,8 @@ template <typename Source>
 void share(GradSqnormChunk<Source>& c, int64_t num_groups) {
   using E = typename GradSqnormChunk<Source>::E;
   const GradSqnormLayout& l = c.layout;
-  const int64_t tile = l.tile_rows * l.tile_columns * l.offsets * static_cast<int64_t>(sizeof(E));
+  const int64_t tile =
+      l.tile_rows * l.tile_columns * l.offsets * (1 + c.num_directions) * static_cast<int64_t>(sizeof(E));
   const auto tasks = [&] { return c.groups * divide_up(l.x_panels, c.n_block) * divide_up(l.g_panels, c.m_block); };
   c.n_block = 1;
   c.m_block = std::clamp<int64_t>(kBlockBytes / tile, 1, l.g_panels);
@@ -89,29 +93,30 @@ void share(GradSqnormChunk<Source>& c, int64_t num_groups) {
   c.slices = std::clamp<int64_t>(std::min(kTasks / tasks(), most), 1, c.count);
 }
 
+// Adds to what is zero; norms [batch] and dots [directions, batch] are in double.
 template <typename Source>
-void run(const Tensor& x, const Tensor& g, const GradSqnormShape& s, const Order& order, int64_t num_groups,
-         double* sqnorm, Tensor& sums) {
+void run(const Tensor& x, const Tensor& g, const Tensor& directions, const GradSqnormShape& s, const Order& order,
+         double* sqnorm, double* dots, Tensor& sums) {
   using E = typename GradSqnormChunk<Source>::E;
   const GradSqnormKernels<Source> kernel = kernels<Source>();
   const GradSqnormLayout layout(s.inputs, s.outputs, s.y, s.x, kernel.tile_rows, kernel.tile_columns);
   const int64_t batch = x.size(0), bytes = (layout.x_size() + layout.g_size()) * static_cast<int64_t>(sizeof(E));
   const int64_t groups = std::clamp<int64_t>(kPackedBytes / bytes, 1, s.groups);
   const int64_t most = std::clamp<int64_t>(kPackedBytes / (bytes * groups), 1, batch);
-  const int64_t step = divide_up(batch, divide_up(batch, most));
-  const int64_t sum_size = s.groups * s.outputs * layout.width * layout.offsets;
+  const int64_t step = divide_up(batch, divide_up(batch, most)), num_groups = sums.size(0);
 
   GradSqnormChunk<Source> c{problem_of<Source>(x, g, s), layout};
-  c.sum_size = sum_size, c.count = step, c.groups = groups;
+  c.sum_size = s.groups * s.outputs * layout.width * layout.offsets, c.slice_size = num_groups * c.sum_size;
+  c.count = step, c.groups = groups;
+  c.directions = static_cast<const E*>(directions.const_data_ptr()), c.num_directions = directions.size(0);
   share(c, num_groups);
   const int64_t slices = c.slices;
-  c.slice_size = num_groups * sum_size;
   Tensor parts = sums;
   if (slices > 1) parts = zeros(sums, {slices, c.slice_size}, sums.scalar_type());
-  c.sums = static_cast<E*>(parts.mutable_data_ptr());
+  c.sums = num_groups == 0 ? nullptr : static_cast<E*>(parts.mutable_data_ptr());
   const Packed packed(sizeof(E) * step * groups * (layout.x_size() + layout.g_size()));
   c.xs = static_cast<E*>(packed.get()), c.gs = c.xs + step * groups * layout.x_size();
-  std::vector<double> partial(c.blocks() * step);
+  std::vector<double> partial((1 + c.num_directions) * c.blocks() * step);
   c.partial = partial.data();
   for (c.first_group = 0; c.first_group < s.groups; c.first_group += groups) {
     c.groups = std::min(groups, s.groups - c.first_group);
@@ -121,8 +126,9 @@ void run(const Tensor& x, const Tensor& g, const GradSqnormShape& s, const Order
       c.slices = std::min(slices, c.count);
       torch::stable::parallel_for(0, c.pack_tasks(), 1, [&](int64_t a, int64_t b) { kernel.pack(c, a, b); });
       torch::stable::parallel_for(0, c.slices * c.blocks(), 1, [&](int64_t a, int64_t b) { kernel.add(c, a, b); });
-      for (int64_t i = 0; i < c.blocks(); ++i) {
-        for (int64_t e = 0; e < c.count; ++e) sqnorm[c.examples[e]] += c.partial[i * c.count + e];
+      for (int64_t i = 0; i < (1 + c.num_directions) * c.blocks(); ++i) {
+        double* const to = i < c.blocks() ? sqnorm : dots + (i / c.blocks() - 1) * batch;
+        for (int64_t e = 0; e < c.count; ++e) to[c.examples[e]] += c.partial[i * c.count + e];
       }
     }
   }
@@ -134,29 +140,40 @@ void run(const Tensor& x, const Tensor& g, const GradSqnormShape& s, const Order
   }
 }
 
-// x [batch, groups * inputs, height, width], g [batch, groups * outputs, rows, columns]; sums of the sizes given.
-std::tuple<Tensor, Tensor> sqnorm_groups(const char* op, const Tensor& x, const Tensor& g, const Tensor& group_ids,
-                                         int64_t num_groups, const GradSqnormShape& s,
-                                         const std::vector<int64_t>& sizes) {
+}  // namespace
+
+GradPass grad_pass(const char* op, const Tensor& x, const Tensor& g, const std::optional<Tensor>& directions,
+                   const std::optional<Tensor>& group_ids, int64_t num_groups, const GradSqnormShape& s,
+                   const std::vector<int64_t>& weight) {
   check_scratch(op, GradSqnormMethod::kDirect, s);
-  const Order order(op, group_ids, num_groups);
-  const Tensor norms = zeros(x, {x.size(0)}, ScalarType::Double);
+  const Order order(op, x.size(0), group_ids, num_groups);
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  std::vector<int64_t> sizes{num_groups};
+  sizes.insert(sizes.end(), weight.begin(), weight.end());
+  const Tensor along = directions ? torch::stable::contiguous(*directions) : zeros(x, {0}, dtype);
+  const Tensor norms = zeros(x, {x.size(0)}, ScalarType::Double);
+  const Tensor dots = zeros(x, {along.size(0), x.size(0)}, ScalarType::Double);
   Tensor sums = zeros(x, sizes, dtype);
-  double* const data = static_cast<double*>(norms.mutable_data_ptr());
   if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
-    with_element(x, [&](auto element) { run<decltype(element)>(x, g, s, order, num_groups, data, sums); });
+    with_element(x, [&](auto element) {
+      run<decltype(element)>(x, g, along, s, order, static_cast<double*>(norms.mutable_data_ptr()),
+                             static_cast<double*>(dots.mutable_data_ptr()), sums);
+    });
   }
-  return {dtype == ScalarType::Double ? norms : torch::stable::to(norms, ScalarType::Float), sums};
+  if (dtype == ScalarType::Double) return {dots, norms, sums};
+  return {torch::stable::to(dots, dtype), torch::stable::to(norms, dtype), sums};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> linear_grad_sqnorm_groups(const Tensor& input, const Tensor& grad_output,
                                                      const Tensor& group_ids, int64_t num_groups) {
   const char* const op = "linear_grad_sqnorm_groups";
   const GradSqnormShape shape = linear_shape(op, input, grad_output);
   check_groups(op, input, group_ids, num_groups);
-  return sqnorm_groups(op, image_of(input, shape), image_of(grad_output, shape), group_ids, num_groups, shape,
-                       {num_groups, shape.outputs, shape.inputs});
+  const GradPass pass = grad_pass(op, image_of(input, shape), image_of(grad_output, shape), std::nullopt, group_ids,
+                                  num_groups, shape, {shape.outputs, shape.inputs});
+  return {pass.sqnorm, pass.sums};
 }
 
 std::tuple<Tensor, Tensor> conv2d_grad_sqnorm_groups(const Tensor& input, const Tensor& grad_output,
@@ -167,8 +184,9 @@ std::tuple<Tensor, Tensor> conv2d_grad_sqnorm_groups(const Tensor& input, const 
   const char* const op = "conv2d_grad_sqnorm_groups";
   const GradSqnormShape shape = conv2d_shape(op, input, grad_output, kernel_size, stride, padding, dilation, groups);
   check_groups(op, input, group_ids, num_groups);
-  return sqnorm_groups(op, input, grad_output, group_ids, num_groups, shape,
-                       {num_groups, groups * shape.outputs, shape.inputs, kernel_size[0], kernel_size[1]});
+  const GradPass pass = grad_pass(op, input, grad_output, std::nullopt, group_ids, num_groups, shape,
+                                  {groups * shape.outputs, shape.inputs, kernel_size[0], kernel_size[1]});
+  return {pass.sqnorm, pass.sums};
 }
 
 }  // namespace

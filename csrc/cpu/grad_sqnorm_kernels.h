@@ -59,7 +59,8 @@ struct GradSqnormLayout {
   int64_t g_size() const { return g_panels * g_panel(); }
 };
 
-// Norms and group sums of some examples, for some groups of the convolution, and how threads share them.
+// Norms, group sums and inner products of some examples, for some groups of the convolution, and how threads share
+// them.
 template <typename Source>
 struct GradSqnormChunk {
   using E = typename ComputeIn<Source>::type;
@@ -71,9 +72,11 @@ struct GradSqnormChunk {
   E *xs, *gs;                          // packed: [count][groups] of the layout's
   int64_t n_block, m_block;            // panels of x and of g that are one task's
   int64_t n_blocks, m_blocks, slices;  // tasks: [slices][groups][n_blocks][m_blocks]; a slice is a part of the examples
-  E* sums;                             // [slices][num_groups][all groups * outputs][inputs * kernel offsets]
-  int64_t sum_size, slice_size;        // of one id's sum, and of a slice's sums
-  double* partial;                     // [groups * n_blocks * m_blocks][count] squared norms
+  E* sums;                             // [slices][num_groups][all groups * outputs][inputs * kernel offsets], or null
+  int64_t sum_size, slice_size;        // of one id's sum or a direction, and of a slice's sums
+  const E* directions;                 // [num_directions][sum_size]
+  int64_t num_directions;
+  double* partial;  // [1 + num_directions][groups * n_blocks * m_blocks][count]: squared norms, inner products
 
   int64_t pack_tasks() const { return count * groups * (layout.x_panels + layout.g_panels); }
   int64_t blocks() const { return groups * n_blocks * m_blocks; }

@@ -19,8 +19,9 @@ AxisNumbers axis(const char* name, const std::vector<int64_t>& numbers) {
   return axis;
 }
 
-GradSqnormPlan plan(int64_t groups, int64_t inputs, int64_t outputs, std::vector<int64_t> y, std::vector<int64_t> x) {
-  return grad_sqnorm_plan(groups, inputs, outputs, axis("y", y), axis("x", x));
+GradSqnormPlan plan(int64_t groups, int64_t inputs, int64_t outputs, std::vector<int64_t> y, std::vector<int64_t> x,
+                    int64_t directions) {
+  return grad_sqnorm_plan(groups, inputs, outputs, axis("y", y), axis("x", x), directions);
 }
 
 }  // namespace

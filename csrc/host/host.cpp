@@ -31,8 +31,8 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Build information and cost models.";
   m.def("build_info", &build_info, "Compiler, CUDA architectures built for (empty: none), CPU instruction set in use.");
   m.def("grad_sqnorm_plan", &memloc::grad_sqnorm_plan, py::arg("groups"), py::arg("inputs"), py::arg("outputs"),
-        py::arg("y"), py::arg("x"),
+        py::arg("y"), py::arg("x"), py::arg("directions") = 0,
         "The way that is taken (0 outer, 1 direct, 2 gram); the multiply-adds per example of each, infinite where it "
-        "does not apply; whether sums over groups come from the same pass. Axes: size, kernel, stride, padding, "
-        "dilation.");
+        "does not apply; whether sums over groups, and inner products with directions, come from the same pass. Axes: "
+        "size, kernel, stride, padding, dilation.");
 }

@@ -92,7 +92,8 @@ class Plan:
             ``shifted_gram``). CUDA weighs the same ways by its own rates.
         multiply_adds: Multiply-adds per example of each way that applies. A Gram's are those of its whole symmetric
             products, of which a little over half is computed.
-        fused: Whether ``*_grad_sqnorm_groups`` takes one pass on the CPU for norms and sums over groups.
+        fused: Whether ``*_grad_sqnorm_groups`` takes one pass on the CPU for norms and sums over groups, or
+            ``*_grad_dot`` with so many directions.
     """
 
     method: str
@@ -100,13 +101,16 @@ class Plan:
     fused: bool
 
 
-def plan_linear(positions: int, in_features: int, out_features: int) -> Plan:
+def plan_linear(positions: int, in_features: int, out_features: int, *, directions: int = 0) -> Plan:
     """Return the way that ``auto`` takes on the CPU for a linear layer with so many positions (tokens) per example.
+
+    Only ``fused`` depends on the number of ``directions``.
 
     Raises:
         ValueError: If there are no positions, or a number is negative.
     """
-    return _plan("gram", 1, in_features, out_features, (1, 1, 1, 0, 1), (positions, 1, 1, 0, 1))
+    axes = (1, 1, 1, 0, 1), (positions, 1, 1, 0, 1)
+    return _plan("gram", 1, in_features, out_features, *axes, directions)
 
 
 def plan_conv2d(
@@ -118,8 +122,12 @@ def plan_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    *,
+    directions: int = 0,
 ) -> Plan:
     """Return the way that ``auto`` takes on the CPU for a convolution over images of ``size`` = (height, width).
+
+    Only ``fused`` depends on the number of ``directions``.
 
     Raises:
         ValueError: If there is no such convolution.
@@ -127,11 +135,13 @@ def plan_conv2d(
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(f"plan: groups must divide {in_channels} and {out_channels} channels, got {groups}")
     y, x = zip(size, kernel_size, stride, padding, dilation, strict=True)
-    return _plan("shifted_gram", groups, in_channels // groups, out_channels // groups, y, x)
+    return _plan("shifted_gram", groups, in_channels // groups, out_channels // groups, y, x, directions)
 
 
-def _plan(gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int]) -> Plan:
-    method, counts, fused = _planned(gram, groups, inputs, outputs, tuple(y), tuple(x))
+def _plan(
+    gram: str, groups: int, inputs: int, outputs: int, y: Sequence[int], x: Sequence[int], directions: int
+) -> Plan:
+    method, counts, fused = _planned(gram, groups, inputs, outputs, tuple(y), tuple(x), directions)
     return Plan(method, counts.copy(), fused)
 
 

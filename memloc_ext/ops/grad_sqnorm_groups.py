@@ -88,10 +88,10 @@ def linear_grad_sqnorm_groups(
         TypeError: If a dtype or a type does.
     """
     name, x, g = "linear_grad_sqnorm_groups", input, grad_output
-    if _may_compose(x, g) and not (x.is_cpu and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
+    if may_compose(x, g) and not (x.is_cpu and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
         norms = linear_grad_sqnorm(x, g)
         return norms, linear_group_grad(x.detach(), g.detach(), _groups(name, x, group_ids, num_groups))
-    return call_without_graph(_linear, name, x, g, *_ids(group_ids, num_groups))
+    return call_without_graph(_linear, name, x, g, *given_ids(group_ids, num_groups))
 
 
 def linear_group_grad(input: Tensor, grad_output: Tensor, groups: Groups) -> Tensor:
@@ -128,7 +128,7 @@ def conv2d_grad_sqnorm_groups(
     """
     name, x, g = "conv2d_grad_sqnorm_groups", input, grad_output
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
-    if _may_compose(x, g) and not (x.is_cpu and _conv2d_is_fused(x, g, *geometry, groups)):
+    if may_compose(x, g) and not (x.is_cpu and conv2d_is_fused(x, g, *geometry, groups)):
         norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         by = _groups(name, x, group_ids, num_groups)
         sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
@@ -138,25 +138,31 @@ def conv2d_grad_sqnorm_groups(
                 operands = (rows_g.to(sums.dtype), rows_x.to(sums.dtype), total, None)
                 total.copy_(torch.ops.aten.convolution_backward(*operands, *settings)[1])
         return norms, sums
-    return call_without_graph(_conv2d, name, x, g, *_ids(group_ids, num_groups), *geometry, groups)
+    return call_without_graph(_conv2d, name, x, g, *given_ids(group_ids, num_groups), *geometry, groups)
 
 
-def _conv2d_is_fused(x: Tensor, g: Tensor, *geometry: object) -> bool:
+def conv2d_is_fused(x: Tensor, g: Tensor, *geometry: object, directions: int = 0) -> bool:
+    """Return whether the operator takes one pass, or is to say what is wrong."""
     try:
-        return plan_conv2d(x.shape[1], g.shape[1], x.shape[2:], *geometry).fused  # pyright: ignore[reportArgumentType]
+        plan = plan_conv2d(x.shape[1], g.shape[1], x.shape[2:], *geometry, directions=directions)  # pyright: ignore[reportArgumentType]
+        return plan.fused
     except (TypeError, ValueError):  # no such convolution: the operator says why
         return True
 
 
-def _may_compose(x: Tensor, g: Tensor) -> bool:
-    # The operator refuses what is wrong and knows what is empty. Rows of a group are a choice by values, which a graph
-    # of torch.compile cannot make.
+def may_compose(x: Tensor, g: Tensor) -> bool:
+    """Return whether a composition knows these arguments.
+
+    The operator refuses what is wrong and knows what is empty. Rows of a group are a choice by values, which a graph of
+    torch.compile cannot make.
+    """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(g, Tensor):
         return False
     return x.ndim == g.ndim >= 2 and 0 not in (x.numel(), g.numel())
 
 
-def _ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:
+def given_ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:
+    """Return what the operator takes."""
     return (group_ids.ids, group_ids.num) if isinstance(group_ids, Groups) else (group_ids, num_groups)
 
 

@@ -9,7 +9,7 @@ from valid_arguments import VALID
 
 import memloc_ext  # noqa: F401
 
-CPU_ONLY = {"linear_grad_sqnorm_groups", "conv2d_grad_sqnorm_groups", "plan"}
+CPU_ONLY = {"linear_grad_sqnorm_groups", "conv2d_grad_sqnorm_groups", "linear_grad_dot", "conv2d_grad_dot", "plan"}
 NAMES = sorted(set(VALID) - CPU_ONLY)
 pytestmark = pytest.mark.cuda
 

@@ -22,10 +22,17 @@ def result_of(model: Callable, *arguments: object) -> object:
 
 
 @settings(deadline=None, max_examples=1000)
-@given(groups=st.integers(0, 3), inputs=st.integers(0, 300), outputs=st.integers(0, 300), y=axes, x=axes)
-def test_the_operator_and_the_host_module_are_one_cost_model(groups, inputs, outputs, y, x) -> None:
+@given(
+    groups=st.integers(0, 3),
+    inputs=st.integers(0, 300),
+    outputs=st.integers(0, 300),
+    y=axes,
+    x=axes,
+    n=st.integers(-1, 9),
+)
+def test_the_operator_and_the_host_module_are_one_cost_model(groups, inputs, outputs, y, x, n) -> None:
     host = pytest.importorskip("memloc_ext._host")
-    shape = (groups, inputs, outputs, y, x)
+    shape = (groups, inputs, outputs, y, x, n)
     assert result_of(op, *shape) == result_of(host.grad_sqnorm_plan, *shape)
 
 
