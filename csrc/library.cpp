@@ -29,6 +29,10 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "conv2d_grad_dot(Tensor input, Tensor grad_output, Tensor directions, Tensor? group_ids, SymInt num_groups, "
       "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, "
       "Tensor, Tensor)");
+  m.def("linear_grad_inner(Tensor input, Tensor grad_output) -> Tensor");
+  m.def(
+      "conv2d_grad_inner(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def(
       "plan(int groups, int inputs, int outputs, int[] y, int[] x, int directions=0) -> (int, float, float, float, "
       "bool)");

@@ -82,6 +82,24 @@ struct GradSqnormChunk {
   int64_t blocks() const { return groups * n_blocks * m_blocks; }
 };
 
+// Some tiles of the gradients of all examples, for a group of the convolution, and their products with each other.
+template <typename Source>
+struct GradInnerChunk {
+  using E = typename ComputeIn<Source>::type;
+  static constexpr int64_t kBlock = 12;  // examples whose products with as many others are a task
+  GradSqnormProblem<Source> problem;
+  GradSqnormLayout layout;
+  int64_t batch, group;
+  int64_t first_n, n_panels, first_m, m_panels;  // panels of x and of g that are packed
+  E *xs, *gs;                                    // [batch][n_panels] of the layout's, [batch][m_panels]
+  int64_t first_tile, tiles;                     // of [n_panels][kernel offsets][m_panels]
+  E* rows;                                       // [batch][row_size]: these tiles
+  int64_t row_size;
+  double* inner;  // [batch][batch], the upper triangle
+
+  int64_t blocks() const { return divide_up(batch, kBlock); }
+};
+
 // sqnorm[b] = squared norm, for b in [begin, end). Source: float, double, or a 16-bit type that is computed in float.
 template <typename Source>
 using GradSqnormKernel = void (*)(const GradSqnormProblem<Source>&, double* sqnorm, int64_t begin, int64_t end);
@@ -91,9 +109,13 @@ template <typename Source>
 using GradSqnormChunkKernel = void (*)(const GradSqnormChunk<Source>&, int64_t begin, int64_t end);
 
 template <typename Source>
+using GradInnerChunkKernel = void (*)(const GradInnerChunk<Source>&, int64_t begin, int64_t end);
+
+template <typename Source>
 struct GradSqnormKernels {
   GradSqnormKernel<Source> direct, gram;
   GradSqnormChunkKernel<Source> pack, add;
+  GradInnerChunkKernel<Source> pack_pairs, tiles_of_pairs, products_of_pairs;
   int64_t tile_rows, tile_columns;
 };
 

@@ -9,7 +9,9 @@ from valid_arguments import VALID
 
 import memloc_ext  # noqa: F401
 
-CPU_ONLY = {"linear_grad_sqnorm_groups", "conv2d_grad_sqnorm_groups", "linear_grad_dot", "conv2d_grad_dot", "plan"}
+CPU_ONLY = {
+    f"{layer}_{name}" for layer in ("linear", "conv2d") for name in ("grad_sqnorm_groups", "grad_dot", "grad_inner")
+} | {"plan"}
 NAMES = sorted(set(VALID) - CPU_ONLY)
 pytestmark = pytest.mark.cuda
 

@@ -33,9 +33,8 @@ def check_linear(x: Tensor, g: Tensor, along: Tensor, ids: Tensor | None = None,
 def check_conv2d(x: Tensor, g: Tensor, along: Tensor, ids: Tensor | None, num_groups: int, *geometry) -> None:
     pairs, both = wide_pairs(x, g), (along.double(), along.double().abs())
     exact, magnitude = (reference.conv2d_grad_dot(*p, v, *geometry) for p, v in zip(pairs, both, strict=True))
-    sums, sizes = (
-        conv2d_grad_sums(*p, torch.zeros(len(x)) if ids is None else ids, num_groups, *geometry) for p in pairs
-    )
+    of = torch.zeros(len(x)) if ids is None else ids
+    sums, largest = (conv2d_grad_sums(*p, of, num_groups, *geometry) for p in pairs)
     arguments = (x, g, along, ids, num_groups, *geometry)
     for result in (conv2d_grad_dot(*arguments), CONV2D_OP(*arguments)):
         assert [t.dtype for t in result] == [along.dtype] * 3

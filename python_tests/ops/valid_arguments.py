@@ -28,6 +28,8 @@ VALID: dict[str, Callable[[], list[Any]]] = {
         torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), torch.randn(1, 2, 2, 3, 3), ids(1, 0), 2,
         [3, 3], [2, 2], [1, 1], [1, 1], 2,
     ],
+    "linear_grad_inner": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
+    "conv2d_grad_inner": lambda: [torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2],
     "plan": lambda: [2, 8, 16, [6, 3, 1, 1, 1], [6, 3, 1, 1, 1], 1],
     "channel_saliency": lambda: [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), 1],
     "linear_ablation_loss": lambda: [
