@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 from memloc_ext._version import __version__
 from memloc_ext.batches import device_of
-from memloc_ext.distributed import once
 from memloc_ext.examples import Data
 from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
@@ -22,7 +19,7 @@ from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
-from memloc_ext.probes.states import State, found_states, read_state
+from memloc_ext.probes.states import States, epoch_of, read_state, sources_of
 from memloc_ext.tasks import Classification, Task, TaskName, Tokens, logits_of
 
 PAPER_EPOCHS = tuple(range(0, 15, 2))
@@ -98,7 +95,7 @@ class Rewinding:
 
 def rewind(
     model: nn.Module,
-    states: str | Path | Mapping[int, State],
+    states: States,
     data: Data,
     *,
     memorized: Marks | None = None,
@@ -154,12 +151,11 @@ def rewind(
     model = getattr(model, "_orig_mod", model)
     chosen = chosen_groups("rewind", model, groups)
     evaluation = Evaluation("rewind", model, data, memorized, true_labels, test, task, batch_size, num_workers)
-    if isinstance(states, Mapping):
-        sources = {_epoch("states", epoch): state for epoch, state in states.items()}
-        when = sorted(sources) if epochs is None else _there(sources, epochs)
-    else:  # read by one process: another machine may not see the newest yet
-        sources = once(lambda: found_states("rewind", states))
-        when = _before_last(sources) if epochs is None else _there(sources, epochs)
+    sources = sources_of("rewind", states)
+    if epochs is None:
+        when = list(sources) if isinstance(states, Mapping) else _before_last(sources)
+    else:
+        when = _there(sources, epochs)
     if not when:
         raise ValueError("rewind: epochs must hold at least one, got none")
     names = {name for group in chosen.values() for name in group.names}
@@ -207,17 +203,10 @@ def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[
 
 
 def _there(sources: Mapping[int, Any], epochs: Sequence[int]) -> list[int]:
-    wanted = {_epoch("epochs", epoch) for epoch in epochs}
+    wanted = {epoch_of("rewind", "epochs", epoch) for epoch in epochs}
     for epoch in wanted - sources.keys():
         raise ValueError(f"rewind: epochs must be among those of states, {_listed(sources)}, got {epoch}")
     return sorted(wanted)
-
-
-def _epoch(name: str, epoch: Any) -> int:
-    try:
-        return operator.index(epoch)
-    except TypeError:
-        raise TypeError(f"rewind: epochs in {name} must be integers, got {epoch!r}") from None
 
 
 def _before_last(sources: Mapping[int, Any]) -> list[int]:

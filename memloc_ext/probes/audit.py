@@ -1,0 +1,287 @@
+"""The audit: how memorized each training example is, by what a training leaves behind, and a suggested label."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc_ext._version import __version__
+from memloc_ext.accounting import Account, GradientAccountant
+from memloc_ext.batches import Batch, call, device_of
+from memloc_ext.distributed import once
+from memloc_ext.examples import Data, Examples, digest, examples
+from memloc_ext.files import parsed
+from memloc_ext.marks import Lookup, Marks, marked, truth
+from memloc_ext.nn import dropout_mode, example_ids
+from memloc_ext.nn.insert import example_tied_sites
+from memloc_ext.parts import Parts, fingerprint, spread_parts
+from memloc_ext.probes.audit_result import Audit
+from memloc_ext.probes.states import State, States, read_state, recorded_rates, sources_of
+from memloc_ext.tasks import (
+    Classification,
+    Task,
+    TaskName,
+    Tokens,
+    example_losses,
+    identity,
+    logits_of,
+    right_examples,
+    task_of,
+)
+
+SCORES = ("gradnorm", "self_influence", "margin", "loss", "forgetting", "drop")
+"""Every score, in the order of the columns."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one state says of each example, by their numbers; lists may be empty but for the first four.
+
+    Attributes:
+        ids: Numbers, ascending.
+        sqnorm: Squared norm of the gradient of the example's loss.
+        loss: That loss.
+        right: Whether the model is right.
+        margin: Logit of the label less the largest other one.
+        predicted: Class with the largest logit.
+        labels: The label.
+        drop: Loss without memorization channels.
+        without: Class that is predicted then.
+    """
+
+    ids: list[int]
+    sqnorm: list[float]
+    loss: list[float]
+    right: list[bool]
+    margin: list[float] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    drop: list[float] = field(default_factory=list)
+    without: list[int] = field(default_factory=list)
+
+
+def audit(
+    model: nn.Module,
+    data: Data,
+    *,
+    states: States | None = None,
+    learning_rates: Mapping[int, float] | Sequence[float] | None = None,
+    memorized: Marks | None = None,
+    true_labels: Any | None = None,
+    test: Data | None = None,
+    task: TaskName | Task = "classification",
+    groups: object = None,
+    score: str | None = None,
+    batch_size: int = 512,
+    num_workers: int = 0,
+    parts: Parts | None = None,
+) -> Audit:
+    """Score every training example by how memorized it is, and suggest a label for it.
+
+    The scores, of which higher is more memorized or suspect:
+
+    - ``score_gradnorm``: norm of the gradient of the example's own loss, mean over the states.
+    - ``score_self_influence``: sum over the states of learning rate times squared norm (TracIn).
+    - ``score_margin``: the logit of the label less the largest other one, mean over the states (area under the margin),
+      negated; for tokens the mean over the labelled ones. Not for tasks of your own.
+    - ``score_loss``: mean loss.
+    - ``score_forgetting``: how often the model is right in a state and wrong in the next; the number of states for an
+      example about which it is right in none.
+    - ``score_drop``: for a model with example-tied dropout, the loss in mode ``drop`` less that with the example's own
+      channels, in the last state.
+
+    The suggested label of a model with example-tied dropout is what it predicts without memorization channels, in the
+    last state. Else it is what is predicted in most states, each counted with the standard deviation of the losses over
+    the examples: that is largest when the network knows what examples have in common and has not memorized the others
+    yet, and near 0 at the beginning and once all are fitted.
+
+    The model runs in evaluation mode, an `ExampleTiedDropout` in mode ``train``, and in a copy: it is left as it was.
+    Each state takes a forward and a backward pass over the data. Several processes (see `memloc_ext.distributed`) share
+    the states.
+
+    Args:
+        model: Any model; what it was trained with, such as example-tied dropout, is in it.
+        data: Training examples, at least one; see `memloc_ext.examples`. Each pass must yield the same ones, in any
+            order.
+        states: Epoch to state dict or path, or a folder of checkpoints, as for `rewind`; by default the model as it is
+            is the only state.
+        learning_rates: One per state, by epoch or in the order of the epochs, at least 0; by default those of the last
+            steps before the states, 0 before any, if the last one is a checkpoint of this package, else 1.
+        memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
+        true_labels: Targets before any noise, ``[N]`` by number; by default what the data set says. Only for `quality`.
+        test: Not read; every probe takes this and ``groups``, so that the same settings go to all.
+        task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
+        groups: Not read.
+        score: What ranks the examples, with ``score_`` or without; by default ``drop`` if the model has example-tied
+            dropout, else ``loss``, the best on the digits.
+        batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
+        num_workers: Processes that read a data set; a ``DataLoader`` has its own.
+        parts: Keeps finished states for a call with the same arguments, such as `memloc_ext.parts.PartFiles`.
+
+    Returns:
+        The scores, ranks and suggested labels.
+
+    Raises:
+        ValueError: If an argument breaks the above, a state is damaged or of another model, a loss or gradient is not
+            finite, or the numbers of the examples cannot be known.
+        TypeError: If data can be iterated only once, or an epoch is no integer.
+        OSError: If a state cannot be read.
+
+    Source: Pruthi et al., "Estimating Training Data Influence by Tracing Gradient Descent", NeurIPS 2020; Pleiss et
+    al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", NeurIPS 2020; Toneva et al., "An
+    Empirical Study of Example Forgetting during Deep Neural Network Learning", ICLR 2019; Maini et al., "Can Neural
+    Network Memorization Be Localized?", ICML 2023.
+    """
+    model, task = getattr(model, "_orig_mod", model), task_of(task)
+    names = _names(model, task)
+    chosen = (score or ("drop" if "drop" in names else "loss")).removeprefix("score_")
+    if chosen not in names:
+        raise ValueError(f"audit: score must be one of {', '.join(names)}, got {score!r}")
+    sources = {0: model.state_dict()} if states is None else sources_of("audit", states)
+    if not sources:
+        raise ValueError("audit: states must hold at least one, got none")
+    rates, last = _rates(sources, learning_rates), max(sources)
+    source = examples("audit", data, device_of(model), num_workers=num_workers)
+    marks, true = marked("audit", memorized, data), truth("audit", true_labels, data)
+    passes = _Passes(model, source, task, marks, batch_size)
+
+    def one(epoch: int) -> dict[str, Any]:
+        return asdict(passes.of(read_state("audit", sources[epoch], model), f"state {epoch}", epoch == last))
+
+    work, common, digests = {}, None, {}
+    if parts is not None:
+        digests = once(lambda: {e: fingerprint(read_state("audit", source, model)) for e, source in sources.items()})
+        told = None if marks is None else marks(source.indices)
+        common = fingerprint(__version__, str(model), digest(source), told, identity(task), batch_size)
+    for epoch in sources:
+        key = epoch if parts is None else fingerprint(common, epoch, epoch == last, digests[epoch])
+        work[f"audit_{key}"] = epoch
+    found = spread_parts(one, work, parts, partial(parsed, _Pass))
+    if any(pas.ids != found[0].ids for pas in found):
+        raise ValueError("audit: data must yield the same examples in every pass; leave out drop_last of a DataLoader")
+    ids = torch.tensor(found[0].ids)
+    scores, labelled = _scores(found, rates), isinstance(task, Classification)
+    return Audit(
+        f"score_{chosen}",
+        found[-1].ids,
+        found[-1].labels if labelled else None,
+        _suggested(found) if labelled else None,
+        {f"score_{name}": scores[name].tolist() for name in names},
+        None if marks is None else marks(ids).tolist(),
+        true(ids).tolist() if true is not None and labelled else None,
+    )
+
+
+def _names(model: nn.Module, task: Task) -> list[str]:
+    """Return the scores that there are for a model and a task, by their names without ``score_``."""
+    missing = set() if isinstance(task, Classification | Tokens) else {"margin"}
+    return [name for name in SCORES if name not in (missing if example_tied_sites(model) else missing | {"drop"})]
+
+
+def _rates(sources: Mapping[int, State], given: Mapping[int, float] | Sequence[float] | None) -> list[float]:
+    """Return the learning rate of each state."""
+    if given is None:
+        known = once(lambda: recorded_rates(sources[max(sources)]))
+        return [known[epoch] for epoch in sources] if known.keys() >= sources.keys() else [1.0] * len(sources)
+    by_epoch = dict(given) if isinstance(given, Mapping) else dict(zip(sources, given, strict=False))
+    if len(given) != len(sources) or by_epoch.keys() != sources.keys():
+        rule = f"one per state, of epochs {', '.join(map(str, sources))}"
+        raise ValueError(f"audit: learning_rates must be {rule}, got {given}")
+    rates = [float(by_epoch[epoch]) for epoch in sources]
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise ValueError(f"audit: learning_rates must be finite and at least 0, got {given}")
+    return rates
+
+
+class _Passes:
+    """Passes over the examples with a copy of a model, in one state after another."""
+
+    def __init__(self, model: nn.Module, source: Examples, task: Task, marks: Lookup | None, batch_size: int) -> None:
+        self._network = copy.deepcopy(model).eval()
+        self._tensors, self._tied = self._network.state_dict(), bool(example_tied_sites(model))
+        self._accountant = GradientAccountant(self._network)
+        self._source, self._task, self._marks, self._batch_size = source, task, marks, batch_size
+
+    def of(self, state: Mapping[str, Tensor], where: str, last: bool) -> _Pass:
+        """Return what a state says of each example; of the last one all of it."""
+        with torch.no_grad():
+            for name, value in state.items():
+                self._tensors[name].copy_(value)
+        columns: dict[str, list[Tensor]] = {}
+        for batch in self._source.batches(self._batch_size):
+            for name, values in self._told(batch, last).items():
+                columns.setdefault(name, []).append(values.cpu())
+        if not columns:
+            raise ValueError("audit: data must hold at least one example, got none")
+        ids, order = torch.cat(columns.pop("ids")).sort(stable=True)
+        found = {name: torch.cat(values)[order] for name, values in columns.items()}
+        for name, values in found.items():
+            if not values.isfinite().all():
+                at = int(values.isfinite().logical_not().nonzero()[0])
+                got = f"{float(values[at])} as {name} of example {int(ids[at])} in {where}"
+                raise ValueError(f"audit: losses, margins and gradients must be finite, got {got}")
+        return _Pass(ids.tolist(), **{name: values.tolist() for name, values in found.items()})
+
+    def _told(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """Return the columns of `_Pass` for a batch."""
+        (x, y, ids), task = batch, self._task
+        output, loss, account = self._accounted(batch)
+        with torch.no_grad():
+            told = {"ids": ids, "sqnorm": account.total_sqnorm.clamp(min=0), "loss": loss.detach()}
+            told["right"] = right_examples(task, output, y, len(ids))
+            if isinstance(task, Classification | Tokens):
+                told["margin"] = task.margin(output, y)
+            if isinstance(task, Classification):
+                told["predicted"] = logits_of(output).argmax(1)
+                told |= {"labels": y} if last else {}
+            if last and self._tied:
+                with dropout_mode(self._network, "drop"):
+                    output = call(self._network, x)
+                told["drop"] = example_losses(task, output, y, len(ids))
+                told |= {"without": logits_of(output).argmax(1)} if isinstance(task, Classification) else {}
+        return told
+
+    def _accounted(self, batch: Batch, **how: Any) -> tuple[Any, Tensor, Account]:
+        """Return the output for a batch, the loss of each example, and the account of their gradients."""
+        with torch.enable_grad(), dropout_mode(self._network, "train"), example_ids(batch.ids), self._accountant:
+            output = call(self._network, batch.x)
+            loss = example_losses(self._task, output, batch.y, len(batch.ids))
+            how = {"loss_reduction": "none", "weight_grads": False, **how}
+            return output, loss, self._accountant.backward(loss, **how)
+
+
+def _scores(found: Sequence[_Pass], rates: Sequence[float]) -> dict[str, Tensor]:
+    """Return the scores that there are by name, ``[N]`` float64."""
+
+    def table(name: str) -> Tensor:
+        return torch.tensor([getattr(one, name) for one in found], dtype=torch.float64)
+
+    sqnorm, loss, right, last = table("sqnorm"), table("loss"), table("right").bool(), found[-1]
+    forgotten = (right[:-1] & ~right[1:]).sum(0)
+    scores = {
+        "gradnorm": sqnorm.sqrt().mean(0),
+        "self_influence": torch.tensor(rates, dtype=torch.float64) @ sqnorm,
+        "margin": -table("margin").mean(0),
+        "loss": loss.mean(0),
+        "forgetting": torch.where(right.any(0), forgotten, len(found)).double(),
+    }
+    if last.drop:
+        scores["drop"] = torch.tensor(last.drop, dtype=torch.float64) - loss[-1]
+    return scores
+
+
+def _suggested(found: Sequence[_Pass]) -> list[int]:
+    """Return the labels that are suggested, see `audit`."""
+    if found[-1].without:
+        return found[-1].without
+    predicted = torch.tensor([one.predicted for one in found])
+    weights = torch.tensor([one.loss for one in found], dtype=torch.float64).std(1, correction=0)
+    votes = torch.stack([weights @ (predicted == one).double() for one in predicted])
+    return predicted.gather(0, votes.argmax(0)[None])[0].tolist()
