@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from memloc_ext.tasks import (
     task_of,
 )
 
-SCORES = ("gradnorm", "self_influence", "margin", "loss", "forgetting", "drop")
+ScoreName = Literal["gradnorm", "self_influence", "margin", "loss", "forgetting", "drop"]
 """Every score, in the order of the columns."""
 
 
@@ -181,8 +181,8 @@ def audit(
 
 def _names(model: nn.Module, task: Task) -> list[str]:
     """Return the scores that there are for a model and a task, by their names without ``score_``."""
-    missing = set() if isinstance(task, Classification | Tokens) else {"margin"}
-    return [name for name in SCORES if name not in (missing if example_tied_sites(model) else missing | {"drop"})]
+    there = {"margin": isinstance(task, Classification | Tokens), "drop": bool(example_tied_sites(model))}
+    return [name for name in get_args(ScoreName) if there.get(name, True)]
 
 
 def _rates(sources: Mapping[int, State], given: Mapping[int, float] | Sequence[float] | None) -> list[float]:

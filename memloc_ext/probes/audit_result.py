@@ -68,17 +68,18 @@ class Audit:
         are among these n and whose suggested label is the true one, None where true labels are not known or not
         different.
         """
-        marks = torch.tensor(self.memorized or [], dtype=torch.bool)
-        n, rows = int(marks.sum()), []
-        wrong, back = torch.zeros_like(marks), torch.zeros_like(marks)
-        if n and self.labels is not None and self.suggested is not None and self.true_labels is not None:
-            labels, suggested, true = map(torch.tensor, (self.labels, self.suggested, self.true_labels))
-            wrong, back = marks & (labels != true), marks & (labels != true) & (suggested == true)
+        marks = self.memorized or []
+        n, wrong, back, rows = sum(marks), 0, set(), []
+        if self.labels is not None and self.suggested is not None and self.true_labels is not None:
+            columns = enumerate(zip(marks, self.labels, self.suggested, self.true_labels, strict=False))
+            told = {i: suggested == true for i, (mark, label, suggested, true) in columns if mark and label != true}
+            wrong, back = len(told), {i for i, right in told.items() if right}
         for name, values in self.scores.items() if n else ():
-            top = torch.tensor(self._order(name)[:n])
-            restored = int(back[top].sum()) / int(wrong.sum()) if wrong.any() else None
-            auc = roc_auc(torch.tensor(values, dtype=torch.float64), marks)
-            rows.append({"score": name, "auc": auc, "precision": int(marks[top].sum()) / n, "restored": restored})
+            top = self._order(name)[:n]
+            restored = len(back.intersection(top)) / wrong if wrong else None
+            auc = roc_auc(torch.tensor(values, dtype=torch.float64), torch.tensor(marks))
+            precision = sum(marks[i] for i in top) / n
+            rows.append({"score": name, "auc": auc, "precision": precision, "restored": restored})
         return rows
 
     def _order(self, score: str) -> list[int]:

@@ -236,14 +236,18 @@ def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized,
         (["run"], (*STAGES, "report")),
         (["run", "--skip", "account"], tuple(name for name in (*STAGES, "report") if name != "account")),
         (["run", "--no-account"], tuple(name for name in (*STAGES, "report") if name != "account")),
-        (["run", "--skip", "train"], ("dropout", "controls", "localize-dropout", "report")),
-        (["run", "--skip", "dropout", "report"], ("train", "account", "rewind", "retrain", "localize", "controls")),
+        (["run", "--skip", "train"], ("dropout", "controls", "localize-dropout", "audit-dropout", "report")),
+        (
+            ["run", "--skip", "dropout", "report"],
+            ("train", "account", "rewind", "retrain", "localize", "audit", "controls"),
+        ),
         (["run", "--only", "rewind", "account"], ("rewind", "account", "report")),
         (["run", "--only", "rewind", "account", "--skip", "account", "report"], ("rewind",)),
         (["train"], ("train", "report")),
         (["account"], ("train", "account", "report")),
         (["rewind"], ("train", "rewind", "report")),
         (["retrain"], ("train", "retrain", "report")),
+        (["audit"], ("train", "audit", "dropout", "audit-dropout", "report")),
         (["localize"], ("train", "localize", "dropout", "localize-dropout", "report")),
         (["dropout"], ("dropout", "report")),
     ],
@@ -408,7 +412,7 @@ def test_the_report_of_the_whole_study_has_every_section(whole) -> None:
     titles = re.findall("<h3>(.*)</h3>", page)
     assert titles == [section.title for section in sections(whole)]
     assert [section.name for section in sections(whole)] == [
-        "memorization", "accounting", "rewinding", "retraining", "localization", "dropout"
+        "memorization", "accounting", "rewinding", "retraining", "localization", "dropout", "audit"
     ]  # fmt: skip
     for number in numbers(whole):
         assert f"<td>{number.what}</td><td>{number.text(number.value)}</td><td>{number.paper}</td>" in page
