@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,58 +12,105 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext._version import __version__
-from memloc_ext.accounting import Account, GradientAccountant
-from memloc_ext.batches import Batch, call, device_of
+from memloc_ext.batches import device_of
 from memloc_ext.distributed import once
-from memloc_ext.examples import Data, Examples, digest, examples
+from memloc_ext.examples import Data, digest, examples
 from memloc_ext.files import parsed
-from memloc_ext.marks import Lookup, Marks, marked, truth
-from memloc_ext.nn import dropout_mode, example_ids
+from memloc_ext.marks import Marks, marked, truth
 from memloc_ext.nn.insert import example_tied_sites
 from memloc_ext.parts import Parts, fingerprint, spread_parts
-from memloc_ext.probes.audit_result import Audit
+from memloc_ext.probes.account_epoch import roc_auc
+from memloc_ext.probes.audit_passes import OTHERS, Pass, Passes
 from memloc_ext.probes.states import State, States, read_state, recorded_rates, sources_of
 from memloc_ext.tasks import (
     Classification,
     Task,
     TaskName,
     Tokens,
-    example_losses,
     identity,
-    logits_of,
-    right_examples,
     task_of,
 )
 
-ScoreName = Literal["gradnorm", "self_influence", "margin", "loss", "forgetting", "drop"]
+ScoreName = Literal["gradnorm", "self_influence", "margin", "loss", "forgetting", "cosine", "drop"]
 """Every score, in the order of the columns."""
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What one state says of each example, by their numbers; lists may be empty but for the first four.
+class Audit:
+    """How memorized each of N training examples is; lists are ``[N]``, in ascending order of the examples' numbers.
 
     Attributes:
-        ids: Numbers, ascending.
-        sqnorm: Squared norm of the gradient of the example's loss.
-        loss: That loss.
-        right: Whether the model is right.
-        margin: Logit of the label less the largest other one.
-        predicted: Class with the largest logit.
-        labels: The label.
-        drop: Loss without memorization channels.
-        without: Class that is predicted then.
+        score: The one of ``scores`` that ranks the examples.
+        indices: Number of each example.
+        labels: Its label; None unless the task is classification.
+        suggested: The label that is suggested in its place, often the same; None likewise.
+        scores: Name, ``score_*``, to the score of each example; higher is more memorized or suspect.
+        memorized: Whether it is marked as memorized; None where that is not known.
+        true_labels: Its label before any noise; None where that is not known.
     """
 
-    ids: list[int]
-    sqnorm: list[float]
-    loss: list[float]
-    right: list[bool]
-    margin: list[float] = field(default_factory=list)
-    predicted: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    drop: list[float] = field(default_factory=list)
-    without: list[int] = field(default_factory=list)
+    score: str
+    indices: list[int]
+    labels: list[int] | None
+    suggested: list[int] | None
+    scores: dict[str, list[float]]
+    memorized: list[bool] | None = None
+    true_labels: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        columns = [self.labels, self.suggested, self.memorized, self.true_labels, *self.scores.values()]
+        if self.score not in self.scores or any(c is not None and len(c) != len(self.indices) for c in columns):
+            raise ValueError("Audit: score must be among scores, and every list have a value for each example")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per example, in the order of their numbers.
+
+        The keys are ``index``; ``label`` and ``suggested``, None unless the task is classification; every ``score_*``;
+        and ``rank`` by the chosen score, from 1, the most suspect, to N. Of equal scores the lower number comes first.
+        """
+        ranks = {place: rank for rank, place in enumerate(self._order(self.score), 1)}
+        labels, suggested = (column or [None] * len(self.indices) for column in (self.labels, self.suggested))
+        return [
+            {
+                "index": index,
+                "label": labels[i],
+                "suggested": suggested[i],
+                **{name: values[i] for name, values in self.scores.items()},
+                "rank": ranks[i],
+            }
+            for i, index in enumerate(self.indices)
+        ]
+
+    def top(self, n: int = 50) -> list[dict[str, Any]]:
+        """Return the rows of the n most suspect examples, by rank."""
+        return sorted(self.rows(), key=lambda row: row["rank"])[:n]
+
+    def quality(self) -> list[dict[str, Any]]:
+        """Return how well each score finds the marked examples, a row per score; none if no example is marked.
+
+        The keys are ``score``; ``auc``: area under the ROC curve; ``precision``: share of marked ones among the n most
+        suspect, n being the number of marked ones; ``restored``: share of the marked examples with a wrong label that
+        are among these n and whose suggested label is the true one, None where true labels are not known or not
+        different.
+        """
+        marks = self.memorized or []
+        n, wrong, back, rows = sum(marks), 0, set(), []
+        if self.labels is not None and self.suggested is not None and self.true_labels is not None:
+            columns = enumerate(zip(marks, self.labels, self.suggested, self.true_labels, strict=False))
+            told = {i: suggested == true for i, (mark, label, suggested, true) in columns if mark and label != true}
+            wrong, back = len(told), {i for i, right in told.items() if right}
+        for name, values in self.scores.items() if n else ():
+            top = self._order(name)[:n]
+            restored = len(back.intersection(top)) / wrong if wrong else None
+            auc = roc_auc(torch.tensor(values, dtype=torch.float64), torch.tensor(marks))
+            precision = sum(marks[i] for i in top) / n
+            rows.append({"score": name, "auc": auc, "precision": precision, "restored": restored})
+        return rows
+
+    def _order(self, score: str) -> list[int]:
+        """Return the places of the examples, the most suspect first."""
+        values = self.scores[score]
+        return sorted(range(len(values)), key=lambda i: -values[i])
 
 
 def audit(
@@ -94,6 +140,8 @@ def audit(
     - ``score_loss``: mean loss.
     - ``score_forgetting``: how often the model is right in a state and wrong in the next; the number of states for an
       example about which it is right in none.
+    - ``score_cosine``: cosine of the example's gradient with the mean gradient of the clean examples in the last state,
+      negated; with that of all examples where none is known as memorized, or none as clean.
     - ``score_drop``: for a model with example-tied dropout, the loss in mode ``drop`` less that with the example's own
       channels, in the last state.
 
@@ -103,8 +151,8 @@ def audit(
     yet, and near 0 at the beginning and once all are fitted.
 
     The model runs in evaluation mode, an `ExampleTiedDropout` in mode ``train``, and in a copy: it is left as it was.
-    Each state takes a forward and a backward pass over the data. Several processes (see `memloc_ext.distributed`) share
-    the states.
+    Each state takes a forward and a backward pass over the data, the last one two. Several processes share the states,
+    see `memloc_ext.distributed`.
 
     Args:
         model: Any model; what it was trained with, such as example-tied dropout, is in it.
@@ -150,7 +198,7 @@ def audit(
     rates, last = _rates(sources, learning_rates), max(sources)
     source = examples("audit", data, device_of(model), num_workers=num_workers)
     marks, true = marked("audit", memorized, data), truth("audit", true_labels, data)
-    passes = _Passes(model, source, task, marks, batch_size)
+    passes = Passes(model, source, task, marks, batch_size)
 
     def one(epoch: int) -> dict[str, Any]:
         return asdict(passes.of(read_state("audit", sources[epoch], model), f"state {epoch}", epoch == last))
@@ -163,9 +211,9 @@ def audit(
     for epoch in sources:
         key = epoch if parts is None else fingerprint(common, epoch, epoch == last, digests[epoch])
         work[f"audit_{key}"] = epoch
-    found = spread_parts(one, work, parts, partial(parsed, _Pass))
+    found = spread_parts(one, work, parts, partial(parsed, Pass))
     if any(pas.ids != found[0].ids for pas in found):
-        raise ValueError("audit: data must yield the same examples in every pass; leave out drop_last of a DataLoader")
+        raise ValueError(OTHERS)
     ids = torch.tensor(found[0].ids)
     scores, labelled = _scores(found, rates), isinstance(task, Classification)
     return Audit(
@@ -200,64 +248,7 @@ def _rates(sources: Mapping[int, State], given: Mapping[int, float] | Sequence[f
     return rates
 
 
-class _Passes:
-    """Passes over the examples with a copy of a model, in one state after another."""
-
-    def __init__(self, model: nn.Module, source: Examples, task: Task, marks: Lookup | None, batch_size: int) -> None:
-        self._network = copy.deepcopy(model).eval()
-        self._tensors, self._tied = self._network.state_dict(), bool(example_tied_sites(model))
-        self._accountant = GradientAccountant(self._network)
-        self._source, self._task, self._marks, self._batch_size = source, task, marks, batch_size
-
-    def of(self, state: Mapping[str, Tensor], where: str, last: bool) -> _Pass:
-        """Return what a state says of each example; of the last one all of it."""
-        with torch.no_grad():
-            for name, value in state.items():
-                self._tensors[name].copy_(value)
-        columns: dict[str, list[Tensor]] = {}
-        for batch in self._source.batches(self._batch_size):
-            for name, values in self._told(batch, last).items():
-                columns.setdefault(name, []).append(values.cpu())
-        if not columns:
-            raise ValueError("audit: data must hold at least one example, got none")
-        ids, order = torch.cat(columns.pop("ids")).sort(stable=True)
-        found = {name: torch.cat(values)[order] for name, values in columns.items()}
-        for name, values in found.items():
-            if not values.isfinite().all():
-                at = int(values.isfinite().logical_not().nonzero()[0])
-                got = f"{float(values[at])} as {name} of example {int(ids[at])} in {where}"
-                raise ValueError(f"audit: losses, margins and gradients must be finite, got {got}")
-        return _Pass(ids.tolist(), **{name: values.tolist() for name, values in found.items()})
-
-    def _told(self, batch: Batch, last: bool) -> dict[str, Tensor]:
-        """Return the columns of `_Pass` for a batch."""
-        (x, y, ids), task = batch, self._task
-        output, loss, account = self._accounted(batch)
-        with torch.no_grad():
-            told = {"ids": ids, "sqnorm": account.total_sqnorm.clamp(min=0), "loss": loss.detach()}
-            told["right"] = right_examples(task, output, y, len(ids))
-            if isinstance(task, Classification | Tokens):
-                told["margin"] = task.margin(output, y)
-            if isinstance(task, Classification):
-                told["predicted"] = logits_of(output).argmax(1)
-                told |= {"labels": y} if last else {}
-            if last and self._tied:
-                with dropout_mode(self._network, "drop"):
-                    output = call(self._network, x)
-                told["drop"] = example_losses(task, output, y, len(ids))
-                told |= {"without": logits_of(output).argmax(1)} if isinstance(task, Classification) else {}
-        return told
-
-    def _accounted(self, batch: Batch, **how: Any) -> tuple[Any, Tensor, Account]:
-        """Return the output for a batch, the loss of each example, and the account of their gradients."""
-        with torch.enable_grad(), dropout_mode(self._network, "train"), example_ids(batch.ids), self._accountant:
-            output = call(self._network, batch.x)
-            loss = example_losses(self._task, output, batch.y, len(batch.ids))
-            how = {"loss_reduction": "none", "weight_grads": False, **how}
-            return output, loss, self._accountant.backward(loss, **how)
-
-
-def _scores(found: Sequence[_Pass], rates: Sequence[float]) -> dict[str, Tensor]:
+def _scores(found: Sequence[Pass], rates: Sequence[float]) -> dict[str, Tensor]:
     """Return the scores that there are by name, ``[N]`` float64."""
 
     def table(name: str) -> Tensor:
@@ -271,13 +262,14 @@ def _scores(found: Sequence[_Pass], rates: Sequence[float]) -> dict[str, Tensor]
         "margin": -table("margin").mean(0),
         "loss": loss.mean(0),
         "forgetting": torch.where(right.any(0), forgotten, len(found)).double(),
+        "cosine": -torch.tensor(last.cosine, dtype=torch.float64),
     }
     if last.drop:
         scores["drop"] = torch.tensor(last.drop, dtype=torch.float64) - loss[-1]
     return scores
 
 
-def _suggested(found: Sequence[_Pass]) -> list[int]:
+def _suggested(found: Sequence[Pass]) -> list[int]:
     """Return the labels that are suggested, see `audit`."""
     if found[-1].without:
         return found[-1].without

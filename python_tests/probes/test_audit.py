@@ -19,6 +19,7 @@ from memloc_ext.probes import Audit, audit
 from memloc_ext.training import Checkpoint, save_checkpoint
 
 N, CLASSES, NOISY = 9, 3, [2, 5, 6]
+NAMES = ("gradnorm", "self_influence", "margin", "loss", "forgetting", "cosine")
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,11 @@ def states_of(model: nn.Module, *epochs: int) -> dict[int, dict[str, Tensor]]:
     return {epoch: changed_state(model, epoch) for epoch in epochs}
 
 
-def plain(model: nn.Module, states: list[dict[str, Tensor]], x: Tensor, y: Tensor, rates: list[float]) -> dict:
-    """Every score but the cosine and that of dropout, and the predicted classes and losses, ``[states, N]``."""
+def plain(
+    model: nn.Module, states: list[dict[str, Tensor]], x: Tensor, y: Tensor, rates: list[float], marked: Any = ()
+) -> dict[str, Tensor]:
+    """Every score but that of dropout; predicted classes and losses, ``[states, N]``."""
+    gradients_of: list[Tensor] = []
     table: dict[str, list[list[float]]] = {name: [] for name in ("sqnorm", "loss", "margin", "predicted")}
     for state in states:
         net, columns = loaded(model, state), {name: [] for name in table}
@@ -59,6 +63,7 @@ def plain(model: nn.Module, states: list[dict[str, Tensor]], x: Tensor, y: Tenso
             columns["loss"].append(loss.item())
             columns["margin"].append(margin.item())
             columns["predicted"].append(int(logits.argmax()))
+            gradients_of.append(torch.cat([g.flatten() for g in gradients]))
         for name, values in columns.items():
             table[name].append(values)
     found = {name: torch.tensor(values).double() for name, values in table.items()}
@@ -66,7 +71,10 @@ def plain(model: nn.Module, states: list[dict[str, Tensor]], x: Tensor, y: Tenso
     for each in right.T.tolist():
         events = sum(before and not after for before, after in itertools.pairwise(each))
         forgetting.append(float(events if any(each) else len(each)))
+    last = torch.stack(gradients_of[-len(y) :])
+    clean = last[[row for row in range(len(y)) if row not in marked]].mean(0)
     return found | {
+        "score_cosine": -F.cosine_similarity(last, clean[None]),
         "score_gradnorm": found["sqnorm"].sqrt().mean(0),
         "score_self_influence": sum(rate * norm for rate, norm in zip(rates, found["sqnorm"], strict=True)),
         "score_margin": -found["margin"].mean(0),
@@ -85,12 +93,13 @@ def test_every_score_is_that_of_a_plain_loop(given: Any) -> None:
     model, data = network().train(), examples()
     states, (x, y) = states_of(model, 7, 1, 3), data.tensors
     before = Everything(model)
-    found = audit(model, data, states=states, learning_rates=given, batch_size=4)
+    found = audit(model, data, states=states, learning_rates=given, memorized=NOISY, batch_size=4)
     before.check()
-    expected = plain(model, [states[1], states[3], states[7]], x, y, [0.5, 0.1, 0.0])
+    expected = plain(model, [states[1], states[3], states[7]], x, y, [0.5, 0.1, 0.0], NOISY)
     check(found, expected)
-    assert list(found.scores) == [f"score_{n}" for n in ("gradnorm", "self_influence", "margin", "loss", "forgetting")]
-    assert (found.indices, found.labels, found.memorized) == (list(range(N)), y.tolist(), None)
+    assert list(found.scores) == [f"score_{n}" for n in NAMES]
+    assert (found.indices, found.labels) == (list(range(N)), y.tolist())
+    assert found.memorized == [row in NOISY for row in range(N)]
     votes = torch.zeros(N, CLASSES)
     for losses, predicted in zip(expected["loss"], expected["predicted"].long(), strict=True):
         votes += losses.std(correction=0) * F.one_hot(predicted, CLASSES)
@@ -98,9 +107,10 @@ def test_every_score_is_that_of_a_plain_loop(given: Any) -> None:
     assert found.score == "score_loss"
 
 
-def test_the_model_as_it_is_is_the_only_state_by_default() -> None:
+@pytest.mark.parametrize("memorized", [None, range(N)])
+def test_the_model_as_it_is_is_the_only_state_by_default(memorized: Any) -> None:
     model, data = network(), examples()
-    check(audit(model, data), plain(model, [model.state_dict()], *data.tensors, [1.0]))
+    check(audit(model, data, memorized=memorized), plain(model, [model.state_dict()], *data.tensors, [1.0]))
 
 
 def test_the_order_of_a_loader_does_not_matter() -> None:
@@ -110,7 +120,7 @@ def test_the_order_of_a_loader_does_not_matter() -> None:
     found = audit(model, DataLoader(items, batch_size=4, shuffle=True), states=states, memorized=[12])
     assert found.indices == list(range(10, 10 + N))
     assert found.memorized == [index == 12 for index in found.indices]
-    check(found, plain(model, list(states.values()), *data.tensors, [1.0, 1.0]))
+    check(found, plain(model, list(states.values()), *data.tensors, [1.0, 1.0], [2]))
     with pytest.raises(ValueError, match="data must yield the same examples in every pass; leave out drop_last"):
         audit(model, DataLoader(items, batch_size=4, shuffle=True, drop_last=True), states=states_of(model, *range(9)))
 
@@ -120,12 +130,13 @@ def test_example_tied_dropout_is_dropped_at_the_end() -> None:
     insert_example_tied_dropout(model, models.dropout_sites(model), p_gen=0.5, p_mem=0.5)
     model = model.double().train()
     extra = {name: value for name, value in model.state_dict().items() if "_extra" in name}
-    states = {epoch: state | extra for epoch, state in states_of(model, 1, 2).items()}
+    weights = {name: value for name, value in model.state_dict().items() if name not in extra}
+    states = {epoch: {name: epoch * value for name, value in weights.items()} | extra for epoch in (1, 2)}
     x, y, _ = split.batch(torch.arange(N))
     data, before = [(x.double()[:5], y[:5]), (x.double()[5:], y[5:])], Everything(model)
-    found = audit(model, data, states=states)
+    found = audit(model, data, states=states, memorized=range(3))
     before.check()
-    expected = plain(model, list(states.values()), x.double(), y, [1.0, 1.0])
+    expected = plain(model, list(states.values()), x.double(), y, [1.0, 1.0], range(3))
     with torch.no_grad():
         dropped = loaded(model, states[2])(x.double())
     assert not torch.equal(F.cross_entropy(dropped, y, reduction="none"), expected["loss"][1])
@@ -240,7 +251,7 @@ def test_an_interrupted_audit_goes_on() -> None:
 def test_errors_name_what_arrived(tmp_path: Path) -> None:
     model, data = network(), examples()
     states = states_of(model, 0, 1)
-    with pytest.raises(ValueError, match=r"score must be one of gradnorm, .*, forgetting, got 'drop'"):
+    with pytest.raises(ValueError, match=r"score must be one of gradnorm, .*, cosine, got 'drop'"):
         audit(model, data, score="drop")
     with pytest.raises(ValueError, match="states must hold at least one, got none"):
         audit(model, data, states={})
