@@ -158,8 +158,8 @@ def audit(
         model: Any model; what it was trained with, such as example-tied dropout, is in it.
         data: Training examples, at least one; see `memloc_ext.examples`. Each pass must yield the same ones, in any
             order.
-        states: Epoch to state dict or path, or a folder of checkpoints, as for `rewind`; by default the model as it is
-            is the only state.
+        states: Epoch to state dict or path, a list of such from epoch 0 on, or a folder of checkpoints, as for
+            `rewind`; by default the model as it is is the only state.
         learning_rates: One per state, by epoch or in the order of the epochs, at least 0; by default those of the last
             steps before the states, 0 before any, if the last one is a checkpoint of this package, else 1.
         memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,8 +121,8 @@ def rewind(
 
     Args:
         model: The trained model.
-        states: Epoch to state dict or path; or a folder of checkpoints, of this package, of Hugging Face or of
-            Lightning, see `memloc_ext.probes.states.found_states`.
+        states: Epoch to state dict or path; or a list of such, from epoch 0 on; or a folder of checkpoints, of this
+            package, of Hugging Face or of Lightning, see `memloc_ext.probes.states.found_states`.
         data: Training examples, at least one; see `memloc_ext.examples`.
         memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
@@ -129,7 +130,7 @@ def rewind(
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
         groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
             default all of these.
-        epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
+        epochs: To put the groups back to; by default all that are given one by one; of a folder the paper's, 0, 2,
             .. 14, before its last checkpoint; all before it if the paper's are fewer than two, or the last is of epoch
             3 or less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
@@ -153,7 +154,7 @@ def rewind(
     evaluation = Evaluation("rewind", model, data, memorized, true_labels, test, task, batch_size, num_workers)
     sources = sources_of("rewind", states)
     if epochs is None:
-        when = list(sources) if isinstance(states, Mapping) else _before_last(sources)
+        when = _before_last(sources) if isinstance(states, str | Path) else list(sources)
     else:
         when = _there(sources, epochs)
     if not when:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from memloc_ext.training import list_checkpoints, load_checkpoint
 
 State = str | Path | Mapping[str, Any]
 """A state dict, the path of a file that holds one, or the folder of a Hugging Face checkpoint."""
-States = str | Path | Mapping[int, State]
-"""Epoch to state; or a folder of checkpoints, see `found_states`."""
+States = str | Path | Mapping[int, State] | Sequence[State]
+"""Epoch to state; states of epochs 0, 1, ..; or a folder of checkpoints, see `found_states`."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What holds the weights in the folder of a Hugging Face checkpoint."""
 _INNER = ("model", "state_dict", "model_state_dict")
@@ -33,9 +33,11 @@ def sources_of(function: str, states: States) -> dict[int, State]:
         TypeError: If an epoch is no integer.
         ValueError: If there is none in a folder.
     """
-    if isinstance(states, Mapping):
-        return dict(sorted((epoch_of(function, "states", epoch), state) for epoch, state in states.items()))
-    return once(lambda: dict(found_states(function, states)))  # another machine may not see the newest yet
+    if isinstance(states, str | Path):
+        return once(lambda: dict(found_states(function, states)))  # another machine may not see the newest yet
+    given = states if isinstance(states, Mapping) else dict(enumerate(states))
+    numbered = {epoch_of(function, "states", epoch): state for epoch, state in given.items()}
+    return {epoch: numbered[epoch] for epoch in sorted(numbered)}
 
 
 def epoch_of(function: str, name: str, epoch: Any) -> int:

@@ -240,7 +240,7 @@ def test_an_interrupted_audit_goes_on() -> None:
     with pytest.raises(KeyboardInterrupt):
         audit(model, data, states=states, parts=store)
     before, store.limit = list(store), None
-    found = audit(model, data, states=states, parts=store)
+    found = audit(model, data, states=list(states.values()), parts=store)
     assert list(store)[:2] == before
     assert len(store) == 3
     assert found == audit(model, data, states=states)
