@@ -91,19 +91,20 @@ class Audit:
         The keys are ``score``; ``auc``: area under the ROC curve; ``precision``: share of marked ones among the n most
         suspect, n being the number of marked ones; ``restored``: share of the marked examples with a wrong label that
         are among these n and whose suggested label is the true one, None where true labels are not known or not
-        different.
+        different. Where scores are equal, all are means over the orders that these could have.
         """
         marks = self.memorized or []
-        n, wrong, back, rows = sum(marks), 0, set(), []
+        n, told, rows = sum(marks), {}, []
         if self.labels is not None and self.suggested is not None and self.true_labels is not None:
             columns = enumerate(zip(marks, self.labels, self.suggested, self.true_labels, strict=False))
             told = {i: suggested == true for i, (mark, label, suggested, true) in columns if mark and label != true}
-            wrong, back = len(told), {i for i, right in told.items() if right}
         for name, values in self.scores.items() if n else ():
-            top = self._order(name)[:n]
-            restored = len(back.intersection(top)) / wrong if wrong else None
+            least = sorted(values, reverse=True)[n - 1]
+            share = (n - sum(value > least for value in values)) / values.count(least)  # of the equal ones
+            among = [1.0 if value > least else share if value == least else 0.0 for value in values]
             auc = roc_auc(torch.tensor(values, dtype=torch.float64), torch.tensor(marks))
-            precision = sum(marks[i] for i in top) / n
+            precision = sum(part for part, mark in zip(among, marks, strict=True) if mark) / n
+            restored = sum(among[i] for i, right in told.items() if right) / len(told) if told else None
             rows.append({"score": name, "auc": auc, "precision": precision, "restored": restored})
         return rows
 

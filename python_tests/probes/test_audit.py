@@ -199,14 +199,14 @@ def test_learning_rates_are_those_that_a_training_recorded(tmp_path: Path) -> No
     check(audit(model, data, states=tmp_path), plain(model, list(states.values()), *data.tensors, rates))
 
 
+KNOWN = [False, True, False, True, False], [0, 0, 1, 2, 2]
 MADE = Audit(
     "score_a",
     [3, 4, 7, 8, 9],
     [0, 1, 1, 0, 2],
     [0, 0, 1, 1, 2],
     {"score_a": [1.0, 5.0, 1.0, 2.0, 0.0], "score_b": [0.0, 0.0, 1.0, 0.0, 3.0]},
-    [False, True, False, True, False],
-    [0, 0, 1, 2, 2],
+    *KNOWN,
 )
 
 
@@ -228,6 +228,9 @@ def test_quality_is_that_of_counted_pairs() -> None:
         assert quality[name]["auc"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
     assert (quality["score_a"]["precision"], quality["score_a"]["restored"]) == (1, 0.5)
     assert (quality["score_b"]["precision"], quality["score_b"]["restored"]) == (0, 0)
+    equal = Audit("score_a", MADE.indices, MADE.labels, MADE.suggested, {"score_a": [1, 1, 1, 0, 2]}, *KNOWN)
+    (row,) = equal.quality()
+    assert (row["precision"], row["restored"]) == pytest.approx((1 / 3 / 2, 1 / 3 / 2))
     atypical = Audit("score_a", MADE.indices, MADE.labels, MADE.suggested, MADE.scores, MADE.memorized, MADE.labels)
     assert all(row["restored"] is None for row in atypical.quality())
     assert Audit("score_a", MADE.indices, None, None, MADE.scores).quality() == []

@@ -365,7 +365,7 @@ def test_a_study_without_memorized_examples_ends_in_a_report(tmp_path: Path) -> 
     arguments = ["--noise", "0", "--examples", "200", "--seeds", "2", "--output", str(tmp_path)]
     main(["run", *QUICK, *FEW, *SHORT, *arguments])
     page = (tmp_path / "report.html").read_text()
-    assert len(re.findall("<h3>", page)) == 2 * 6
+    assert len(re.findall("<h3>", page)) == 2 * 7
     assert "nan" not in page.split("base64")[0]
     run = load_run(tmp_path / "seed1")
     assert list(run.localizations["plain"].kinds) == ["clean"]

@@ -80,12 +80,11 @@ def summary(audits: Mapping[str, AuditedExamples]) -> list[str]:
 
 
 def _quality(name: str, found: Audit) -> list[Table]:
-    rows = [
-        [row["score"], *("-" if row[column] is None else f"{row[column]:.4f}" for column in _QUALITY)]
-        for row in found.quality()
-    ]
+    quality = found.quality()
+    heads = {column: head for column, head in _QUALITY.items() if any(row[column] is not None for row in quality)}
+    rows = [[row["score"], *(f"{row[column]:.4f}" for column in heads)] for row in quality]
     title = f"What each score finds of n memorized examples, {name}"
-    return [Table(title, ["share", *_QUALITY.values()], rows)] if rows else []
+    return [Table(title, ["share", *heads.values()], rows)] if rows else []
 
 
 def _labels(row: Mapping[str, object]) -> list[str]:
