@@ -6,7 +6,7 @@ from memloc_ext._version import __version__
 from memloc_ext.ablation import ablation_losses, apply_ablation
 from memloc_ext.accounting import GradientAccountant, Projection
 from memloc_ext.nn import example_ids
-from memloc_ext.probes import account_epoch, accuracy, localize, localize_dataset, retrain, rewind
+from memloc_ext.probes import account_epoch, accuracy, audit, localize, localize_dataset, retrain, rewind
 
 __all__ = [
     "GradientAccountant",
@@ -16,6 +16,7 @@ __all__ = [
     "account_epoch",
     "accuracy",
     "apply_ablation",
+    "audit",
     "data",
     "example_ids",
     "has_cuda_kernels",

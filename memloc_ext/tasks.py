@@ -44,6 +44,10 @@ class Classification:
         """Return whether the class with the largest logit is the label, ``[batch]``."""
         return self._logits(output, y).argmax(1) == y
 
+    def margin(self, output: Any, y: Tensor) -> Tensor:
+        """Return the logit of the label less the largest other one, ``[batch]``."""
+        return _margins(self._logits(output, y), y)
+
     def mean_loss(self, output: Any, y: Tensor) -> Tensor:
         """Return the mean of the losses, 0-d, in one call of PyTorch."""
         return F.cross_entropy(wide(self._logits(output, y)), y)
@@ -79,6 +83,13 @@ class Tokens:
     def right(self, output: Any, y: Tensor) -> Tensor:
         """Return whether every labelled token has the largest logit, ``[batch]``."""
         return self._right_tokens(output, y)[0].all(1)
+
+    def margin(self, output: Any, y: Tensor) -> Tensor:
+        """Return the logit of the label less the largest other one, mean over the labelled tokens, ``[batch]``."""
+        logits, labels = self._aligned(output, y)
+        labelled = labels != IGNORED
+        each = torch.where(labelled, _margins(logits, labels.where(labelled, 0)), 0)
+        return each.sum(1) / labelled.sum(1).clamp(min=1)
 
     def token_counts(self, output: Any, y: Tensor) -> Tensor:
         """Return how many labelled tokens have the largest logit, and how many there are, ``[batch, 2]``, int64."""
@@ -183,6 +194,11 @@ def logits_of(output: Any) -> Tensor:
 def wide(t: Tensor) -> Tensor:
     """Return a tensor in the type that losses are computed in: float64 as it is, else float32."""
     return t if t.dtype == torch.float64 else t.float()
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    logits, at = wide(logits), labels.unsqueeze(-1)
+    return logits.gather(-1, at).squeeze(-1) - logits.scatter(-1, at, -torch.inf).amax(-1)
 
 
 def _each(method: str, value: Any, batch: int, kind: str, of_kind: bool) -> Tensor:

@@ -9,12 +9,14 @@ from memloc_ext.probes.account_epoch import (
     roc_auc,
 )
 from memloc_ext.probes.accuracy import Accuracy, accuracy, accuracy_by_mode
+from memloc_ext.probes.audit import Audit, audit
 from memloc_ext.probes.localization import DatasetLocalization, Found, Localization, localize, localize_dataset
 from memloc_ext.probes.retraining import GroupRetraining, RetrainedEpoch, Retraining, retrain
 from memloc_ext.probes.rewinding import GroupRewinding, Rewinding, RewoundAccuracy, rewind
 
 __all__ = [
     "Accuracy",
+    "Audit",
     "DatasetLocalization",
     "EpochAccount",
     "Found",
@@ -31,6 +33,7 @@ __all__ = [
     "account_epoch",
     "accuracy",
     "accuracy_by_mode",
+    "audit",
     "localize",
     "localize_dataset",
     "retrain",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from memloc_ext._version import __version__
 from memloc_ext.batches import device_of
-from memloc_ext.distributed import once
 from memloc_ext.examples import Data
 from memloc_ext.files import parsed
 from memloc_ext.marks import Marks
@@ -22,7 +20,7 @@ from memloc_ext.parts import Parts, fingerprint, spread_parts
 from memloc_ext.probes.accuracy import Accuracy, Evaluation
 from memloc_ext.probes.layer_groups import Groups, LayerGroup, chosen_groups
 from memloc_ext.probes.parameter_variants import ParameterVariants
-from memloc_ext.probes.states import State, found_states, read_state
+from memloc_ext.probes.states import States, epoch_of, read_state, sources_of
 from memloc_ext.tasks import Classification, Task, TaskName, Tokens, logits_of
 
 PAPER_EPOCHS = tuple(range(0, 15, 2))
@@ -98,7 +96,7 @@ class Rewinding:
 
 def rewind(
     model: nn.Module,
-    states: str | Path | Mapping[int, State],
+    states: States,
     data: Data,
     *,
     memorized: Marks | None = None,
@@ -123,8 +121,8 @@ def rewind(
 
     Args:
         model: The trained model.
-        states: Epoch to state dict or path; or a folder of checkpoints, of this package, of Hugging Face or of
-            Lightning, see `memloc_ext.probes.states.found_states`.
+        states: Epoch to state dict or path; or a list of such, from epoch 0 on; or a folder of checkpoints, of this
+            package, of Hugging Face or of Lightning, see `memloc_ext.probes.states.found_states`.
         data: Training examples, at least one; see `memloc_ext.examples`.
         memorized: Bool ``[N]`` by number, or the numbers; by default what the data set says, or none.
         true_labels: Targets before any noise, ``[N, *]`` by number; by default what the data set says.
@@ -132,7 +130,7 @@ def rewind(
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``; see `memloc_ext.tasks`.
         groups: Layer group to names of parameters or modules, or names of some of `memloc_ext.models.layer_groups`; by
             default all of these.
-        epochs: To put the groups back to; by default all that are given as a mapping; of a folder the paper's, 0, 2,
+        epochs: To put the groups back to; by default all that are given one by one; of a folder the paper's, 0, 2,
             .. 14, before its last checkpoint; all before it if the paper's are fewer than two, or the last is of epoch
             3 or less.
         batch_size: Examples at a time of a data set, at least 1; a ``DataLoader`` has its own.
@@ -154,12 +152,11 @@ def rewind(
     model = getattr(model, "_orig_mod", model)
     chosen = chosen_groups("rewind", model, groups)
     evaluation = Evaluation("rewind", model, data, memorized, true_labels, test, task, batch_size, num_workers)
-    if isinstance(states, Mapping):
-        sources = {_epoch("states", epoch): state for epoch, state in states.items()}
-        when = sorted(sources) if epochs is None else _there(sources, epochs)
-    else:  # read by one process: another machine may not see the newest yet
-        sources = once(lambda: found_states("rewind", states))
-        when = _before_last(sources) if epochs is None else _there(sources, epochs)
+    sources = sources_of("rewind", states)
+    if epochs is None:
+        when = _before_last(sources) if isinstance(states, str | Path) else list(sources)
+    else:
+        when = _there(sources, epochs)
     if not when:
         raise ValueError("rewind: epochs must hold at least one, got none")
     names = {name for group in chosen.values() for name in group.names}
@@ -207,17 +204,10 @@ def _part(state: Mapping[str, Tensor], names: Sequence[str] | set[str]) -> dict[
 
 
 def _there(sources: Mapping[int, Any], epochs: Sequence[int]) -> list[int]:
-    wanted = {_epoch("epochs", epoch) for epoch in epochs}
+    wanted = {epoch_of("rewind", "epochs", epoch) for epoch in epochs}
     for epoch in wanted - sources.keys():
         raise ValueError(f"rewind: epochs must be among those of states, {_listed(sources)}, got {epoch}")
     return sorted(wanted)
-
-
-def _epoch(name: str, epoch: Any) -> int:
-    try:
-        return operator.index(epoch)
-    except TypeError:
-        raise TypeError(f"rewind: epochs in {name} must be integers, got {epoch!r}") from None
 
 
 def _before_last(sources: Mapping[int, Any]) -> list[int]:

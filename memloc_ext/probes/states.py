@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from memloc_ext.distributed import once
 from memloc_ext.files import read_bytes
 from memloc_ext.tensor_files import load_archive
 from memloc_ext.training import list_checkpoints, load_checkpoint
 
 State = str | Path | Mapping[str, Any]
 """A state dict, the path of a file that holds one, or the folder of a Hugging Face checkpoint."""
+States = str | Path | Mapping[int, State] | Sequence[State]
+"""Epoch to state; states of epochs 0, 1, ..; or a folder of checkpoints, see `found_states`."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What holds the weights in the folder of a Hugging Face checkpoint."""
 _INNER = ("model", "state_dict", "model_state_dict")
 """Names under which the files of trainers hold a state dict: of this package, of Lightning, of others."""
+
+
+def sources_of(function: str, states: States) -> dict[int, State]:
+    """Return states by epoch, in order.
+
+    Raises:
+        TypeError: If an epoch is no integer.
+        ValueError: If there is none in a folder.
+    """
+    if isinstance(states, str | Path):
+        return once(lambda: dict(found_states(function, states)))  # another machine may not see the newest yet
+    given = states if isinstance(states, Mapping) else dict(enumerate(states))
+    numbered = {epoch_of(function, "states", epoch): state for epoch, state in given.items()}
+    return {epoch: numbered[epoch] for epoch in sorted(numbered)}
+
+
+def epoch_of(function: str, name: str, epoch: Any) -> int:
+    """Return an epoch in the argument ``name`` as int; TypeError if it is no integer."""
+    try:
+        return operator.index(epoch)
+    except TypeError:
+        raise TypeError(f"{function}: epochs in {name} must be integers, got {epoch!r}") from None
 
 
 def found_states(function: str, folder: str | Path) -> dict[int, Path]:
@@ -60,6 +86,16 @@ def read_state(function: str, source: State, model: nn.Module) -> dict[str, Tens
     return checked_state(f"{function}: {source}", _without_prefix(state, model), model)
 
 
+def recorded_rates(source: State) -> dict[int, float]:
+    """Return the learning rate of the last step of each epoch up to a checkpoint, 0 without any, by epoch.
+
+    Empty if it is no checkpoint of this package.
+    """
+    if isinstance(source, Mapping) or not _is_own(Path(source)):
+        return {}
+    return {int(record["epoch"]): record.get("learning_rate", 0.0) for record in load_checkpoint(source).history}
+
+
 def checked_state(where: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers in a state dict; ValueError, which begins with ``where``, if another model's.
 
@@ -91,7 +127,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.name.endswith(".index.json"):
         files = set(json.loads(read_bytes(path))["weight_map"].values())
         return {name: value for file in sorted(files) for name, value in _read(path.parent / Path(file).name).items()}
-    if path.suffix == ".safetensors" and re.fullmatch(r"epoch_\d+", path.stem):  # of this package, with a checksum
+    if _is_own(path):
         return load_checkpoint(path).model
     if path.suffix == ".safetensors":
         from safetensors.torch import load
@@ -103,6 +139,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError("it holds no tensors by name")
     return state
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file is a checkpoint of this package, which has a checksum."""
+    return path.suffix == ".safetensors" and re.fullmatch(r"epoch_\d+", path.stem) is not None
 
 
 def _without_prefix(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:

@@ -123,6 +123,11 @@ _SINGLE: dict[str, tuple[str, tuple[StageName, ...]]] = {
         "Train a model without and one with example-tied dropout, and search for the units that flip single examples.",
         ("train", "localize", "dropout", "localize-dropout"),
     ),
+    "audit": (
+        "Train a model without and one with example-tied dropout, and rank the training examples by how memorized they "
+        "are, each with a suggested label.",
+        ("train", "audit", "dropout", "audit-dropout"),
+    ),
     "dropout": ("Train a model with example-tied dropout and evaluate it in every mode.", ("dropout",)),
 }
 """Commands of some stages and a report of these: what they do, and the stages."""

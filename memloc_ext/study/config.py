@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from memloc_ext import data
+from memloc_ext.probes.audit import ScoreName
 from memloc_ext.tasks import TaskName
 from memloc_ext.training import TrainConfig
 from memloc_ext.training.config import check_rules, check_types
@@ -177,6 +178,27 @@ class LocalizationConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """How training examples are ranked by how memorized they are, and how many a report shows.
+
+    Attributes:
+        top: Most suspect examples in the report, at least 1.
+        score: What ranks the examples, see `memloc_ext.audit`; by default drop with example-tied dropout, loss without,
+            where there is no drop.
+    """
+
+    top: int = 50
+    score: ScoreName | None = None
+
+    def __post_init__(self) -> None:
+        check_rules(
+            self,
+            top=(self.top >= 1, "at least 1"),
+            score=(self.score in (None, *get_args(ScoreName)), f"one of {', '.join(get_args(ScoreName))}"),
+        )
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """All settings of a study; ``train.seed`` also names the noise, the initial weights and the dropout masks.
 
@@ -188,6 +210,7 @@ class StudyConfig:
         rewind: The layer groups that are put back to earlier epochs.
         retrain: The layer groups that are trained anew.
         localization: The search for the units that flip examples.
+        audit: The ranking of training examples.
         task: What the model is to predict, see `memloc_ext.tasks`.
         account: Keep an account of the gradients of plain training. That takes longer, and is another training than
             one without: the weights differ by rounding.
@@ -201,6 +224,7 @@ class StudyConfig:
     rewind: RewindConfig = field(default_factory=RewindConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     localization: LocalizationConfig = field(default_factory=LocalizationConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     task: TaskName = "classification"
     account: bool = True
     device: str = "auto"

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from memloc_ext.files import write_csv, write_json
-from memloc_ext.probes import Accuracy, DatasetLocalization, Retraining, Rewinding
+from memloc_ext.probes import Accuracy, Audit, DatasetLocalization, Retraining, Rewinding
 from memloc_ext.probes.localization.dataset import KINDS, STATUSES
 from memloc_ext.probes.retraining import STOPPED
 from memloc_ext.study.accounting import AccountedEpoch
+from memloc_ext.study.audited import AuditedExamples
 from memloc_ext.study.store import Result
 
 HISTORY, METRICS = "history", "metrics"
 ACCOUNTING, PARAMETERS, COST = "accounting", "accounting_parameters", "accounting_cost"
 REWINDING, RETRAINING, LOCALIZATION = "rewinding", "retraining", "localization"
+AUDIT, AUDIT_EXAMPLES = "audit", "audit_examples"
 COSTS = {"plain_step", "accounted_step", "step_ratio", "epoch_end", "ratio", "pairs"}
 MODEL = "(model)"
 """The layer group, in a table, of all parameters together."""
@@ -68,6 +70,7 @@ TABLES: dict[type, tuple[str, Callable[[Any], Sequence[Mapping[str, Any]]]]] = {
     Rewinding: (REWINDING, Rewinding.rows),
     Retraining: (RETRAINING, Retraining.rows),
     DatasetLocalization: (LOCALIZATION, localization_rows),
+    Audit: (AUDIT, Audit.rows),
 }
 """What a probe finds to the name of its file, and to the rows of its table."""
 
@@ -135,3 +138,11 @@ def load_localization(result: Result) -> DatasetLocalization:
     if not whole:
         raise ValueError(f"{result.path / LOCALIZATION}.json: its examples, sites and counts do not belong together")
     return found
+
+
+def load_audit(result: Result) -> AuditedExamples:
+    """Read an audit, and what is shown of the most suspect examples."""
+    found, shown = result.read(f"{AUDIT}.json", Audit), result.read(f"{AUDIT_EXAMPLES}.json", list[str])
+    if not 0 < len(shown) <= len(found.indices):
+        raise ValueError(f"{result.path / AUDIT_EXAMPLES}.json: must hold some of {len(found.indices)} examples")
+    return AuditedExamples(found, shown, result.path / f"{AUDIT}.csv")

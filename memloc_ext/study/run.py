@@ -21,9 +21,10 @@ from memloc_ext.probes import DatasetLocalization, Retraining, Rewinding
 from memloc_ext.progress import named
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, Accounting
+from memloc_ext.study.audited import AuditedExamples
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fingerprint_model, load_data
-from memloc_ext.study.stages import LOCALIZED, STAGES, TRAINED, StageName, Study
+from memloc_ext.study.stages import AUDITED, LOCALIZED, STAGES, TRAINED, StageName, Study
 from memloc_ext.study.store import ABOUT, Result, Source, check_inside, is_result, locked
 
 RUN, NUMBERS, REPORT, FIGURES = "run.json", "numbers", "report.html", "figures"
@@ -57,6 +58,7 @@ class Run:
             none.
         rewinding: Of the layer groups of the plain model; None if the run has none.
         retraining: Likewise.
+        audits: Model to the audit of its training examples, likewise of plain training and of example-tied dropout.
         seconds: Finished stage to the time that it took.
         mislabelled: Whether memorized examples have other labels than their true ones; otherwise they are atypical.
     """
@@ -69,6 +71,7 @@ class Run:
     localizations: dict[str, DatasetLocalization] = field(default_factory=dict)
     rewinding: Rewinding | None = None
     retraining: Retraining | None = None
+    audits: dict[str, AuditedExamples] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     mislabelled: bool = True
 
@@ -178,6 +181,7 @@ def load_run(path: str | Path) -> Run:
         {v: results.load_localization(found[stage]) for v, stage in LOCALIZED.items() if stage in found},
         results.load_rewinding(found["rewind"]) if "rewind" in found else None,
         results.load_retraining(found["retrain"]) if "retrain" in found else None,
+        {v: results.load_audit(found[stage]) for v, stage in AUDITED.items() if stage in found},
         {name: result.about().seconds for name, result in found.items()},
         stored.mislabelled,
     )
@@ -199,6 +203,8 @@ def _finished(path: Path, run: _Run) -> dict[StageName, Result]:
     found: dict[StageName, Result] = {}
     for name, stage in STAGES.items():
         folder = run.stages.get(name, "")
+        if not folder and name in AUDITED.values():  # a run from before there were audits
+            continue
         if not is_result(folder) or not folder.startswith(f"{name}-"):
             raise ValueError(f"{path / RUN}: must hold the folder of {name}, got {folder!r}")
         above = Path(path.absolute()).parents[:2]
@@ -252,7 +258,7 @@ def _possible(
     config: StudyConfig, dataset: StudyData, wanted: list[StageName], say: Callable[[str], None]
 ) -> list[StageName]:
     """Leave out the dropouts of a model that does not say where they go, if there is anything else to do."""
-    dropouts = {"dropout", "controls", "localize-dropout"}
+    dropouts = {"dropout", "controls", "localize-dropout", "audit-dropout"}
     if config.dropout.sites or not set(wanted) & dropouts or set(wanted) <= dropouts:
         return wanted
     layout = layout_of(build_model(config, dataset, "plain"))

@@ -18,11 +18,12 @@ from memloc_ext.distributed import alone, once
 from memloc_ext.files import write_csv
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
-from memloc_ext.probes import Accuracy, accuracy, accuracy_by_mode, localize_dataset, retrain, rewind
+from memloc_ext.probes import Accuracy, Audit, accuracy, accuracy_by_mode, audit, localize_dataset, retrain, rewind
 from memloc_ext.probes.layer_groups import chosen_groups
 from memloc_ext.probes.states import checked_state
 from memloc_ext.study import results
 from memloc_ext.study.accounting import ACCOUNTS, AccountedBackward, accounted_epochs, accounting_cost
+from memloc_ext.study.audited import shown_examples
 from memloc_ext.study.config import StudyConfig, Variant
 from memloc_ext.study.setup import StudyData, build_model
 from memloc_ext.study.store import LOGS, PARTS
@@ -30,7 +31,17 @@ from memloc_ext.tasks import TaskName
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
 
 StageName = Literal[
-    "train", "account", "rewind", "retrain", "localize", "dropout", "controls", "localize-dropout", "report"
+    "train",
+    "account",
+    "rewind",
+    "retrain",
+    "localize",
+    "audit",
+    "dropout",
+    "controls",
+    "localize-dropout",
+    "audit-dropout",
+    "report",
 ]
 TRAINED: dict[Variant, tuple[StageName, str]] = {
     "plain": ("train", ""),
@@ -41,6 +52,8 @@ TRAINED: dict[Variant, tuple[StageName, str]] = {
 """Model to the stage that trains it, and to the folder in its result."""
 LOCALIZED: dict[Variant, StageName] = {"plain": "localize", "example_tied": "localize-dropout"}
 """Model to the stage that localizes it."""
+AUDITED: dict[Variant, StageName] = {"plain": "audit", "example_tied": "audit-dropout"}
+"""Model to the stage that audits the examples that it was trained on."""
 CHECKPOINTS = "checkpoints"
 
 
@@ -121,14 +134,15 @@ class Study:
 
     def probe(
         self, stage: StageName, function: Callable[..., Any], variant: Variant, *states: Path, **settings: Any
-    ) -> None:
-        """Probe a trained model and write what comes out; parts of it are kept on disk until all of it is there."""
+    ) -> Any:
+        """Probe a trained model, write and return what comes out; its parts are on disk until all of it is there."""
         folder, dataset = self.folders[stage], self.dataset
         settings |= {"test": dataset.test, "task": self.config.task, "parts": PartFiles(folder / PARTS)}
         found = function(self.trained(variant), *states, dataset.train, **settings)
         name, rows = results.TABLES[type(found)]
         once(lambda: results.save(folder, name, found, rows(found)))
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # by every process, for those that have a disk of their own
+        return found
 
     def _try(self, model: nn.Module, batch: Batch) -> None:
         """Raise ValueError if a model does not go together with the data or the task; it is left as it was."""
@@ -180,6 +194,15 @@ def _localize(study: Study, _: Path, variant: Variant) -> None:
     study.probe(LOCALIZED[variant], localize_dataset, variant, **settings)
 
 
+def _audit(study: Study, folder: Path, variant: Variant) -> None:
+    config, (_, inner) = study.config.audit, TRAINED[variant]
+    score = None if (variant, config.score) == ("plain", "drop") else config.score
+    states = study.folders[TRAINED[variant][0]] / inner / CHECKPOINTS
+    found: Audit = study.probe(AUDITED[variant], audit, variant, states=states, score=score)
+    examples = shown_examples(study.dataset.train, [row["index"] for row in found.top(config.top)])
+    once(lambda: results.save(folder, results.AUDIT_EXAMPLES, examples))
+
+
 def _train(study: Study, _: Path, variants: Collection[Variant]) -> None:
     for variant in variants:
         study.train(variant)
@@ -206,9 +229,11 @@ STAGES: dict[StageName, Stage] = {
     "rewind": Stage(("train",), ("rewind",), _rewind),
     "retrain": Stage(("train",), ("retrain",), _retrain),
     "localize": Stage(("train",), ("localization",), partial(_localize, variant="plain")),
+    "audit": Stage(("train",), ("audit",), partial(_audit, variant="plain")),
     "dropout": Stage((), ("train", "dropout"), partial(_train, variants=("example_tied",))),
     "controls": Stage((), ("train", "dropout"), partial(_train, variants=("standard", "fixed"))),
     "localize-dropout": Stage(("dropout",), ("localization",), partial(_localize, variant="example_tied")),
+    "audit-dropout": Stage(("dropout",), ("audit",), partial(_audit, variant="example_tied")),
 }
 """In the order in which they are done; the report of all of them comes after."""
 

@@ -36,7 +36,7 @@ CONFIG = StudyConfig(
 )
 READ = [
     "run.json",
-    *(f"{stage}/stage.json" for stage in ("train", "account", "rewind", "retrain", "localize", "dropout")),
+    *(f"{stage}/stage.json" for stage in ("train", "account", "rewind", "retrain", "localize", "audit", "dropout")),
     *(f"{stage}/SHA256SUMS" for stage in ("train", "localize")),
     "train/history.json",
     "train/metrics.json",
@@ -47,6 +47,8 @@ READ = [
     "rewind/rewinding.json",
     "retrain/retraining.json",
     "localize/localization.json",
+    "audit/audit.json",
+    "audit/audit_examples.json",
 ]
 """Files that `load_run` reads; the names of the stages stand for those of their folders."""
 NOT_THESE = [

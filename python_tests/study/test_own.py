@@ -84,9 +84,10 @@ def arguments(package: str, data: str = "data", model: str = "make") -> list[str
 
 def test_every_probe_of_it_ends_in_a_report(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", *arguments(package), *PROBES])
-    assert "left out: dropout, controls, localize-dropout; name modules for dropout by" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "left out: dropout, controls, localize-dropout, audit-dropout; name modules for dropout by" in told
     run = load_run("out")
-    assert set(run.seconds) == {"train", "account", "rewind", "retrain", "localize"}
+    assert set(run.seconds) == {"train", "account", "rewind", "retrain", "localize", "audit"}
     assert run.mislabelled
     assert Path("out/report.html").exists()
     mine = import_module(package)

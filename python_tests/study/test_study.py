@@ -236,14 +236,18 @@ def test_a_finished_localization_is_kept_and_a_missing_one_made_again(localized,
         (["run"], (*STAGES, "report")),
         (["run", "--skip", "account"], tuple(name for name in (*STAGES, "report") if name != "account")),
         (["run", "--no-account"], tuple(name for name in (*STAGES, "report") if name != "account")),
-        (["run", "--skip", "train"], ("dropout", "controls", "localize-dropout", "report")),
-        (["run", "--skip", "dropout", "report"], ("train", "account", "rewind", "retrain", "localize", "controls")),
+        (["run", "--skip", "train"], ("dropout", "controls", "localize-dropout", "audit-dropout", "report")),
+        (
+            ["run", "--skip", "dropout", "report"],
+            ("train", "account", "rewind", "retrain", "localize", "audit", "controls"),
+        ),
         (["run", "--only", "rewind", "account"], ("rewind", "account", "report")),
         (["run", "--only", "rewind", "account", "--skip", "account", "report"], ("rewind",)),
         (["train"], ("train", "report")),
         (["account"], ("train", "account", "report")),
         (["rewind"], ("train", "rewind", "report")),
         (["retrain"], ("train", "retrain", "report")),
+        (["audit"], ("train", "audit", "dropout", "audit-dropout", "report")),
         (["localize"], ("train", "localize", "dropout", "localize-dropout", "report")),
         (["dropout"], ("dropout", "report")),
     ],
@@ -361,7 +365,7 @@ def test_a_study_without_memorized_examples_ends_in_a_report(tmp_path: Path) -> 
     arguments = ["--noise", "0", "--examples", "200", "--seeds", "2", "--output", str(tmp_path)]
     main(["run", *QUICK, *FEW, *SHORT, *arguments])
     page = (tmp_path / "report.html").read_text()
-    assert len(re.findall("<h3>", page)) == 2 * 6
+    assert len(re.findall("<h3>", page)) == 2 * 7
     assert "nan" not in page.split("base64")[0]
     run = load_run(tmp_path / "seed1")
     assert list(run.localizations["plain"].kinds) == ["clean"]
@@ -408,7 +412,7 @@ def test_the_report_of_the_whole_study_has_every_section(whole) -> None:
     titles = re.findall("<h3>(.*)</h3>", page)
     assert titles == [section.title for section in sections(whole)]
     assert [section.name for section in sections(whole)] == [
-        "memorization", "accounting", "rewinding", "retraining", "localization", "dropout"
+        "memorization", "accounting", "rewinding", "retraining", "localization", "dropout", "audit"
     ]  # fmt: skip
     for number in numbers(whole):
         assert f"<td>{number.what}</td><td>{number.text(number.value)}</td><td>{number.paper}</td>" in page

@@ -118,6 +118,7 @@ def test_every_stage_is_in_the_report(study: Study) -> None:
     stages = {"train", "account"}
     if study.mapping:
         stages |= {"rewind", "retrain", "localize", "dropout", "controls", "localize-dropout"}
+        stages |= {"audit", "audit-dropout"}
     assert set(study.run.seconds) == stages
     page = (study.run.path / "report.html").read_text()
     marks, (right, labelled) = study.train.memorized, study.right(study.model(EPOCHS), study.train)

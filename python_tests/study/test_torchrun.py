@@ -17,7 +17,7 @@ ARGUMENTS = ["--model", "lenet", "--epochs", "1", "--batch-size", "64", "--learn
 ARGUMENTS += ["--examples", "100", "--test-examples", "100"]
 ARGUMENTS += ["--localized", "3", "--max-units", "3", "--edited", "1", "--retrain-epochs", "1", "--skip", "controls"]
 ARGUMENTS += ["--device", "cpu"]
-PROBES = {"rewind": "rewinding", "retrain": "retraining", "localize": "localization"}
+PROBES = {"rewind": "rewinding", "retrain": "retraining", "localize": "localization", "audit": "audit"}
 """Stage to its table."""
 
 
@@ -43,7 +43,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_make_the_run_of_one(one: Path, tmp_path: Path) -> None:
     done = finished(torchrun(small_run, tmp_path / "two"))
-    assert done.stderr.count("[1/7] train: begins") == 1
+    assert done.stderr.count("[1/9] train: begins") == 1
     single, several = runs = [load_run(path) for path in (one, tmp_path / "two")]
     files = [sorted(str(file.relative_to(run.path)) for file in run.path.rglob("*")) for run in runs]
     assert files[0] == files[1]
@@ -68,7 +68,7 @@ def test_two_processes_go_on_and_probe_a_model_to_the_same_bits(one: Path, tmp_p
         shutil.rmtree(found)
     done = finished(torchrun(small_run, folder))
     assert done.stderr.count(": begins") == len(PROBES)
-    assert done.stderr.count("finished before, reused") == 7 - len(PROBES)
+    assert done.stderr.count("finished before, reused") == 9 - len(PROBES)
     for stage, table in PROBES.items():
         (again,), (before,) = (at.glob(f"{stage}-????????/{table}.csv") for at in (folder, one))
         assert again.read_bytes() == before.read_bytes()

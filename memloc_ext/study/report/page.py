@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from memloc_ext._version import __version__
 from memloc_ext.files import plain, write_atomically, write_json
+from memloc_ext.study.audited import PICTURE
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.report.figures import COLUMNS, encoded, row_name
 from memloc_ext.study.report.section import Number, Section
@@ -173,6 +174,7 @@ def _write(path: Path, runs: Sequence[Run]) -> Path:
         settings=_flat(plain(config)),
         seconds={stage: sum(run.seconds.get(stage, 0.0) for run in runs) for stage in runs[0].seconds},
         command=command(runs),
+        PICTURE=PICTURE,
     )
     write_atomically(path / REPORT, page.encode())
     return path / REPORT

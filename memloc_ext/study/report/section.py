@@ -44,6 +44,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table with a title; a cell may be the address of a picture, see `memloc_ext.study.audited`."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def text(self) -> str:
+        """Return it for a terminal, without pictures."""
+        cells = [self.heads, *self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.heads))]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        return "\n".join([*([self.title] if self.title else []), lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@dataclass(frozen=True)
 class Section:
     """One probe or method in a report.
 
@@ -53,6 +69,7 @@ class Section:
         method: How it was answered, in two or three sentences.
         answers: Sentences with their numbers.
         pictures: Figures, in the order of the page.
+        tables: After the figures.
         notes: What was done exactly, and what it cost.
     """
 
@@ -61,6 +78,7 @@ class Section:
     method: str
     answers: Sequence[str]
     pictures: Sequence[Picture]
+    tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
 
 
