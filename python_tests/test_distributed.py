@@ -92,8 +92,10 @@ def test_a_training_goes_on_in_another_number_of_processes(outcome, two: Path, t
 def test_the_account_equals_that_of_one_process_to_rounding(one: Path, two: Path, name: str, epochs: int) -> None:
     for epoch in range(1, epochs + 1):
         single, several = (load_account(account_path(at / name / "accounting", epoch)) for at in (one, two))
-        for field in ("example_norms", "memorized", "indices"):
-            torch.testing.assert_close(getattr(several, field), getattr(single, field), rtol=1e-4, atol=1e-6)
+        for field in ("example_norms", "example_cosines", "memorized", "indices"):
+            both = getattr(several, field), getattr(single, field)
+            torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6, equal_nan=True)
+        assert not single.example_cosines.isnan().all()
         for rows, others in (
             (single.parameters, several.parameters),
             ({**single.groups, "": single.model}, {**several.groups, "": several.model}),

@@ -3,15 +3,20 @@ r"""Gradient accounting: which examples move which layers, over an epoch.
 A batch of B examples, c of them clean and m memorized, has the gradient ``g_clean + g_memorized``, where ``g_clean`` is
 ``c / B`` times the gradient of the mean loss of the clean examples, and ``g_memorized`` likewise. Both are summed over
 the batches of an epoch. What the paper draws per layer group is the sum over its parameters of ``||g|| / sqrt(numel)``
-and the mean over them of ``cos(g_clean, g_memorized)``. Added here: the norm of every single example's gradient.
+and the mean over them of ``cos(g_clean, g_memorized)``. Added here: the norm of every single example's gradient, its
+cosine with the clean gradient, and the noise scale.
 
-Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on gradient accounting.
+The cosine of an example is that of its own gradient with the sum of ``g_clean`` over the batches of the epoch *before*
+its own: where the clean examples have pushed the layer group so far. This takes no second pass, and no example is in
+the sum that it is held against. It is asked for in the second batch and every fourth one after it.
+
+Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on gradient accounting; for
+the noise scale, McCandlish et al., "An empirical model of large-batch training", 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,80 +29,19 @@ from memloc_ext.borrowing import kept_training_flags
 from memloc_ext.examples import Data, examples
 from memloc_ext.marks import Lookup, Marks, marked
 from memloc_ext.nn import example_ids
+from memloc_ext.probes.epoch_account import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.probes.layer_groups import Groups, chosen_groups
 from memloc_ext.tasks import Classification, Task, TaskName, example_losses, mean_loss, task_of
 
-
-@dataclass(frozen=True)
-class ParameterAccount:
-    """The gradient of a parameter, summed over the batches of an epoch; 0 where there is none.
-
-    Attributes:
-        clean: ``||g_clean|| / sqrt(numel)``.
-        memorized: ``||g_memorized|| / sqrt(numel)``.
-        total: ``||g_clean + g_memorized|| / sqrt(numel)``.
-        cosine: Of the angle between ``g_clean`` and ``g_memorized``, in ``[-1, 1]``; 0 where one of them is 0.
-    """
-
-    clean: float
-    memorized: float
-    total: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class GroupAccount(ParameterAccount):
-    """The gradients of several parameters over an epoch: the sums of their norms, and the mean of their cosines.
-
-    Attributes:
-        auc: Area under the ROC curve of "memorized" predicted from the norm of the example's gradient; None where there
-            is no memorized or no clean example.
-        clean_example_norm: Norm of a clean example's gradient, mean over them; None where there is none.
-        memorized_example_norm: Likewise.
-    """
-
-    auc: float | None
-    clean_example_norm: float | None
-    memorized_example_norm: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class EpochAccount:
-    """The account of an epoch of N examples, on the CPU.
-
-    Attributes:
-        model: All parameters together.
-        groups: Layer group to its account, from input to output.
-        parameters: Parameter name to its account.
-        example_norms: Norm of the gradient of each example's own loss with respect to each layer group,
-            ``[N, groups]``, float32; NaN for an example whose batch overflowed in float16.
-        memorized: Which examples are memorized, ``[N]``, bool.
-        indices: Number of each example, ``[N]``, int64, in ascending order.
-    """
-
-    model: GroupAccount
-    groups: dict[str, GroupAccount]
-    parameters: dict[str, ParameterAccount]
-    example_norms: Tensor
-    memorized: Tensor
-    indices: Tensor
-
-    @property
-    def total_norms(self) -> Tensor:
-        """Norm of the gradient of each example's own loss with respect to all parameters, ``[N]``, float32."""
-        return self.example_norms.norm(dim=1)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row per layer group: ``group``, ``clean``, ``memorized``, ``total``, ``cosine`` and ``auc``."""
-        names = ("clean", "memorized", "total", "cosine", "auc")
-        return [{"group": g, **{name: getattr(row, name) for name in names}} for g, row in self.groups.items()]
+COSINES_EVERY = 4
+"""Batches of which one is asked for cosines, which take a quarter of the time of its accounted step."""
 
 
 class GradientAccounting:
     """The account of one epoch while it is kept.
 
     Nothing here waits for the device before `result`. It takes the memory of two gradients of the model and of
-    ``N x groups`` numbers. Of several processes that share the batches, each adds its own slices and calls `gather`.
+    ``2 N x groups`` numbers. Of several processes that share the batches, each adds its own slices and calls `gather`.
 
     Args:
         model: Its parameters that require a gradient are accounted, but for those that ``groups`` leaves out.
@@ -125,17 +69,28 @@ class GradientAccounting:
         }
         self._ids = [torch.empty(0, dtype=torch.int64, device=device)]
         self._sqnorms = [torch.empty(0, len(self._groups), device=device)]
+        self._cosines = [torch.empty(0, len(self._groups) + 1, device=device)]
+        self._dtypes = {name: value.dtype for name, value in parameters.items()}
+        self._noise = torch.zeros(2, len(self._groups), device=device)  # S and |g|^2
+        self._batches = 0
 
     def kinds(self, ids: Tensor) -> Tensor:
         """Return the kind of the examples with the given numbers, ``[B]``, int64: 0 is clean, 1 is memorized."""
         return torch.zeros_like(ids) if self._memorized is None else self._memorized(ids).long()
 
+    def queries(self, ids: Tensor) -> dict[str, Any]:
+        """Return what `GradientAccountant.backward` must be asked of the next batch, for `add`, given its numbers."""
+        asked = {"group_ids": self.kinds(ids), "num_groups": 2}
+        if (self._batches - 1) % COSINES_EVERY == 0:
+            asked["directions"] = {"clean": {name: t[0].to(self._dtypes[name]) for name, t in self._sums.items()}}
+        return asked
+
     def add(self, account: Account, ids: Tensor, scale: float | Tensor | None = None, share: float = 1.0) -> None:
-        """Add a batch to the account.
+        """Add a batch to the account, in all processes that share it.
 
         Args:
-            account: Of the batch's mean loss, with `kinds` as its groups, as the paper's ``g_clean`` and
-                ``g_memorized``. A parameter that is missing in ``group_grad`` got no gradient.
+            account: Of the batch's mean loss, with `queries` answered. A parameter that is missing in ``group_grad``
+                got no gradient.
             ids: Numbers of its B examples, ``[B]``, int64.
             scale: What the loss was multiplied by, positive; divided out. A batch that overflowed under it, in any of
                 the processes that share it, counts nothing, since its step is skipped. None for 1.
@@ -143,28 +98,30 @@ class GradientAccounting:
                 ``(0, 1]``. Divided out of the norms of the examples.
         """
         names = [name for name in self._sums if name in account.group_grad]
-        added = [account.group_grad[name] for name in names]
-        none = self._sqnorms[0].new_zeros(len(ids))
-        each = torch.stack([account.sqnorm.get(name, none).to(none) for name in self._sums])
-        sqnorm = none.new_zeros(len(self._groups), len(ids)).index_add_(0, self._owner, each)
+        sqnorm = self._by_group(account.sqnorm, len(ids))
+        cosines, sqnorm = self._cosines_with_clean(account, sqnorm), sqnorm / share / share
+        *added, squares = distributed.summed([*(account.group_grad[name] for name in names), sqnorm.sum(1)])
         if scale is not None:
-            overflows = torch.stack([value.isfinite().all() for value in added]).all().logical_not().float()
-            finite = distributed.summed([overflows])[0] == 0
+            finite = torch.stack([value.isfinite().all() for value in added]).all()
             added = [torch.where(finite, value / scale, 0) for value in added]
-            sqnorm = torch.where(finite, sqnorm / scale / scale, float("nan"))
+            squares = torch.where(finite, squares / scale / scale, 0)
+            sqnorm, cosines = (torch.where(finite, t, float("nan")) for t in (sqnorm / scale / scale, cosines))
         if names:
-            torch._foreach_add_([self._sums[name] for name in names], added)  # pyright: ignore[reportPrivateImportUsage]
-        if share != 1:
-            sqnorm = sqnorm / share / share
+            torch._foreach_add_([self._sums[name] for name in names], added)  # pyright: ignore
+        examples = round(len(ids) / share)
+        if names and examples > 1:
+            mean = self._squares(names, torch._foreach_add(*zip(*added, strict=True)))  # pyright: ignore
+            self._noise += torch.stack([squares - examples * mean, examples * mean - squares / examples])
+        self._batches += 1
         self._ids.append(ids)
         self._sqnorms.append(sqnorm.T)
+        self._cosines.append(cosines.T)
 
     def gather(self) -> None:
         """Make this the account of what all processes added; each calls it once, after its last batch."""
-        self._sums = dict(zip(self._sums, distributed.summed(list(self._sums.values())), strict=True))
-        own = torch.cat(self._ids).cpu(), torch.cat(self._sqnorms).cpu()
+        own = tuple(torch.cat(parts).cpu() for parts in (self._ids, self._sqnorms, self._cosines))
         every = distributed.spread(lambda _: own, range(distributed.world_size()))
-        self._ids, self._sqnorms = [ids for ids, _ in every], [sqnorms for _, sqnorms in every]
+        self._ids, self._sqnorms, self._cosines = (list(parts) for parts in zip(*every, strict=True))
 
     def result(self) -> EpochAccount:
         """Return the account of all batches that were added."""
@@ -172,12 +129,37 @@ class GradientAccounting:
         parameters = {name: ParameterAccount(*row) for name, row in zip(self._sums, table, strict=True)}
         ids, order = torch.cat(self._ids).cpu().sort(stable=True)
         norms, memorized = torch.cat(self._sqnorms).cpu()[order].clamp(min=0).sqrt(), self.kinds(ids) > 0
+        cosines, noise = torch.cat(self._cosines).cpu()[order], self._noise.cpu().double()
         groups = {
-            group: _group_account([parameters[name] for name in names], norms[:, column], memorized)
+            group: _group_account(
+                [parameters[name] for name in names], norms[:, column], cosines[:, column], memorized, noise[:, column]
+            )
             for column, (group, names) in enumerate(self._groups.items())
         }
-        model = _group_account(list(parameters.values()), norms.norm(dim=1), memorized)
-        return EpochAccount(model, groups, parameters, norms, memorized, ids)
+        whole = norms.norm(dim=1), cosines[:, -1], memorized, noise.sum(1)
+        model = _group_account(list(parameters.values()), *whole)
+        return EpochAccount(model, groups, parameters, norms, cosines, memorized, ids)
+
+    def _cosines_with_clean(self, account: Account, sqnorm: Tensor) -> Tensor:
+        """Return the cosine of each example with the clean gradient so far, given its squared norms, ``[G + 1, B]``."""
+        if "clean" not in account.dot:
+            return sqnorm.new_full((len(sqnorm) + 1, sqnorm.shape[1]), float("nan"))
+        clean = self._squares(list(self._sums), [sums[0] for sums in self._sums.values()])
+        dot = self._by_group(account.dot["clean"], sqnorm.shape[1])
+        dot, sqnorm = (torch.cat([each, each.sum(0, keepdim=True)]) for each in (dot, sqnorm))
+        lengths = sqnorm.sqrt() * torch.cat([clean, clean.sum(0, keepdim=True)]).sqrt()[:, None]
+        return torch.where(lengths > 0, (dot / lengths).clamp(-1, 1), float("nan"))
+
+    def _squares(self, names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
+        """Return the squared norm of tensors of parameters over each layer group, ``[G]``."""
+        squares = torch._foreach_pow(torch._foreach_norm(list(tensors)), 2)  # pyright: ignore
+        return self._by_group(dict(zip(names, squares, strict=True)))
+
+    def _by_group(self, numbers: Mapping[str, Tensor], *shape: int) -> Tensor:
+        """Return the sums of parameters' numbers, ``[*shape]``, over each layer group, ``[G, *shape]``."""
+        none = self._noise.new_zeros(shape)
+        each = torch.stack([numbers.get(name, none).to(none) for name in self._sums])
+        return none.new_zeros(len(self._groups), *shape).index_add_(0, self._owner, each)
 
 
 def account_epoch(
@@ -233,7 +215,7 @@ def account_epoch(
             for batch in source.batches(batch_size):
                 model.zero_grad()
                 with example_ids(batch.ids), accountant:
-                    account = _accounted(accountant, task, call(model, batch.x), batch, accounting.kinds)
+                    account = _accounted(accountant, task, call(model, batch.x), batch, accounting.queries(batch.ids))
                 accounting.add(account, batch.ids)
                 if optimizer is not None:
                     optimizer.step()
@@ -245,15 +227,16 @@ def account_epoch(
     return accounting.result()
 
 
-def _accounted(accountant: GradientAccountant, task: Task, output: Any, batch: Batch, kinds: Lookup) -> Account:
+def _accounted(
+    accountant: GradientAccountant, task: Task, output: Any, batch: Batch, queries: Mapping[str, Any]
+) -> Account:
     """Run the backward pass of a batch's mean loss, inside of the accountant, and return its account."""
     count = len(batch.ids)
-    groups: dict[str, Any] = {"group_ids": kinds(batch.ids), "num_groups": 2}
     if isinstance(task, Classification):
-        return accountant.backward(mean_loss(task, output, batch.y, count), loss_reduction="mean", **groups)
+        return accountant.backward(mean_loss(task, output, batch.y, count), loss_reduction="mean", **queries)
     losses = example_losses(task, output, batch.y, count) / count
     weights = torch.full_like(losses, 1 / count)
-    return accountant.backward(losses, loss_reduction="none", example_weights=weights, **groups)
+    return accountant.backward(losses, loss_reduction="none", example_weights=weights, **queries)
 
 
 def _numbers(sums: Tensor) -> Tensor:
@@ -265,20 +248,34 @@ def _numbers(sums: Tensor) -> Tensor:
     return torch.cat([norms / max(len(clean), 1) ** 0.5, cosine[None]])
 
 
-def _group_account(parameters: Sequence[ParameterAccount], norms: Tensor, memorized: Tensor) -> GroupAccount:
-    counted = norms.isfinite()
+def _group_account(
+    parameters: Sequence[ParameterAccount], norms: Tensor, cosines: Tensor, memorized: Tensor, noise: Tensor
+) -> GroupAccount:
+    told, counted = cosines.isfinite(), norms.isfinite()
+    clean, own = cosines[told & ~memorized], cosines[told & memorized].double()
+    quartiles = own.quantile(own.new_tensor([0.25, 0.5, 0.75])).tolist() if own.numel() else [None] * 3
     norms, memorized = norms[counted], memorized[counted]
+    variance, square = noise.tolist()
     return GroupAccount(
-        **{name: sum(getattr(parameter, name) for parameter in parameters) for name in ("clean", "memorized", "total")},
+        clean=sum(parameter.clean for parameter in parameters),
+        memorized=sum(parameter.memorized for parameter in parameters),
+        total=sum(parameter.total for parameter in parameters),
         cosine=sum(parameter.cosine for parameter in parameters) / len(parameters),
         auc=roc_auc(norms, memorized),
         clean_example_norm=_mean(norms[~memorized]),
         memorized_example_norm=_mean(norms[memorized]),
+        noise_scale=variance / square if square else None,
+        memorized_cosine=_mean(own),
+        memorized_cosine_q25=quartiles[0],
+        memorized_cosine_q50=quartiles[1],
+        memorized_cosine_q75=quartiles[2],
+        memorized_against=_mean(own < 0),
+        clean_against=_mean(clean < 0),
     )
 
 
-def _mean(norms: Tensor) -> float | None:
-    return norms.double().mean().item() if norms.numel() else None
+def _mean(values: Tensor) -> float | None:
+    return values.double().mean().item() if values.numel() else None
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float | None:

@@ -20,6 +20,7 @@ from memloc_ext.accounting import GradientAccountant
 from memloc_ext.examples import Examples
 from memloc_ext.marks import marked
 from memloc_ext.probes import EpochAccount, GradientAccounting, GroupAccount, ParameterAccount
+from memloc_ext.probes.account_epoch import COSINES_EVERY
 from memloc_ext.tasks import Task, TaskName, task_of
 from memloc_ext.tensor_files import load_tensors, save_tensors
 from memloc_ext.training import Backward, TrainConfig
@@ -27,7 +28,7 @@ from memloc_ext.training.epoch import batch_sizes, epoch_rng, train_epoch
 
 ACCOUNTS = "accounting"
 """Folder of the epochs' files, in that of a training."""
-_TENSORS = ("example_norms", "memorized", "indices")
+_TENSORS = ("example_norms", "example_cosines", "memorized", "indices")
 _MAX_PAIRS, _MIN_PAIRS = 20, 3
 _SECONDS = 10
 """Limit on the time that `accounting_cost` takes, once it has its least number of pairs."""
@@ -62,8 +63,8 @@ class AccountedBackward(Backward):
     def run(self, loss: Tensor, ids: Tensor, scale: Tensor | None, share: float) -> None:
         """Give the parameters their gradients and add them to the account."""
         with torch._C.DisableTorchFunction():  # nothing of this is for the accountant to follow
-            kinds = self._accounting.kinds(ids)
-        account = self._accountant.backward(loss, group_ids=kinds, num_groups=2, loss_reduction="mean")
+            queries = self._accounting.queries(ids)
+        account = self._accountant.backward(loss, loss_reduction="mean", **queries)
         with torch._C.DisableTorchFunction():
             self._accounting.add(account, ids, scale, share)
 
@@ -142,8 +143,11 @@ def load_account(path: Path) -> EpochAccount:
 def _load(path: Path) -> tuple[EpochAccount, AccountedEpoch]:
     tensors, row = load_tensors(path, AccountedEpoch)
     examples = len(tensors["indices"]) if "indices" in tensors else 0
+    # older files have no cosines
+    tensors = {"example_cosines": torch.full((examples, len(row.groups) + 1), torch.nan), **tensors}
     expected = {
         "example_norms": (torch.float32, (examples, len(row.groups))),
+        "example_cosines": (torch.float32, (examples, len(row.groups) + 1)),
         "memorized": (torch.bool, (examples,)),
         "indices": (torch.int64, (examples,)),
     }
@@ -170,15 +174,15 @@ def accounted_epochs(folder: Path, epochs: int) -> list[AccountedEpoch]:
 def accounting_cost(
     model: nn.Module, split: Examples, config: TrainConfig, task: TaskName = "classification"
 ) -> dict[str, float]:
-    """Time plain and accounted training of a copy of a model, step about, on a batch drawn at random.
+    """Time plain and accounted training of a copy of a model, a few steps about, on batches drawn at random.
 
-    Each step is that of a training: batch, forward, backward, update, right after another of its kind. The end of an
-    accounted epoch is timed as well, but for the writing of its file. Of several processes the first measures, and by
-    itself, while the others wait for its numbers.
+    Each step is that of a training: batch, forward, backward, update. As many are timed together as take turns in what
+    is asked of them, the first batches of an epoch. The end of an accounted epoch is timed as well, but for the writing
+    of its file. Of several processes the first measures, and by itself, while the others wait for its numbers.
 
     Returns:
-        ``plain_step`` and ``accounted_step``, seconds, medians; ``step_ratio``, the median of the ratios of a step to
-        the one beside it; ``epoch_end``, seconds; ``ratio``, of an accounted epoch to a plain one, from these;
+        ``plain_step`` and ``accounted_step``, seconds, medians; ``step_ratio``, the median of the ratios of steps to
+        those beside them; ``epoch_end``, seconds; ``ratio``, of an accounted epoch to a plain one, from these;
         ``pairs``, the number of ratios.
     """
     return distributed.once(lambda: _cost(copy.deepcopy(model).train(), split, config, task_of(task)))
@@ -186,26 +190,28 @@ def accounting_cost(
 
 def _cost(model: nn.Module, split: Examples, config: TrainConfig, task: Task) -> dict[str, float]:
     with epoch_rng(config.seed, 0, split.device) as generator:
-        batch = split.subset(torch.randperm(len(split), generator=generator)[: config.batch_size])
+        few = split.subset(torch.randperm(len(split), generator=generator)[: COSINES_EVERY * config.batch_size])
         optimizer = torch.optim.SGD(
             model.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
         )
         scaler = torch.amp.GradScaler(split.device.type, enabled=config.precision == "float16")
         accounted = AccountedBackward(model, split, Path())
 
-        given = (model, batch, optimizer, scaler, config, config.epochs, generator)
-        kinds = [partial(train_epoch, *given, backward, task) for backward in (Backward(), accounted)]
+        given = (model, few, optimizer, scaler, config, config.epochs, generator)
+
+        def run(backward: Backward) -> None:
+            backward.start(1)
+            train_epoch(*given, backward, task)
+
+        kinds = [partial(run, backward) for backward in (Backward(), accounted)]
         for kind in kinds:  # the first steps allocate
             kind()
         pairs, start = [], time.perf_counter()
         while len(pairs) < _MIN_PAIRS or (len(pairs) < _MAX_PAIRS and time.perf_counter() - start < _SECONDS):
-            pair = []
-            for kind in kinds:
-                kind()  # in a training, a step follows one of its kind and meets the memory that it left
-                pair.append(_seconds(kind, split.device))
-            pairs.append(pair)
+            pairs.append([_seconds(kind, split.device) for kind in kinds])
         end = _seconds(accounted.account, split.device)
-    plain, full = (statistics.median(times) for times in zip(*pairs, strict=True))
+    count = len(batch_sizes(model, len(few), config.batch_size))
+    plain, full = (statistics.median(times) / count for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
     steps = len(batch_sizes(model, len(split), config.batch_size))
     times = {"plain_step": plain, "accounted_step": full, "step_ratio": ratio, "epoch_end": end}

@@ -2,6 +2,7 @@ import math
 from dataclasses import astuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,18 @@ def paper(model: nn.Module, split: Split, batch_size: int) -> dict[str, Tensor]:
     return sums
 
 
-def single_norms(model: nn.Module, split: Split, names: list[str]) -> Tensor:
-    norms = []
+def single_gradients(model: nn.Module, split: Split, names: list[str]) -> Tensor:
+    """The gradient of each example's own loss, ``[N, elements]``."""
+    rows = []
     for row in range(len(split)):
         inputs, labels, _ = split.batch(torch.tensor([row]))
         own = gradients(model, F.cross_entropy(model(inputs), labels))
-        norms.append(torch.cat([own[name].flatten() for name in names]).norm())
-    return torch.stack(norms)
+        rows.append(torch.cat([own[name].flatten() for name in names]))
+    return torch.stack(rows)
+
+
+def single_norms(model: nn.Module, split: Split, names: list[str]) -> Tensor:
+    return single_gradients(model, split, names).norm(dim=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -79,9 +85,49 @@ def test_is_the_papers_account_and_that_of_every_example(batch_size: int) -> Non
     assert_sums_up(account, account.model, list(account.parameters), account.total_norms, split)
     assert torch.equal(account.indices, split.indices)
     assert torch.equal(account.memorized, split.memorized)
-    names = ("clean", "memorized", "total", "cosine", "auc")
-    rows = [{"group": group, **{name: getattr(row, name) for name in names}} for group, row in account.groups.items()]
-    assert account.rows() == rows
+    assert account.rows() == [{"group": group, **vars(row)} for group, row in account.groups.items()]
+
+
+GROUPS = {"0": ["0.weight", "0.bias"], "3": ["3.weight", "3.bias"], "": ["0.weight", "0.bias", "3.weight", "3.bias"]}
+
+
+@pytest.mark.parametrize(("batch_size", "asked"), [(1, (1, 5, 9)), (4, (1,)), (100, ())])
+def test_cosines_are_with_the_clean_gradient_of_the_batches_before(batch_size: int, asked: tuple[int, ...]) -> None:
+    model, split = build(), make_split()
+    account = account_epoch(model, split, batch_size=batch_size)
+    for column, (group, names) in enumerate(GROUPS.items()):
+        own = single_gradients(model, split, names)
+        expected, clean = torch.full((10,), math.nan), torch.zeros_like(own[0])
+        for number, rows in enumerate(torch.arange(10).split(batch_size)):
+            if number in asked:
+                expected[rows] = F.cosine_similarity(own[rows], clean[None])
+            clean += own[rows[~split.memorized[rows]]].sum(0) / len(rows)
+        torch.testing.assert_close(account.example_cosines[:, column], expected, equal_nan=True)
+        row = account.groups.get(group, account.model)
+        told = {kind: expected[(split.memorized == kind) & ~expected.isnan()].numpy() for kind in (False, True)}
+        quartiles = (row.memorized_cosine_q25, row.memorized_cosine_q50, row.memorized_cosine_q75)
+        if not asked:
+            assert {row.memorized_cosine, row.memorized_against, row.clean_against, *quartiles} == {None}
+            continue
+        assert row.memorized_cosine == pytest.approx(told[True].mean(), rel=1e-4)
+        assert quartiles == pytest.approx(np.quantile(told[True], [0.25, 0.5, 0.75]), rel=1e-4)
+        assert row.memorized_against == pytest.approx((told[True] < 0).mean())
+        assert row.clean_against == pytest.approx((told[False] < 0).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_the_noise_scale_is_of_the_pooled_variance(batch_size: int) -> None:
+    model, split = build(), make_split()
+    account = account_epoch(model, split, batch_size=batch_size)
+    for group, names in GROUPS.items():
+        own, variance, square = single_gradients(model, split, names).double(), 0.0, 0.0
+        for rows in own.split(batch_size):
+            if len(rows) > 1:
+                spread = rows.var(0).sum()
+                variance += (len(rows) - 1) * spread
+                square += (len(rows) - 1) * (rows.mean(0).square().sum() - spread / len(rows))
+        found = account.groups.get(group, account.model).noise_scale
+        assert found == (None if batch_size == 1 else pytest.approx(float(variance / square), rel=1e-3))
 
 
 def assert_sums_up(account: EpochAccount, row, names: list[str], norms: Tensor, split: Split) -> None:
@@ -161,7 +207,9 @@ def test_frozen_parameters_are_left_out() -> None:
 def batch_account(split: Split, names: list[str], scale: float) -> SimpleNamespace:
     """What an accountant would return for all examples of a split, each with gradient (1, 1), times ``scale``."""
     share = torch.tensor([(~split.memorized).sum(), split.memorized.sum()]) / len(split)
+    clean = 2 * float(share[0])  # its product with the clean gradient of a batch before
     return SimpleNamespace(
+        dot={"clean": {name: torch.full((len(split),), clean * scale) for name in names}},
         sqnorm={name: torch.full((len(split),), 2 * scale**2) for name in names},
         group_grad={name: share[:, None].expand(2, 2) * scale for name in names},
     )
@@ -178,11 +226,13 @@ def test_the_scale_of_the_loss_is_divided_out(scale: float | Tensor) -> None:
         GradientAccounting(pair(), marked("probe", None, split)),
         GradientAccounting(pair(), marked("probe", None, split)),
     )
-    scaled.add(batch_account(split, ["a"], float(scale)), split.indices, scale)
-    plain.add(batch_account(split, ["a"], 1), split.indices)
+    for _ in range(2):
+        scaled.add(batch_account(split, ["a"], float(scale)), split.indices, scale)
+        plain.add(batch_account(split, ["a"], 1), split.indices)
     assert scaled.result().model == plain.result().model
     assert torch.equal(scaled.result().example_norms, plain.result().example_norms)
-    assert scaled.result().model.total == pytest.approx(1)
+    assert scaled.result().model.total == pytest.approx(2)
+    assert scaled.result().model.memorized_cosine == pytest.approx(1)
     assert scaled.result().parameters["b"].total == 0  # had no gradient
 
 
@@ -197,6 +247,7 @@ def test_a_batch_that_overflowed_counts_nothing() -> None:
     assert account.parameters == alone.parameters
     assert account.model == alone.model
     assert account.example_norms.isnan().flatten().tolist() == [False] * 5 + [True] * 5
+    assert account.example_cosines[5:].isnan().all()
     assert None not in (account.model.clean_example_norm, account.model.memorized_example_norm)
 
 

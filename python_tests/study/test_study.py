@@ -126,6 +126,11 @@ def test_an_accounted_run_holds_an_account_of_every_epoch(accounted) -> None:
         assert account.memorized.sum() == 143
         assert accounting.column("total")[epoch - 1] == account.model.total
         assert accounting.column("auc", "fc1")[epoch - 1] == account.groups["fc1"].auc
+        told = ~account.example_cosines.isnan()
+        assert 0 < told[:, 5].sum() < 1437
+        against = (account.example_cosines[account.memorized & told[:, 2], 2] < 0).double().mean()
+        assert account.groups["fc1"].memorized_against == pytest.approx(against.item())
+        assert account.model.noise_scale > 0
     assert [len(row.parameters) for row in accounting.table] == [10, 10]
     assert accounting.cost["pairs"] >= 3
     with open(folder(accounted, "account", "accounting.csv"), newline="") as file:
@@ -135,12 +140,14 @@ def test_an_accounted_run_holds_an_account_of_every_epoch(accounted) -> None:
 
 def test_the_report_of_an_accounted_run_shows_whose_gradient_it_is(accounted) -> None:
     page = (accounted.path / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 5
-    pictures = {"gradient_norms", "gradient_cosine", "example_norms", "example_norms_auc"}
+    assert page.count('src="data:image/png;base64,') == 6
+    pictures = {"gradient_norms", "gradient_cosine", "example_cosines", "example_norms", "example_norms_auc"}
     assert {f"{name}.png" for name in pictures} < {file.name for file in (accounted.path / "figures").iterdir()}
     shares, auc = answers(accounted.accounting)
     assert "The memorized examples, 10.0 % of the data, make" in shares
     assert f"mean cosine of {statistics.mean(accounted.accounting.column('cosine')):.2f}" in shares
+    against = 100 * statistics.mean(accounted.accounting.column("memorized_against"))
+    assert f"{against:.1f} % of the memorized examples are pushed against" in shares
     assert f"is {max(accounted.accounting.column('auc')):.3f} in epoch" in auc
     (sentence,) = cost(accounted.accounting)
     assert f"takes {accounted.accounting.cost['ratio']:.2f}x the time of plain training" in sentence

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.data import Split, digits, with_label_noise
+from memloc_ext.files import plain
 from memloc_ext.models import lenet
 from memloc_ext.probes import EpochAccount, GroupAccount, ParameterAccount
 from memloc_ext.study.accounting import (
@@ -168,12 +169,13 @@ def test_a_missing_account_is_named(unbroken: Path, tmp_path: Path) -> None:
 
 
 def made_account(num: int = 5) -> EpochAccount:
-    row = GroupAccount(1.0, 0.5, 1.25, -0.5, 0.875, 2.0, 3.0)
+    row = GroupAccount(1.0, 0.5, 1.25, -0.5, 0.875, 2.0, 3.0, -7.5, -0.5, -0.75, -0.5, -0.25, 0.75, 0.5)
     return EpochAccount(
         model=replace(row, auc=None),
         groups={"head": row, "conv1": replace(row, clean=0.0)},
         parameters={f"{name}.weight": ParameterAccount(1.0, 0.5, 1.25, -0.5) for name in ("head", "conv1")},
         example_norms=torch.tensor([[1.0, float("nan")]]).expand(num, 2),
+        example_cosines=torch.tensor([[-0.5, float("nan"), -0.25]]).expand(num, 3),
         memorized=torch.arange(num) % 2 == 1,
         indices=torch.arange(num) + 7,
     )
@@ -186,16 +188,33 @@ def test_an_account_comes_back_and_has_the_same_bytes_every_time(tmp_path: Path)
     for name in ("model", "groups", "parameters"):
         assert getattr(loaded, name) == getattr(account, name)
     assert list(loaded.groups) == ["head", "conv1"]
-    for name in ("example_norms", "memorized", "indices"):
+    for name in ("example_norms", "example_cosines", "memorized", "indices"):
         torch.testing.assert_close(getattr(loaded, name), getattr(account, name), rtol=0, atol=0, equal_nan=True)
     save_account(tmp_path / "again", 3, loaded)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_an_account_without_cosines_and_noise_scale_can_still_be_read(tmp_path: Path) -> None:
+    account, path = made_account(), account_path(tmp_path, 1)
+    old = {field.name for field in fields(GroupAccount) if field.default is MISSING}
+    assert len(old) == 7
+    about = plain(AccountedEpoch(1, account.model, account.groups, account.parameters))
+    for row in (about["model"], *about["groups"].values()):
+        for name in row.keys() - old:
+            del row[name]
+    save_tensors(path, {name: getattr(account, name) for name in ("example_norms", "memorized", "indices")}, about)
+    loaded = load_account(path)
+    assert accounted_epochs(tmp_path, 1)[0].model == loaded.model
+    assert (loaded.model.total, loaded.model.noise_scale, loaded.model.memorized_against) == (1.25, None, None)
+    assert loaded.example_cosines.shape == (5, 3)
+    assert loaded.example_cosines.isnan().all()
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"example_norms": torch.zeros(5, 3)},
+        {"example_cosines": torch.zeros(5, 2)},
         {"example_norms": torch.zeros(5, 2, dtype=torch.float64)},
         {"memorized": torch.zeros(4, dtype=torch.bool)},
         {"indices": torch.zeros(5)},

@@ -51,6 +51,12 @@ def answers(accounting: Accounting) -> list[str]:
             "The norm of an example's own gradient tells memorized from clean examples: the area under the ROC curve "
             f"is {found.auc:.3f} in epoch {found.auc_epoch}, the best."
         )
+    if found.against is not None:
+        sentences[0] += (
+            f" {percent(found.against)} % of the memorized examples are pushed against, and "
+            f"{percent(found.clean_against)} % of the clean ones (means over the epochs): a step along the gradient of "
+            "the clean examples raises their loss."
+        )
     return sentences
 
 
@@ -62,6 +68,7 @@ def numbers(accounting: Accounting) -> list[Number]:
     return [
         Number("share of memorized examples in the gradient norm, peak epoch", found.share, "%", "about half"),
         Number("cosine of clean and memorized gradient, mean over the epochs", found.cosine, "", "strongly negative"),
+        Number("memorized examples that the clean gradient pushes against, mean over the epochs", found.against),
         Number("area under the ROC curve of the examples' gradient norms, best epoch", found.auc, ""),
     ]
 
@@ -84,9 +91,17 @@ class _Found:
         self.share: float = memorized[peak] / (clean[peak] + memorized[peak])
         self.memorized = accounting.epoch(self.epoch).memorized.double().mean().item()
         self.cosine = statistics.fmean(accounting.column("cosine"))
+        self.against, self.clean_against = (
+            _mean(accounting.column(name)) for name in ("memorized_against", "clean_against")
+        )
         told = [value for value in auc if value is not None]
         self.auc: float | None = max(told, default=None)
         self.auc_epoch: int | None = accounting.epochs[auc.index(self.auc)] if told else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    told = [value for value in values if value is not None]
+    return statistics.fmean(told) if told else None
 
 
 def pictures(accounting: Accounting) -> list[Picture]:
@@ -111,6 +126,16 @@ def pictures(accounting: Accounting) -> list[Picture]:
             cosines(accounting),
             "Cosine between the gradient of the clean and that of the memorized examples; red: they point against "
             "each other. The paper: strongly negative throughout.",
+        ),
+        Picture(
+            "example_cosines",
+            "Cosines of single memorized examples' gradients, and the noise scale",
+            example_cosines(accounting),
+            "Left: cosine of a memorized example's own gradient with the sum of the clean gradients of the epoch's "
+            "batches before, mean; the band is the middle half over all parameters. Middle: share of the memorized "
+            "examples where it is negative: a step for the clean examples raises their loss. Right: noise scale, the "
+            "batch size from which a larger one makes the gradient little more certain; "
+            f"{_scale(accounting, 0)} in the first epoch, {_scale(accounting, -1)} in the last, over all parameters.",
         ),
         Picture(
             "example_norms",
@@ -159,6 +184,41 @@ def cosines(accounting: Accounting) -> Figure:
     titled(axes, epochs=True)
     figure.colorbar(picture, label="cosine, mean over\nthe parameters", ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
     return figure
+
+
+def example_cosines(accounting: Accounting) -> Figure:
+    """Draw cosines of memorized examples with the clean gradient, the share pushed against, and the noise scale."""
+    figure = new_figure(9, 3.6)
+    panels = figure.subplots(1, 3)
+    columns = {
+        "memorized_cosine": "cosine, memorized examples",
+        "memorized_against": "pushed against (%)",
+        "noise_scale": "noise scale (examples)",
+    }
+    colors = {**_group_colors(accounting.groups), None: "black"}
+    for axes, (column, title) in zip(panels, columns.items(), strict=True):
+        for group, color in colors.items():
+            values = _values(accounting, column, group) * (100 if column == "memorized_against" else 1)
+            axes.plot(accounting.epochs, values, color=color, label=group or "whole model", marker=".", markersize=4)
+        titled(axes, title, epochs=True)
+    low, high = (_values(accounting, f"memorized_cosine_q{q}") for q in (25, 75))
+    panels[0].fill_between(accounting.epochs, low, high, color="black", alpha=0.12, linewidth=0)
+    panels[0].axhline(0, color="#999", linestyle=":", linewidth=1)
+    clean = 100 * _values(accounting, "clean_against")
+    panels[1].plot(accounting.epochs, clean, color=COLORS["clean"], linestyle="--", label="whole model, clean examples")
+    panels[1].set_ylim(-3, 103)
+    panels[2].set_yscale("log", nonpositive="mask")
+    legend(figure, panels[1], right="layer group")
+    return figure
+
+
+def _values(accounting: Accounting, column: str, group: str | None = None) -> np.ndarray:
+    return np.array(accounting.column(column, group), float)  # NaN where there is none
+
+
+def _scale(accounting: Accounting, place: int) -> str:
+    value = accounting.column("noise_scale")[place]
+    return "unknown" if value is None else f"{value:.3g}"
 
 
 def example_norms(norms: Mapping[int, Mapping[str, np.ndarray]]) -> Figure:
@@ -210,9 +270,8 @@ def bands_and_auc(norms: Mapping[int, Mapping[str, np.ndarray]], accounting: Acc
     if left.lines:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False, fontsize=8)
     for group, color in _group_colors(accounting.groups).items():
-        auc = np.array(accounting.column("auc", group), float)  # NaN where there is none
-        right.plot(accounting.epochs, auc, color=color, label=group, linewidth=1)
-    auc = np.array(accounting.column("auc"), float)
+        right.plot(accounting.epochs, _values(accounting, "auc", group), color=color, label=group, linewidth=1)
+    auc = _values(accounting, "auc")
     right.plot(accounting.epochs, auc, color="black", label="whole model", linewidth=2.2, marker=".")
     right.axhline(0.5, color="#999", linestyle=":", linewidth=1)
     right.set_ylabel("area under the ROC curve")
