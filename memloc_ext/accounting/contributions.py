@@ -173,6 +173,9 @@ class LinearContribution(Contribution):
             return super().dot_and_groups(directions, groups)
         return ops.linear_grad_dot(self.input, self.grad_output, directions, groups)
 
+    def inner(self) -> Tensor:
+        return ops.linear_grad_inner(self.input, self.grad_output)
+
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
         x, g = positions(self.input).to(self.dtype) @ right.t(), positions(self.grad_output).to(self.dtype) @ left.t()
         return g.mT @ x

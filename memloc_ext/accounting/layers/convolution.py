@@ -96,6 +96,10 @@ class ConvolutionContribution(Contribution):
         dot, sqnorm, sums = ops.conv2d_grad_dot(x, g, flat, groups, None, kernel, *geometry)
         return dot, sqnorm, sums.reshape(groups.num, *self.shape)
 
+    def inner(self) -> Tensor:
+        planar = self._planar()
+        return super().inner() if planar is None else ops.conv2d_grad_inner(*planar)
+
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
         transposed, _, groups = self.settings[3:]
         if transposed:
