@@ -251,7 +251,8 @@ class GradientAccountant:
             check_parallel(self._model, weight_grads, exact_groups)
             clip = clipping_of(max_norm, clipping, weight_grads)
             asked = Queries(named, batch, directions, pairwise, project, per_position, by_row)
-            asked.names |= {id(p): name for name, p in unwrapped(self._model).named_parameters()}
+            if project is not None:  # drawn by the names that the model has without its wrapper
+                asked.names |= {id(p): name for name, p in unwrapped(self._model).named_parameters()}
             root = loss.sum() if loss_reduction == "none" else loss
             found = reached(root, tracer, tracer.parameters)
             mean = loss_reduction == "mean" and example_weights is None
