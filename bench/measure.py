@@ -105,7 +105,7 @@ def machine() -> dict[str, object]:
         "instruction_set": build_info().get("cpu_capability", "unknown"),
         "transparent_hugepages": huge_pages(),
         "gpu": gpu,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "memloc_ext": __version__,
