@@ -227,7 +227,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     lines = [["method", "score", "training passes", *found], ["---"] * (len(found) + 3)]
     for method, score in dict.fromkeys(line for rows in found.values() for line in rows):
         of_score = [rows.get((method, score)) for rows in found.values()]
-        passes = ", ".join(str(row["training_passes"]) for row in of_score if row)
+        passes = ", ".join(str(row["training_passes"]) if row else "-" for row in of_score)
         lines.append([method, score.removeprefix("score_"), passes, *map(cell, of_score)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

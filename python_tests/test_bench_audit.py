@@ -115,5 +115,5 @@ def test_table() -> None:
     cell = "0.625 (0.500 to 0.750)<br>38 % (25 to 50)<br>62 % (50 to 75)"
     assert table.splitlines()[2:] == [
         f"| a | s | 4, 4 | {cell} | {cell} |",
-        "| b | s | 4 | not run | 1.000 (1.000 to 1.000)<br>0 % (0 to 0)<br>100 % (100 to 100)<br>seeds: 1 |",
+        "| b | s | -, 4 | not run | 1.000 (1.000 to 1.000)<br>0 % (0 to 0)<br>100 % (100 to 100)<br>seeds: 1 |",
     ]
