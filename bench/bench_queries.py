@@ -1,4 +1,4 @@
-"""What else a backward pass is asked: time of a training step with each query over plain forward and backward.
+"""Time of a training step with each query of the accountant, over plain forward and backward.
 
 The bound is arithmetic. In multiply-adds of a plain step, of which the weight gradients are a third: a direction and a
 noise scale add next to nothing; clipping computes norms and weight gradients one after the other; pairs form every

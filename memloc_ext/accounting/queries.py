@@ -1,4 +1,4 @@
-"""What a backward pass is asked of the examples' gradients besides norms and sums, and the answers."""
+"""Queries of the examples' gradients beyond norms and sums, and their answers."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ class Queries:
 
         Args:
             key: The ``id`` of a parameter.
-            uses: All of it.
-            contribution: The same as one.
+            uses: Every use of that parameter.
+            contribution: All these uses as one contribution.
             dot: Inner products with its directions, ``[n, batch]``, if they are known.
         """
         self._answer(key, contribution, 0, dot)
@@ -154,7 +154,7 @@ class Queries:
         self._rows.pop(key, None)
 
     def finish(self) -> None:
-        """Answer what takes the gradients of all examples, and for parameters that the loss does not depend on."""
+        """Answer the queries that need all examples at once; zeros for parameters that the loss does not depend on."""
         for key, rows in self._rows.items():
             self._add_inner(key, Rows(torch.cat(rows)).inner())
         self._rows.clear()
