@@ -167,8 +167,8 @@ def cleanlab_quality(split: Split, out_of_sample: Tensor) -> list[dict[str, Any]
     The latter ranks what ``find_label_issues`` finds first, and within and behind it by self confidence. The suggested
     label is the most probable one.
     """
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
+    from cleanlab.filter import find_label_issues  # pyright: ignore[reportMissingImports]
+    from cleanlab.rank import get_label_quality_scores  # pyright: ignore[reportMissingImports]
 
     labels, probable = split.labels.numpy(), out_of_sample.numpy()
     methods = ("self_confidence", "normalized_margin")
