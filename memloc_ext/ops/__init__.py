@@ -4,6 +4,7 @@ from memloc_ext import _libraries as _libraries
 from memloc_ext.ops import ablation as _ablation  # noqa: F401, registers its operators
 from memloc_ext.ops.ablate_channels import ablate_channels, ablate_channels_
 from memloc_ext.ops.channel_saliency import channel_saliency
+from memloc_ext.ops.example_tied_conv2d import example_tied_conv2d
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
 from memloc_ext.ops.grad_dot import conv2d_grad_dot, linear_grad_dot
 from memloc_ext.ops.grad_inner import conv2d_grad_inner, linear_grad_inner
@@ -21,6 +22,7 @@ __all__ = [
     "conv2d_grad_inner",
     "conv2d_grad_sqnorm",
     "conv2d_grad_sqnorm_groups",
+    "example_tied_conv2d",
     "example_tied_dropout",
     "linear_grad_dot",
     "linear_grad_inner",
