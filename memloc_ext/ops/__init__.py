@@ -6,6 +6,7 @@ from memloc_ext.ops.ablate_channels import ablate_channels, ablate_channels_
 from memloc_ext.ops.channel_saliency import channel_saliency
 from memloc_ext.ops.example_tied_conv2d import example_tied_conv2d
 from memloc_ext.ops.example_tied_dropout import example_tied_dropout
+from memloc_ext.ops.example_tied_mlp import example_tied_mlp
 from memloc_ext.ops.grad_dot import conv2d_grad_dot, linear_grad_dot
 from memloc_ext.ops.grad_inner import conv2d_grad_inner, linear_grad_inner
 from memloc_ext.ops.grad_sqnorm import Plan, conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
@@ -24,6 +25,7 @@ __all__ = [
     "conv2d_grad_sqnorm_groups",
     "example_tied_conv2d",
     "example_tied_dropout",
+    "example_tied_mlp",
     "linear_grad_dot",
     "linear_grad_inner",
     "linear_grad_sqnorm",
