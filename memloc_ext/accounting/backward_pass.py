@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norms
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norm
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.queries import Queries
 from memloc_ext.accounting.uses import ParameterView, Use, together
@@ -193,7 +193,7 @@ class BackwardPass:
     def note_totals(self, totals: Mapping[int, Tensor]) -> None:
         """Take note of the sums of all examples' gradients, by the ``id`` of each parameter."""
         for key, total in totals.items():
-            self.sum_sqnorm[key] = squared_norms(total.reshape(1, -1))[0]
+            self.sum_sqnorm[key] = squared_norm(total)
 
     def clipped_gradients(self, factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return the sums of the examples' gradients times their factors ``[batch]``, of all that was held."""

@@ -127,6 +127,8 @@ class Rows(Contribution):
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         if groups.num > 16:  # many small groups
             return super().sqnorm_and_groups(groups)
+        if groups.num == 1:
+            return self.sqnorm(), self.rows.sum(0, keepdim=True, dtype=self.dtype)
         return self.sqnorm(), torch.stack([rows.sum(0, dtype=self.dtype) for (rows,) in groups.split(self.rows)])
 
 
@@ -263,6 +265,14 @@ def squared_norms(rows: Tensor) -> Tensor:
     return ops.linear_grad_sqnorm(rows, rows.new_ones(len(rows), 1))
 
 
+def squared_norm(t: Tensor) -> Tensor:
+    """Return the squared norm of all elements, 0-d."""
+    if t.numel() < 1 << 12 and t.dtype in (torch.float32, torch.float64):
+        flat = t.reshape(-1)
+        return flat.dot(flat)
+    return squared_norms(t.reshape(1, -1))[0]
+
+
 def chunks(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Yield ranges of examples whose tensors of ``shape`` fit into so many bytes, at least one example each."""
     step = max(1, BUDGET // max(1, math.prod(shape) * dtype.itemsize))
@@ -282,6 +292,8 @@ def scaled(t: Tensor, factors: Tensor) -> Tensor:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b.T``; blocks of its sums, too short to lose digits, are added up in float64."""
+    if a.shape[1] <= _BLOCK:
+        return a @ b.t()
     parts = zip(a.split(_BLOCK, 1), b.split(_BLOCK, 1), strict=True)
     result = a.new_zeros(len(a), len(b), dtype=torch.float64)
     for first, second in parts:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc_ext import ops
-from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norms
+from memloc_ext.accounting.contributions import Contribution, Rows, accumulated, squared_norm
 from memloc_ext.accounting.uses import Use, by_position
 from memloc_ext.borrowing import is_part
 
@@ -101,7 +101,8 @@ class Queries:
         for key, name in self.names.items():
             given = [direction for direction, tensors in self.directions.items() if name in tensors]
             if given:
-                rows = torch.stack([self.directions[direction][name].detach() for direction in given])
+                rows = [self.directions[direction][name].detach() for direction in given]
+                rows = torch.stack(rows) if len(rows) > 1 else rows[0][None]  # one is not copied
                 self._stacked[key] = given, rows.to(accumulated(rows.dtype))
         self.direction_sqnorm = {name: _sqnorm(list(tensors.values())) for name, tensors in self.directions.items()}
         self._all_pairs = pairwise is True
@@ -235,7 +236,7 @@ def _kind(t: object) -> str:
 
 def _sqnorm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared norm of all elements of some tensors, 0-d."""
-    norms = [squared_norms(t.detach().reshape(1, -1))[0] for t in tensors] or [torch.zeros(())]
+    norms = [squared_norm(t.detach()) for t in tensors] or [torch.zeros(())]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
 
 
