@@ -6,12 +6,13 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from memloc_ext.nn.example_ids import current_example_ids
+from memloc_ext.nn.skipping import skipping_in_force
 from memloc_ext.ops.example_tied_dropout import call, example_tied_dropout
 
 MODES = ("train", "test", "drop", "drop_gen")
@@ -36,6 +37,11 @@ class _TiedChannels(nn.Module):
     def num_generalization(self, channels: int) -> int:
         """Return how many of so many channels are generalization channels: ``floor(p_gen * channels)``."""
         return math.floor(self.p_gen * channels)
+
+    def draw(self, channels: int) -> dict[str, Any]:
+        """Return what says which of so many channels each example keeps, by the names of the operators' arguments."""
+        kept = self.num_generalization(channels)
+        return {"num_generalization": kept, "p_mem": self.p_mem, "seed": self.seed, "site": self.site}
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -80,6 +86,8 @@ class ExampleTiedDropout(_TiedChannels):
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on example-tied dropout.
     """
 
+    skip: bool | Literal["require"] = False  # set by `insert_example_tied_dropout`
+
     def __init__(
         self,
         p_gen: float = 0.2,
@@ -122,7 +130,10 @@ class ExampleTiedDropout(_TiedChannels):
                     "ExampleTiedDropout: mode 'train' needs example ids: call the model inside "
                     "`with memloc_ext.example_ids(ids):`, or pass example_ids to this module"
                 )
-            return call(x, ids.to(x.device), *settings)
+            ids, skipping = ids.to(x.device), skipping_in_force() if self.skip else None
+            if skipping is None:
+                return call(x, ids, *settings)
+            return skipping.site(self, x, ids, lambda x: call(x, ids, *settings))
         factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
         generalization, memorization = factors[mode]
         return _scale_pools(x, kept, generalization, memorization, dim)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout, FixedDropout
+from memloc_ext.nn.skipping import skip_in
 
 DROPOUT = "dropout_after"
 """The child that a dropout becomes of the module it follows."""
@@ -24,6 +25,7 @@ def insert_example_tied_dropout(
     seed: int = 0,
     channel_dim: int | None = None,
     rescale: str = "none",
+    skip: bool | Literal["require"] = False,
 ) -> nn.Module:
     """Put an `ExampleTiedDropout` on the output of each named module.
 
@@ -39,6 +41,10 @@ def insert_example_tied_dropout(
         seed: Names the assignment of channels to examples, any int64.
         channel_dim: Dimension of the channels in the outputs of those modules. By default as in `insert_after`.
         rescale: See `ExampleTiedDropout`.
+        skip: Whether to skip, in mode ``train``, the work for channels that are not kept, where the dropout is between
+            linear layers (`memloc_ext.ops.example_tied_mlp`) or in front of a convolution
+            (`memloc_ext.ops.example_tied_conv2d`). Results are equal, to rounding. The first forward pass finds out
+            where. ``require``: that pass raises ValueError, which says why, if a dropout cannot.
 
     Returns:
         ``model``.
@@ -50,9 +56,20 @@ def insert_example_tied_dropout(
     there = [module.site for module in model.modules() if isinstance(module, ExampleTiedDropout)]
     first = max(there, default=-1) + 1  # sites that shared a number would share their masks
     names = after if isinstance(after, str) else list(after)  # insert_after refuses a string
+    if skip not in (False, True, "require"):
+        raise ValueError(f"insert_example_tied_dropout: skip must be True, False or 'require', got {skip!r}")
 
     settings = {"seed": seed, "channel_dim": channel_dim, "rescale": rescale}
-    return insert_after(model, names, lambda n: ExampleTiedDropout(p_gen, p_mem, site=first + n, **settings))
+
+    def make(n: int) -> ExampleTiedDropout:
+        dropout = ExampleTiedDropout(p_gen, p_mem, site=first + n, **settings)
+        dropout.skip = skip
+        return dropout
+
+    insert_after(model, names, make)
+    if skip:
+        skip_in(model)
+    return model
 
 
 def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], nn.Module]) -> nn.Module:

@@ -1,0 +1,306 @@
+"""Train with example-tied dropout at the cost of the channels that are kept.
+
+A model that `insert_example_tied_dropout` was given ``skip`` for runs under a `Skipping`. The first forward pass in
+mode ``train`` runs as ever, and finds two kinds of chains:
+
+- linear layers, an activation, the dropout, a linear layer: they become `ops.example_tied_mlp`;
+- the dropout, functions of each channel, a convolution: they become `ops.example_tied_conv2d`.
+
+From then on, what begins a chain returns an `Unrun`, and the layer that ends it runs the operator. Whatever else an
+`Unrun` is given to makes it run as without ``skip``.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from memloc_ext import ops
+from memloc_ext.batches import tensors_of, with_each_tensor
+from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_metadata, run_all, with_each_step
+from memloc_ext.ops.example_tied_mlp import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout
+
+_ARITHMETIC = ("mul", "mul_", "__mul__", "__rmul__", "add", "add_", "__add__", "__radd__", "div", "__truediv__", "pow")
+_ACTIVATIONS = ("relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "erf", "square", "dropout")
+_ELEMENTWISE = frozenset((*_ARITHMETIC, *_ACTIVATIONS, "__pow__", "sub", "__sub__", "__rsub__", "neg", "contiguous"))
+_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
+_POOLS = ("max_pool2d", "_max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
+_BY_CHANNEL = frozenset(("relu", "gelu", "silu", "leaky_relu", "tanh", *_POOLS))  # 0 of a channel of zeros
+_PROBES = [torch.linspace(-9, 9, 181, dtype=torch.float64), torch.linspace(2, -1, 181, dtype=torch.float64)]
+
+
+@dataclass
+class Chains:
+    """What was found in a model.
+
+    Attributes:
+        first: Names of the weights of the linear layers that a chain begins with, by the dropout they lead to.
+        read: Dropouts that a convolution reads.
+        reasons: Why a dropout cannot skip.
+        found: Whether a forward pass has looked for them.
+    """
+
+    first: dict[ExampleTiedDropout, set[str]] = field(default_factory=dict)
+    read: set[ExampleTiedDropout] = field(default_factory=set)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    found: bool = False
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Chains] = weakref.WeakKeyDictionary()  # a copy of a model finds its own
+_recognised: dict[str, tuple[str, list[int]] | None] = {}
+_open = threading.local()
+
+
+def skip_in(model: nn.Module) -> None:
+    """Have a model skip what its dropouts allow."""
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter)
+        model.register_forward_hook(_leave, always_call=True)
+
+
+def skipping_in_force() -> Skipping | None:
+    """Return the innermost that is open in this thread."""
+    return _stack()[-1][1] if _stack() else None
+
+
+def is_watched() -> bool:
+    """Return whether something must see every function run: a transform of torch.func, or checkpointing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._are_functorch_transforms_active() or hooks is not None
+
+
+def _stack() -> list[tuple[nn.Module, Skipping | None]]:
+    if not hasattr(_open, "stack"):
+        _open.stack = []
+    return _open.stack
+
+
+def _enter(model: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    skipping = None
+    if any(getattr(m, "skip", False) and m.mode == "train" for m in model.modules()):
+        skipping = Skipping(model, _known.setdefault(model, Chains()))
+        skipping.__enter__()
+    _stack().append((model, skipping))
+
+
+def _leave(model: nn.Module, _: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling() or not _stack() or _stack()[-1][0] is not model:
+        return None
+    _, skipping = _stack().pop()
+    if skipping is None:
+        return None
+    skipping.__exit__(None, None, None)
+    if output is not None:  # no error passes
+        skipping.finish()
+    return run_all(output)
+
+
+class Skipping(TorchFunctionMode):
+    """Watches a forward pass of a model for the chains in which channels can be skipped.
+
+    Args:
+        model: That has dropouts.
+        chains: What is known of it, or is to be found out.
+    """
+
+    def __init__(self, model: nn.Module, chains: Chains) -> None:
+        super().__init__()
+        self._chains, self._learns = chains, not chains.found
+        self._model = model
+        first = {name for site, names in chains.first.items() if site.mode == "train" for name in names}
+        named = model.named_parameters() if self._learns or first else ()
+        self._names = {id(p): name for name, p in named if self._learns or name in first}
+        self._seen: dict[int, tuple[Tensor, Step]] = {}  # tensors that are there, while chains are looked for
+
+    def finish(self) -> None:
+        """End the pass; ValueError if it is the first and a dropout that must skip cannot."""
+        known = self._chains.first.keys() | self._chains.read
+        for name, site in self._model.named_modules() if self._learns else ():
+            if getattr(site, "skip", False) == "require" and site not in known:
+                reason = self._chains.reasons.get(site, "it did not run in mode train")
+                got = f"{name.removesuffix('.dropout_after')!r} cannot skip: {reason}"
+                raise ValueError(f"insert_example_tied_dropout: every site must skip for skip='require', but {got}")
+        self._chains.found = True
+
+    def site(self, dropout: ExampleTiedDropout, x: Tensor, ids: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a dropout in mode ``train``, or leave it to what reads it."""
+        before = self._step(x)
+        if not self._learns and before is None and (dropout not in self._chains.read or is_watched()):
+            return run(x)
+        step = Step(run, (x if before is None else before,), site=Site(dropout, ids, x.shape))
+        return self._later(step, (x,), {}, x.shape, x)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        steps = [step for t in tensors_of((args, kwargs)) if (step := self._step(t)) is not None]
+        ways = (self._mlp, self._conv2d, self._by_channel, self._continued) if steps else (self._begun,)
+        now = State()
+        for way in ways if all(step.state == now for step in steps) else ():
+            result = way(func, name, args, kwargs)
+            if result is not None:
+                return result
+        for dropout in {before.site.dropout for step in steps for before in step.before() if before.site is not None}:
+            self._chains.reasons.setdefault(dropout, f"its output goes to {name}")
+        args, kwargs = run_all((args, kwargs))
+        return func(*args, **kwargs)
+
+    def _step(self, t: object) -> Step | None:
+        if isinstance(t, Unrun):
+            return t.step
+        return self._seen[id(t)][1] if id(t) in self._seen else None
+
+    def _later(self, step: Step, args: Any, kwargs: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Leave a step for later; run it if chains are looked for."""
+        if not self._learns:
+            return Unrun.of(step, shape, like)
+        t = step.function(*args, **kwargs)
+        self._seen[id(t)] = t, step
+        return t
+
+    def _begun(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Leave a linear layer for later that may begin a chain."""
+        product = Product.of(name, args, kwargs) if self._names else None
+        if product is None or id(product.parameter) not in self._names or is_watched():
+            return None
+        shape = (*product.x.shape[:-1], len(product.weight))
+        return self._later(Step(func, args, kwargs, product=product), args, kwargs, shape, product.x)
+
+    def _continued(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Leave a function of each element for later, or a change of shape that leaves the channels as they are."""
+        given = tensors_of((args, kwargs))
+        first, shape = given[0], given[0].shape
+        if any(self._step(t) is None for t in given) or any(t.shape != shape for t in given):
+            return None
+        if reshapes := name in _RESHAPES:
+            shape = getattr(torch.empty(shape, device="meta"), name)(*args[1:], **kwargs).shape
+            if shape[-1:] != first.shape[-1:]:
+                return None
+        elif name not in _ELEMENTWISE:
+            return None
+        args_of, kwargs_of = with_each_tensor((args, kwargs), lambda t: cast(Any, self._step(t)))
+        step = Step(func, args_of, kwargs_of, reshapes=reshapes)
+        if isinstance(first, Unrun) and (kwargs.get("inplace") or (name[-1:] == "_" != name[-2:-1])):
+            first.step = step
+            return first
+        return self._later(step, args, kwargs, shape, first)
+
+    def _by_channel(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run a function of each channel on what a dropout is given, and leave the dropout for later."""
+        step = self._step(args[0]) if args else None
+        in_place = kwargs.get("inplace", False)
+        if step is None or step.site is None or len(step.site.x) != 4 or name not in _BY_CHANNEL or in_place:
+            return None
+        (x,) = step.args
+        if isinstance(x, Step):
+            return None
+        if self._learns:
+            t = func(*args, **kwargs)
+            self._seen[id(t)] = t, step
+            return t
+        x = func(x, *args[1:], **kwargs)
+        dropout, ids = step.site.dropout, step.site.ids
+        return Unrun.of(Step(step.function, (x,), site=Site(dropout, ids, x.shape)), x.shape, x)
+
+    def _conv2d(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run a convolution that reads a dropout."""
+        step = self._step(args[0]) if name == "conv2d" and args else None
+        if step is None or step.site is None or isinstance(step.args[0], Step):
+            return None
+        site = step.site
+        if site.dropout.channel_dim not in (None, 1, -3) or len(site.x) != 4 or site.ids.dim() != 1:
+            return None
+        if any(isinstance(value, str) for value in (*args, *kwargs.values())):  # padding="same"
+            return None
+        self._chains.read.add(site.dropout)
+        if self._learns:
+            return None
+        return ops.example_tied_conv2d(step.args[0], site.ids, *args[1:], **kwargs, **site.dropout.draw(site.x[1]))
+
+    def _mlp(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run the chain that a linear layer ends."""
+        last = Product.of(name, args, kwargs)
+        step = self._step(last.x) if last is not None else None
+        sites = {s: s.site for s in step.before() if s.site is not None} if step is not None else {}
+        if last is None or step is None or len(sites) != 1:
+            return None
+        (site,) = sites.values()
+        layers: list[Step] = []
+        formula = step.formula(layers)
+        if formula not in _recognised:
+            _recognised[formula] = _recognise(step, layers)
+        found, products = _recognised[formula], [s.product for s in layers if s.product is not None]
+        rule = ""
+        if not products:
+            rule = "no linear layer leads to it"
+        elif found is None:
+            rule = f"what is between linear layers is none of {', '.join(ACTIVATIONS)} (a dropout with p > 0 neither)"
+        elif any(p.x is not products[0].x for p in products):
+            rule = "the layers that lead to it read different inputs"
+        elif site.dropout.channel_dim not in (-1, len(site.x) - 1) and (site.dropout.channel_dim or len(site.x) != 2):
+            rule = "its channels are not the last dimension"
+        elif site.ids.dim() == 2 and len(site.x) != 3:
+            rule = "its ids are of tokens, and its input is not [batch, tokens, channels]"
+        if rule or found is None:
+            self._chains.reasons[site.dropout] = rule
+            return None
+        if self._learns:
+            self._chains.first.setdefault(site.dropout, set()).update(self._names[id(p.parameter)] for p in products)
+            return None
+        activation, order = found
+        into, gate = products[order[-1]], products[order[0]] if len(order) > 1 else None
+        rows = (site.x[0], -1) if len(site.x) > 3 else site.x[:-1]
+        gated = {} if gate is None else {"w_gate": gate.weight, "b_gate": gate.bias}
+        y = ops.example_tied_mlp(
+            into.x.reshape(*rows, into.x.shape[-1]),
+            site.ids,
+            *(into.weight, into.bias, last.weight, last.bias),
+            activation=activation,
+            **site.dropout.draw(site.x[-1]),
+            **gated,
+        )
+        return y.reshape(*last.x.shape[:-1], y.shape[-1])
+
+
+def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | None:
+    """Return the activation of a chain, and the numbers of its layers: of the gate, if it has one, and of the other.
+
+    The chain is run on numbers: kept channels must be those of the activation, others zero.
+    """
+    behind = all(isinstance(s.args[0], Step) for s in step.before() if s.site is not None)
+    if not 1 <= len(layers) <= 2 or not behind:
+        return None
+
+    def value(step: Step, keep: int) -> Tensor:
+        if step in layers:
+            return _PROBES[layers.index(step)].clone()
+        args, kwargs = with_each_step((step.args, dict(step.kwargs)), lambda inner: value(inner, keep))
+        if step.site is not None:
+            return args[0] * keep
+        return args[0] if step.reshapes else step.function(*args, **kwargs)
+
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if value(step, 0).any():
+            return None
+        result = value(step, 1)
+    for name, activation in ACTIVATIONS.items():
+        for order in ([0],) if len(layers) == 1 else ([0, 1], [1, 0]):
+            expected = activation(_PROBES[order[0]]) * (_PROBES[order[1]] if len(order) > 1 else 1)
+            if torch.allclose(result, expected, rtol=1e-9, atol=1e-9):
+                return name, order
+    return None
