@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from memloc_ext.nn.example_ids import current_example_ids
 from memloc_ext.nn.skipping import skipping_in_force
-from memloc_ext.ops.example_tied_dropout import call, example_tied_dropout
+from memloc_ext.ops.example_tied_dropout import call, check_example_ids
 
+Mask = Callable[[Tensor], Tensor]
 MODES = ("train", "test", "drop", "drop_gen")
 RESCALES = ("none", "authors", "expectation")
 
@@ -74,6 +75,9 @@ class ExampleTiedDropout(_TiedChannels):
         rescale: What ``drop`` multiplies generalization channels by: ``none``: 1; ``authors``:
             ``(p_gen + p_mem) / p_gen``; ``expectation``: ``(p_gen + (1 - p_gen) * p_mem) / p_gen``, which keeps the
             expected number of active channels.
+        mask: Which channels an example keeps, in place of the draw: a function of ids ``[n]``, int64, that returns
+            ``[n, channels]``, bool, the same for an id each time. Generalization channels are kept whatever it says.
+            It is no part of the state dict.
 
     Shape:
         ``[batch, channels, ...]`` in and out, or with the channels at ``channel_dim``.
@@ -97,12 +101,15 @@ class ExampleTiedDropout(_TiedChannels):
         site: int = 0,
         channel_dim: int | None = None,
         rescale: str = "none",
+        mask: Mask | None = None,
     ) -> None:
         super().__init__(p_gen, p_mem, seed=seed, site=site, channel_dim=channel_dim)
+        if mask is not None and not callable(mask):
+            raise TypeError(f"ExampleTiedDropout: mask must be a function of ids, got {type(mask).__name__}")
         if rescale not in RESCALES:
             raise ValueError(f"ExampleTiedDropout: rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
         _check_rescale(rescale, p_gen)
-        self.rescale = rescale
+        self.rescale, self.mask = rescale, mask
         self._mode: str | None = None
 
     @property
@@ -121,22 +128,42 @@ class ExampleTiedDropout(_TiedChannels):
         dim, kept = self.dim_and_kept(x)
         mode = self.mode
         if mode == "train":
-            settings = (kept, self.p_mem, self.seed, self.site, dim)
-            if example_ids is not None:
-                return example_tied_dropout(x, example_ids, *settings)
-            ids = current_example_ids()
+            ids = current_example_ids() if example_ids is None else example_ids
             if ids is None:
                 raise ValueError(
                     "ExampleTiedDropout: mode 'train' needs example ids: call the model inside "
                     "`with memloc_ext.example_ids(ids):`, or pass example_ids to this module"
                 )
-            ids, skipping = ids.to(x.device), skipping_in_force() if self.skip else None
+            if example_ids is None:  # checked before
+                ids = ids.to(x.device)
+            elif isinstance(ids, Tensor):
+                check_example_ids(ids)
+            skipping = skipping_in_force() if self.skip else None
             if skipping is None:
-                return call(x, ids, *settings)
-            return skipping.site(self, x, ids, lambda x: call(x, ids, *settings))
+                return self._train(x, ids, dim)
+            return skipping.site(self, x, ids, lambda x: self._train(x, ids, dim))
         factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
         generalization, memorization = factors[mode]
         return _scale_pools(x, kept, generalization, memorization, dim)
+
+    def _train(self, x: Tensor, ids: Tensor, dim: int) -> Tensor:
+        if self.mask is None:
+            return call(x, ids, *self.draw(x.shape[dim]).values(), dim)
+        shape = [*ids.shape, *[1] * (x.dim() - ids.dim())]
+        shape[dim] = x.shape[dim]
+        return torch.where(
+            self.kept(ids, x.shape[dim]).reshape(shape), x, torch.zeros((), dtype=x.dtype, device=x.device)
+        )
+
+    def kept(self, ids: Tensor, channels: int) -> Tensor:
+        """Return which channels examples keep by ``mask``, ``[*ids.shape, channels]``, bool."""
+        assert self.mask is not None
+        kept = self.mask(ids.flatten())
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (ids.numel(), channels):
+            got = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+            raise ValueError(f"ExampleTiedDropout: mask must return bool [{ids.numel()}, {channels}], got {got}")
+        shared = torch.arange(channels, device=kept.device) < self.num_generalization(channels)
+        return (kept | shared).unflatten(0, ids.shape)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":

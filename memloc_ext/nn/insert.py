@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout, FixedDropout
+from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout, FixedDropout, Mask
 from memloc_ext.nn.skipping import skip_in
 
 DROPOUT = "dropout_after"
@@ -26,6 +26,7 @@ def insert_example_tied_dropout(
     channel_dim: int | None = None,
     rescale: str = "none",
     skip: bool | Literal["require"] = False,
+    mask: Mask | None = None,
 ) -> nn.Module:
     """Put an `ExampleTiedDropout` on the output of each named module.
 
@@ -45,6 +46,7 @@ def insert_example_tied_dropout(
             linear layers (`memloc_ext.ops.example_tied_mlp`) or in front of a convolution
             (`memloc_ext.ops.example_tied_conv2d`). Results are equal, to rounding. The first forward pass finds out
             where. ``require``: that pass raises ValueError, which says why, if a dropout cannot.
+        mask: See `ExampleTiedDropout`; the same for all sites.
 
     Returns:
         ``model``.
@@ -59,7 +61,7 @@ def insert_example_tied_dropout(
     if skip not in (False, True, "require"):
         raise ValueError(f"insert_example_tied_dropout: skip must be True, False or 'require', got {skip!r}")
 
-    settings = {"seed": seed, "channel_dim": channel_dim, "rescale": rescale}
+    settings = {"seed": seed, "channel_dim": channel_dim, "rescale": rescale, "mask": mask}
 
     def make(n: int) -> ExampleTiedDropout:
         dropout = ExampleTiedDropout(p_gen, p_mem, site=first + n, **settings)
