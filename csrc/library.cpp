@@ -12,6 +12,14 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "example_tied_dropout(Tensor x, Tensor example_ids, int num_generalization, float p_mem, int seed, int site=0, "
       "int channel_dim=1) -> Tensor");
+  m.def(
+      "example_tied_mlp(Tensor x, Tensor example_ids, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str "
+      "activation, int num_generalization, float p_mem, int seed, int site=0, Tensor? w_gate=None, Tensor? "
+      "b_gate=None) -> Tensor");
+  m.def(
+      "example_tied_mlp_backward(Tensor grad_output, Tensor x, Tensor example_ids, Tensor w_in, Tensor? b_in, Tensor "
+      "w_out, Tensor? b_out, str activation, int num_generalization, float p_mem, int seed, int site, Tensor? w_gate, "
+      "Tensor? b_gate, bool[7] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_grad_sqnorm(Tensor input, Tensor grad_output, *, str method=\"auto\") -> Tensor");
   m.def(
       "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "

@@ -13,6 +13,14 @@ def ids(*values: int) -> Tensor:
 
 VALID: dict[str, Callable[[], list[Any]]] = {
     "example_tied_dropout": lambda: [torch.randn(3, 5, 2, 2), ids(4, 0, 2), 2, 0.3, 0, 0, 1],
+    "example_tied_mlp": lambda: [
+        torch.randn(2, 4, 3), ids(4, 0), torch.randn(6, 3), torch.randn(6), torch.randn(5, 6), torch.randn(5),
+        "gelu", 2, 0.3, 0, 0, torch.randn(6, 3), torch.randn(6),
+    ],
+    "example_tied_mlp_backward": lambda: [
+        torch.randn(2, 4, 5), torch.randn(2, 4, 3), ids(4, 0), torch.randn(6, 3), torch.randn(6), torch.randn(5, 6),
+        torch.randn(5), "gelu", 2, 0.3, 0, 0, torch.randn(6, 3), torch.randn(6), [True] * 7,
+    ],
     "linear_grad_sqnorm": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
     "conv2d_grad_sqnorm": lambda: [
         torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2

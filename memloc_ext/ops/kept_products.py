@@ -1,0 +1,82 @@
+"""Products of rows with the weights that their run keeps: a layer, and its gradients, restricted to some channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which channels each run of rows keeps.
+
+    Values of kept channels are stored run after run, ``[channels of the run, rows of the run]`` each.
+
+    Args:
+        rows: Where each run of rows ends, after a first 0: runs + 1 numbers.
+        ends: Where each run's channels end, after a first 0: runs + 1 numbers.
+        channels: All runs' channels, one run after the other, ascending in each; int64.
+    """
+
+    rows: list[int]
+    ends: list[int]
+    channels: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, lengths: list[int]) -> Kept:
+        """Return the channels of a mask ``[runs, channels]``, whose runs have so many rows each."""
+        counts = mask.sum(1).tolist()
+        return cls([0, *accumulate(lengths)], [0, *accumulate(counts)], mask.nonzero()[:, 1])
+
+    @property
+    def numel(self) -> int:
+        """How many values are stored for all runs."""
+        return sum(
+            (c - b) * (r - q) for q, r, b, c in zip(self.rows, self.rows[1:], self.ends, self.ends[1:], strict=False)
+        )
+
+    def runs(self, values: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each run's channels, values ``[channels, rows]`` and rows of a dense tensor ``[rows, n]``."""
+        at = 0
+        for first, last, begin, end in zip(self.rows, self.rows[1:], self.ends, self.ends[1:], strict=False):
+            size = (end - begin) * (last - first)
+            if size:
+                yield self.channels[begin:end], values[at : at + size].view(end - begin, -1), dense[first:last]
+            at += size
+
+
+def kept_linear(input: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
+    """Return ``weight[channels] @ input[rows].T + bias[channels]`` of each run, stored as `Kept` says.
+
+    Args:
+        input: ``[rows, n]``.
+        weight: ``[channels, n]``.
+        bias: ``[channels]`` or None.
+        kept: What each run keeps.
+    """
+    values = input.new_empty(kept.numel)
+    for channels, own, rows in kept.runs(values, input):
+        if bias is None:
+            torch.mm(weight[channels], rows.t(), out=own)
+        else:
+            torch.addmm(bias[channels, None], weight[channels], rows.t(), out=own)
+    return values
+
+
+def add_kept_input_(sums: Tensor, values: Tensor, weight: Tensor, kept: Kept) -> None:
+    """Add ``values.T @ weight[channels]`` of each run to its rows of ``sums [rows, n]``; ``weight [channels, n]``."""
+    for channels, own, rows in kept.runs(values, sums):
+        rows.addmm_(own.t(), weight[channels])
+
+
+def add_kept_weight_(sums: Tensor, values: Tensor, input: Tensor, kept: Kept) -> None:
+    """Add ``values @ input[rows]`` of each run, in their order, to its channels of ``sums [channels, n]``.
+
+    A run has a channel once, so that no two terms meet in a call: the same bits every time, on CUDA too.
+    """
+    for channels, own, rows in kept.runs(values, input):
+        sums.index_add_(0, channels, (own @ rows).to(sums.dtype))
