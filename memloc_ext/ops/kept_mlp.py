@@ -115,6 +115,52 @@ def forward(rows: Tensor, weights: Weights, activation: str, plan: Plan) -> tupl
     return y, [*shared, hidden, *own, own_hidden]
 
 
+def value_grads(
+    grad: Tensor, weights: Weights, values: list[Tensor], activation: str, plan: Plan
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return the gradients of the first layers' values: of shared channels, and of the runs' own or None."""
+    g, count = plan.shared, len(weights.first)
+    by_hidden = grad @ weights.w_out[:, :g]
+    by_shared = _activate_backward(by_hidden if plan.kept else plan.dropout(by_hidden), values[:count], activation)
+    if plan.kept is None:
+        return by_shared, None
+    by_hidden = kept_linear(grad, _turned(weights.w_out[:, g:]), None, plan.kept)
+    return by_shared, _activate_backward(by_hidden, values[count + 1 : -1], activation)
+
+
+def input_grad(shared: list[Tensor], own: list[Tensor] | None, weights: Weights, plan: Plan) -> Tensor:
+    """Return the gradient of the rows, given `value_grads`."""
+    g, layers = plan.shared, weights.first
+    result = shared[0] @ layers[0][0][:g]
+    for values, (w, _) in zip(shared[1:], layers[1:], strict=True):
+        result.addmm_(values, w[:g])
+    for values, (w, _) in zip(own or [], layers if own else [], strict=True):
+        assert plan.kept is not None
+        add_kept_input_(result, values, w[g:], plan.kept)
+    return result
+
+
+def weight_grad(shared: Tensor, own: Tensor | None, input: Tensor, h: int, plan: Plan) -> Tensor:
+    """Return the sum over all rows of values times input, ``[h, n]``: the gradient of the weight that made them.
+
+    Args:
+        shared: Values of shared channels, ``[rows, shared]``, or their gradients.
+        own: Those of the runs' own channels, or None.
+        input: ``[rows, n]``.
+        h: Number of channels.
+        plan: Which channels each run keeps.
+    """
+    g, result = plan.shared, shared.new_empty(h, input.shape[1])
+    torch.mm(shared.t(), input, out=result[:g])
+    if plan.kept is not None and own is not None:
+        dtype = result_dtype(shared)  # in which the runs' terms are added up
+        sums = result[g:].zero_() if dtype == shared.dtype else torch.zeros_like(result[g:], dtype=dtype)
+        add_kept_weight_(sums, own, input, plan.kept)
+        if dtype != shared.dtype:
+            result[g:] = sums
+    return result
+
+
 def backward(
     grad: Tensor,
     rows: Tensor,
@@ -125,49 +171,22 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of ``rows`` and the weights, in their order, from that of the output; None if not needed."""
-    g, kept = plan.shared, plan.kept
-    w_out, layers = weights.w_out, weights.first
-    values_of_part = len(layers) + 1
-    *shared, hidden = values[:values_of_part]
-    by_hidden = grad @ w_out[:, :g]
-    by_shared = _activate_backward(by_hidden if kept else plan.dropout(by_hidden), shared, activation)
-    own_hidden: Tensor | None = None
-    by_own: Sequence[Tensor | None] = [None] * len(layers)
-    if kept is not None:
-        *own, own_hidden = values[values_of_part:]
-        by_own = _activate_backward(kept_linear(grad, _turned(w_out[:, g:]), None, kept), own, activation)
-
-    def by_weight(shared: Tensor, own: Tensor | None, input: Tensor) -> Tensor:
-        """Return the gradient of a weight ``[h, n]`` whose layer is given ``input [rows, n]``."""
-        result = grad.new_empty(len(weights.w_in), input.shape[1])
-        torch.mm(shared.t(), input, out=result[:g])
-        if kept is not None and own is not None:
-            dtype = result_dtype(grad)  # in which the runs' terms are added up
-            sums = result[g:].zero_() if dtype == grad.dtype else torch.zeros_like(result[g:], dtype=dtype)
-            add_kept_weight_(sums, own, input, kept)
-            if dtype != grad.dtype:
-                result[g:] = sums
-        return result
-
-    by_input = None
+    h, count = len(weights.w_in), len(weights.first)
+    shared, own = value_grads(grad, weights, values, activation, plan)
+    result: list[Tensor | None] = [None] * 7
     if needed[0]:
-        by_input = by_shared[0] @ layers[0][0][:g]
-        for of_shared, (w, _) in zip(by_shared[1:], layers[1:], strict=True):
-            by_input.addmm_(of_shared, w[:g])
-        for of_own, (w, _) in zip(by_own, layers, strict=True):
-            if kept is not None and of_own is not None:
-                add_kept_input_(by_input, of_own, w[g:], kept)
-    by_first = []
+        result[0] = input_grad(shared, own, weights, plan)
     ones = rows.new_ones(len(rows), 1)
-    for place, shared, own in zip(((5, 6), (1, 2))[-len(layers) :], by_shared, by_own, strict=True):
-        by_first.append(by_weight(shared, own, rows) if needed[place[0]] else None)
-        by_first.append(by_weight(shared, own, ones)[:, 0] if needed[place[1]] else None)
-    *by_gate, by_w_in, by_b_in = by_first
-    by_w_out = None
+    for place, by_shared, by_own in zip((5, 1)[-count:], shared, own or [None] * count, strict=True):
+        if needed[place]:
+            result[place] = weight_grad(by_shared, by_own, rows, h, plan)
+        if needed[place + 1]:
+            result[place + 1] = weight_grad(by_shared, by_own, ones, h, plan)[:, 0]
     if needed[3]:
-        by_w_out = _turned(by_weight(hidden, own_hidden, grad))
-    by_b_out = grad.sum(0) if needed[4] else None
-    return [by_input, by_w_in, by_b_in, by_w_out, by_b_out, *(by_gate or (None, None))]
+        result[3] = _turned(weight_grad(values[count], None if own is None else values[-1], grad, h, plan))
+    if needed[4]:
+        result[4] = grad.sum(0)
+    return result
 
 
 def _turned(weight: Tensor) -> Tensor:
