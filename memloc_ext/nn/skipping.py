@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from memloc_ext import ops
 from memloc_ext.batches import tensors_of, with_each_tensor
 from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_metadata, run_all, with_each_step
-from memloc_ext.ops.example_tied_mlp import ACTIVATIONS
+from memloc_ext.ops import kept_mlp
+from memloc_ext.ops.kept_mlp import ACTIVATIONS
 
 if TYPE_CHECKING:
     from memloc_ext.nn.example_tied_dropout import ExampleTiedDropout
@@ -223,7 +224,12 @@ class Skipping(TorchFunctionMode):
         if step is None or step.site is None or isinstance(step.args[0], Step):
             return None
         site = step.site
-        if site.dropout.channel_dim not in (None, 1, -3) or len(site.x) != 4 or site.ids.dim() != 1:
+        if (
+            site.dropout.mask is not None
+            or site.dropout.channel_dim not in (None, 1, -3)
+            or len(site.x) != 4
+            or site.ids.dim() != 1
+        ):
             return None
         if any(isinstance(value, str) for value in (*args, *kwargs.values())):  # padding="same"
             return None
@@ -265,16 +271,25 @@ class Skipping(TorchFunctionMode):
         activation, order = found
         into, gate = products[order[-1]], products[order[0]] if len(order) > 1 else None
         rows = (site.x[0], -1) if len(site.x) > 3 else site.x[:-1]
-        gated = {} if gate is None else {"w_gate": gate.weight, "b_gate": gate.bias}
-        y = ops.example_tied_mlp(
-            into.x.reshape(*rows, into.x.shape[-1]),
-            site.ids,
-            *(into.weight, into.bias, last.weight, last.bias),
-            activation=activation,
-            **site.dropout.draw(site.x[-1]),
-            **gated,
-        )
+        x = into.x.reshape(*rows, into.x.shape[-1])
+        weights = (into.weight, into.bias, last.weight, last.bias)
+        of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
+        if site.dropout.mask is not None:
+            y = kept_mlp.kept_mlp(x, activation, _plan(site, x), *weights, *of_gate)
+        else:
+            draw = site.dropout.draw(site.x[-1])
+            gated = dict(zip(("w_gate", "b_gate"), of_gate, strict=True))
+            y = ops.example_tied_mlp(x, site.ids, *weights, activation=activation, **draw, **gated)
         return y.reshape(*last.x.shape[:-1], y.shape[-1])
+
+
+def _plan(site: Site, x: Tensor) -> kept_mlp.Plan:
+    """Return the plan for a user's own mask, and rows ``[*, d]``."""
+    channels = site.x[-1]
+    ids, lengths = site.ids.flatten().unique_consecutive(return_counts=True)
+    tokens = x.shape[:-1].numel() // max(1, site.ids.numel())
+    mask, shared = site.dropout.kept(ids, channels), site.dropout.num_generalization(channels)
+    return kept_mlp.plan_of(mask, (lengths * tokens).tolist(), shared)
 
 
 def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | None:
@@ -300,7 +315,7 @@ def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | No
         result = value(step, 1)
     for name, activation in ACTIVATIONS.items():
         for order in ([0],) if len(layers) == 1 else ([0, 1], [1, 0]):
-            expected = activation(_PROBES[order[0]]) * (_PROBES[order[1]] if len(order) > 1 else 1)
+            expected = activation.forward(_PROBES[order[0]]) * (_PROBES[order[1]] if len(order) > 1 else 1)
             if torch.allclose(result, expected, rtol=1e-9, atol=1e-9):
                 return name, order
     return None

@@ -15,13 +15,13 @@ from memloc_ext.ops.example_tied_dropout import call as drop_out
 from memloc_ext.ops.example_tied_dropout import check_example_ids
 from memloc_ext.ops.kept_mlp import (
     ACTIVATIONS,
-    KeptMlp,
     Plan,
     Weights,
     backward,
     composition,
     forward,
     keeping_is_cheaper,
+    kept_mlp,
 )
 from memloc_ext.ops.kept_products import Kept
 
@@ -91,7 +91,7 @@ def example_tied_mlp(
     return _checks.call(_composed if transformed else _op, "example_tied_mlp", *arguments)
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """The operator's arguments."""
 
     x: Tensor
@@ -110,6 +110,7 @@ class _Arguments(NamedTuple):
 
     @property
     def weights(self) -> Weights:
+        """Those of the MLP."""
         return Weights(*self[2:6], self.w_gate, self.b_gate)
 
     @property
@@ -118,10 +119,12 @@ class _Arguments(NamedTuple):
         return self.x, *self.weights
 
     def dropout(self, hidden: Tensor, example_ids: Tensor) -> Tensor:
+        """Zero what examples do not keep of hidden channels, which are the last dimension."""
         return drop_out(hidden, example_ids, *self[7:11], -1)
 
     @property
     def result_shape(self) -> list[int]:
+        """Of the output."""
         return [*self.x.shape[:-1], self.w_out.shape[0]]
 
     def check(self) -> None:
@@ -186,7 +189,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _composed(*given: Any) -> Tensor:
     """Run the MLP in dense products, which know every transform."""
-    arguments = _Arguments(*given)
+    arguments = Arguments(*given)
     arguments.check()
     x, ids = arguments.x, arguments.example_ids
     check_example_ids(ids)
@@ -194,7 +197,7 @@ def _composed(*given: Any) -> Tensor:
 
 
 def _kernel(*given: Any) -> Tensor:
-    arguments = _Arguments(*given)
+    arguments = Arguments(*given)
     arguments.check()
     x = arguments.x
     y, _ = forward(x.flatten(0, -2), arguments.weights, arguments.activation, arguments.plan())
@@ -202,7 +205,7 @@ def _kernel(*given: Any) -> Tensor:
 
 
 def _backward_kernel(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    arguments, needed = _Arguments(*given[:-1]), given[-1]
+    arguments, needed = Arguments(*given[:-1]), given[-1]
     _check_backward(grad, arguments)
     rows, weights, activation, plan = (
         arguments.x.flatten(0, -2),
@@ -216,7 +219,7 @@ def _backward_kernel(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return tuple(grad.new_empty(0) if t is None else t for t in (by_x, *grads))
 
 
-def _check_backward(grad: Tensor, arguments: _Arguments) -> None:
+def _check_backward(grad: Tensor, arguments: Arguments) -> None:
     arguments.check()
     x, shape = arguments.x, arguments.result_shape
     _require(list(grad.shape) == shape, f"grad_output must have shape {shape}, got {list(grad.shape)}")
@@ -232,14 +235,14 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("memloc_ext::example_tied_mlp")
 def _(*given: Any) -> Tensor:
-    arguments = _Arguments(*given)
+    arguments = Arguments(*given)
     arguments.check()
     return arguments.x.new_empty(arguments.result_shape)
 
 
 @torch.library.register_fake("memloc_ext::example_tied_mlp_backward")
 def _(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    arguments, needed = _Arguments(*given[:-1]), given[-1]
+    arguments, needed = Arguments(*given[:-1]), given[-1]
     _check_backward(grad, arguments)
     wanted = (t if need else None for t, need in zip(arguments.inputs, needed, strict=True))
     return tuple(grad.new_empty(0 if t is None else t.shape) for t in wanted)
@@ -250,7 +253,7 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        arguments = _Arguments(*given)
+        arguments = Arguments(*given)
         ctx.settings = arguments[6:11]
         ctx.save_for_backward(arguments.example_ids, *arguments.inputs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -267,7 +270,7 @@ class _Traced(torch.autograd.Function):
 
 
 def _autograd(*given: Any) -> Tensor:
-    arguments = _Arguments(*given)
+    arguments = Arguments(*given)
     x = arguments.x
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments.inputs)
     if torch._C._are_functorch_transforms_active() and (differentiated or forward_ad._current_level >= 0):
@@ -283,8 +286,7 @@ def _autograd(*given: Any) -> Tensor:
     arguments.check()
     if x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) or _get_current_dispatch_mode() is not None:
         return cast(Tensor, _Traced.apply(*arguments))
-    y = cast(Tensor, KeptMlp.apply(arguments.activation, arguments.plan(), x.flatten(0, -2), *arguments.weights))
-    return y.view(arguments.result_shape)
+    return kept_mlp(x, arguments.activation, arguments.plan(), *arguments.weights)
 
 
 def _refuse_gradients(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:

@@ -7,11 +7,12 @@ the rows of the weights that it alone keeps. Other channels are never computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from memloc_ext.ops._checks import result_dtype
 from memloc_ext.ops.kept_products import Kept, add_kept_input_, add_kept_weight_, kept_linear
@@ -73,6 +74,26 @@ class Plan(NamedTuple):
 def keeping_is_cheaper(rows: int, runs: int, shared: int, own: float, h: int) -> bool:
     """Return whether runs that keep ``own`` channels each, beside the shared ones, take less time than all ``h`` do."""
     return shared * rows + own * (rows + RUN_ROWS * runs) + ROWS * (h - shared) < h * rows
+
+
+def plan_of(mask: Tensor, lengths: list[int], shared: int) -> Plan:
+    """Return the plan of least time for a mask.
+
+    Args:
+        mask: Which channels each run of rows keeps, ``[runs, h]``, bool.
+        lengths: Rows of each run.
+        shared: All runs keep as many channels, the first ones.
+    """
+    rows, runs, h = sum(lengths), len(lengths), mask.shape[1]
+
+    def dropout(hidden: Tensor) -> Tensor:
+        of_rows = mask.repeat_interleave(torch.tensor(lengths, device=mask.device), 0)
+        return torch.where(of_rows, hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
+
+    own = mask[:, shared:]
+    if keeping_is_cheaper(rows, runs, shared, float(own.sum()) / max(1, runs), h):
+        return Plan(dropout, shared, Kept.of(own, lengths))
+    return Plan(dropout, h, None)
 
 
 def composition(x: Tensor, weights: Weights, activation: str, dropout: Callable[[Tensor], Tensor]) -> Tensor:
@@ -193,12 +214,26 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
+def kept_mlp(x: Tensor, activation: str, plan: Plan, *weights: Tensor | None) -> Tensor:
+    """Run the MLP on ``x [*, d]`` by a plan for its rows; the weights are those of `Weights`, in their order."""
+    given = (x, *weights)
+    if has_torch_function(given):
+        return handle_torch_function(kept_mlp, given, x, activation, plan, *weights)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
+    with torch.autocast(device, enabled=False):
+        y = cast(Tensor, KeptMlp.apply(activation, plan, x.flatten(0, -2), *weights))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class KeptMlp(torch.autograd.Function):
     """The MLP on rows ``[rows, d]``; second derivatives are those of dense products."""
 
     @staticmethod
     def forward(ctx: Any, activation: str, plan: Plan, rows: Tensor, *weights: Tensor | None) -> Tensor:
-        """Take the activation, the plan, rows and the seven weights."""
+        """Take the activation, the plan, rows and the weights, those that are None too."""
         y, values = forward(rows, Weights(*weights), activation, plan)  # pyright: ignore[reportArgumentType]
         ctx.activation, ctx.plan = activation, plan
         ctx.save_for_backward(rows, *weights, *values)

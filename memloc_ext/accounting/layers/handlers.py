@@ -11,12 +11,14 @@ from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
 from memloc_ext.accounting.layers.convolution import convolution
 from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
 from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, getitem
+from memloc_ext.accounting.layers.kept_mlp import example_tied_mlp, kept_mlp
 from memloc_ext.accounting.layers.linear import addmm, bilinear, linear, matmul
 from memloc_ext.accounting.layers.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from memloc_ext.accounting.layers.recurrent import cell, recurrent
 from memloc_ext.accounting.propagation import ELEMENTWISE
 from memloc_ext.accounting.tracer import Handler, Tracer
 from memloc_ext.borrowing import in_parts
+from memloc_ext.ops.kept_mlp import kept_mlp as run_kept_mlp
 
 _attention = in_parts(F.multi_head_attention_forward)
 
@@ -52,6 +54,8 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((*ELEMENTWISE, "scaled_dot_product_attention"), broadcast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
     "__setitem__": setitem,
+    torch.ops.memloc_ext.example_tied_mlp.default: example_tied_mlp,
+    run_kept_mlp: kept_mlp,
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
 }
 """Function, or the name of a function and of the tensor method that does the same, to its handler."""
