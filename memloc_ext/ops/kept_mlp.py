@@ -20,9 +20,9 @@ _aten = torch.ops.aten
 
 LINE = 16
 """Shared channels are a multiple of this: BLAS takes half as long again where rows begin inside of a cache line."""
-RUN_ROWS = 24
+RUN_ROWS = 20
 """Rows of a run whose products take as long as reading the weights that it keeps, and adding up their gradients."""
-ROWS = 96
+ROWS = 72
 """Rows of the batch whose products take as long as turning ``w_out`` and its gradient over, and clearing gradients."""
 
 
