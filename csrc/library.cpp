@@ -20,6 +20,16 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "example_tied_mlp_backward(Tensor grad_output, Tensor x, Tensor example_ids, Tensor w_in, Tensor? b_in, Tensor "
       "w_out, Tensor? b_out, str activation, int num_generalization, float p_mem, int seed, int site, Tensor? w_gate, "
       "Tensor? b_gate, bool[7] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "kept_linear_(Tensor(a!) values, Tensor dense, Tensor weight, Tensor? bias, Tensor channels, int[] rows, int[] "
+      "ends) -> ()");
+  m.def(
+      "kept_linear_input_(Tensor(a!) dense, Tensor values, Tensor weight, Tensor channels, int[] rows, int[] ends) -> "
+      "()");
+  m.def(
+      "kept_linear_weight_(Tensor(a!) weight, Tensor values, Tensor dense, Tensor channels, int[] rows, int[] ends) -> "
+      "()");
+  m.def("turned(Tensor matrix) -> Tensor");
   m.def("linear_grad_sqnorm(Tensor input, Tensor grad_output, *, str method=\"auto\") -> Tensor");
   m.def(
       "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "

@@ -20,10 +20,9 @@ from memloc_ext.ops.kept_mlp import (
     backward,
     composition,
     forward,
-    keeping_is_cheaper,
     kept_mlp,
+    plan,
 )
-from memloc_ext.ops.kept_products import Kept
 
 _op = torch.ops.memloc_ext.example_tied_mlp.default
 _backward_op = torch.ops.memloc_ext.example_tied_mlp_backward.default
@@ -172,14 +171,10 @@ class Arguments(NamedTuple):
         _require(smallest >= 0, f"example_ids must be >= 0, got {smallest}")
         tokens = self.x.shape[1] if self.x.dim() > self.example_ids.dim() + 1 else 1
         runs, lengths = ids.unique_consecutive(return_counts=True)
-        lengths, rows, own = lengths * tokens, len(ids) * tokens, self.p_mem * (h - g)
-        if keeping_is_cheaper(rows, len(runs), g, own, h):
-            mask = self.dropout(self.x.new_ones(len(runs), h, dtype=torch.float16), runs)[:, g:] != 0
-            kept = Kept.of(mask, lengths.tolist())
-        else:
-            g, kept = h, None
-        row_ids = runs.repeat_interleave(lengths)
-        return Plan(lambda hidden: self.dropout(hidden, row_ids), g, kept)
+        row_ids, lengths = ids.repeat_interleave(tokens), (lengths * tokens).tolist()
+        ones = self.x.new_ones(1, dtype=torch.float16).expand(len(runs), h)
+        dropout, mask = (lambda hidden: self.dropout(hidden, row_ids)), (lambda: self.dropout(ones, runs) != 0)
+        return plan(dropout, mask, lengths, g, self.p_mem * (h - g), h)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -19,9 +19,11 @@ from memloc_ext.ops.kept_products import Kept, add_kept_input_, add_kept_weight_
 
 _aten = torch.ops.aten
 
-RUN_ROWS = 24
+LINE = 16
+"""Shared channels are a multiple of this: BLAS takes half as long again where rows begin inside of a cache line."""
+RUN_ROWS = 20
 """Rows of a run whose products take as long as reading the weights that it keeps, and adding up their gradients."""
-ROWS = 96
+ROWS = 72
 """Rows of the batch whose products take as long as turning ``w_out`` and its gradient over, and clearing gradients."""
 
 
@@ -76,24 +78,39 @@ def keeping_is_cheaper(rows: int, runs: int, shared: int, own: float, h: int) ->
     return shared * rows + own * (rows + RUN_ROWS * runs) + ROWS * (h - shared) < h * rows
 
 
-def plan_of(mask: Tensor, lengths: list[int], shared: int) -> Plan:
-    """Return the plan of least time for a mask.
+def plan(
+    dropout: Callable[[Tensor], Tensor],
+    mask: Callable[[], Tensor],
+    lengths: list[int],
+    shared: int,
+    own: float,
+    h: int,
+) -> Plan:
+    """Return the plan of least time.
 
     Args:
-        mask: Which channels each run of rows keeps, ``[runs, h]``, bool.
+        dropout: Zeroes what is not kept of hidden channels ``[rows, h]``; differentiable.
+        mask: Returns which channels each run keeps, ``[runs, h]``, bool; called only if that is of use.
         lengths: Rows of each run.
-        shared: All runs keep as many channels, the first ones.
+        shared: How many channels all runs keep, the first ones.
+        own: How many others a run keeps, on average.
+        h: All channels.
     """
-    rows, runs, h = sum(lengths), len(lengths), mask.shape[1]
+    if not keeping_is_cheaper(sum(lengths), len(lengths), shared, own, h):
+        return Plan(dropout, h, None)
+    shared = shared // LINE * LINE
+    return Plan(dropout, shared, Kept.of(mask()[:, shared:], lengths))
+
+
+def plan_of(mask: Tensor, lengths: list[int], shared: int) -> Plan:
+    """Return the plan of least time for a mask ``[runs, h]``, bool; see `plan`."""
 
     def dropout(hidden: Tensor) -> Tensor:
         of_rows = mask.repeat_interleave(torch.tensor(lengths, device=mask.device), 0)
         return torch.where(of_rows, hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
 
-    own = mask[:, shared:]
-    if keeping_is_cheaper(rows, runs, shared, float(own.sum()) / max(1, runs), h):
-        return Plan(dropout, shared, Kept.of(own, lengths))
-    return Plan(dropout, h, None)
+    own = float(mask[:, shared:].sum()) / max(1, len(lengths))
+    return plan(dropout, lambda: mask, lengths, shared, own, mask.shape[1])
 
 
 def composition(x: Tensor, weights: Weights, activation: str, dropout: Callable[[Tensor], Tensor]) -> Tensor:
@@ -203,14 +220,19 @@ def backward(
             result[place] = weight_grad(by_shared, by_own, rows, h, plan)
         if needed[place + 1]:
             result[place + 1] = weight_grad(by_shared, by_own, ones, h, plan)[:, 0]
-    if needed[3]:
-        result[3] = _turned(weight_grad(values[count], None if own is None else values[-1], grad, h, plan))
+    if needed[3] and own is None:
+        result[3] = grad.t() @ values[count]
+    elif needed[3]:
+        result[3] = _turned(weight_grad(values[count], values[-1], grad, h, plan))
     if needed[4]:
         result[4] = grad.sum(0)
     return result
 
 
 def _turned(weight: Tensor) -> Tensor:
+    """Return ``weight.t()``, dense in memory."""
+    if not weight.is_cuda and weight.stride(1) == 1:
+        return torch.ops.memloc_ext.turned(weight)
     return weight.t().contiguous()
 
 

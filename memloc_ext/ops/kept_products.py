@@ -9,6 +9,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+_linear = torch.ops.memloc_ext.kept_linear_.default
+_linear_input = torch.ops.memloc_ext.kept_linear_input_.default
+_linear_weight = torch.ops.memloc_ext.kept_linear_weight_.default
+
+
+def _has_kernel(values: Tensor, *matrices: Tensor) -> bool:
+    dense = all(t.shape[1] <= 1 or t.stride(1) == 1 for t in matrices)
+    return not values.is_cuda and values.dtype in (torch.float32, torch.float64) and dense
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -31,6 +40,11 @@ class Kept:
         """Return the channels of a mask ``[runs, channels]``, whose runs have so many rows each."""
         counts = mask.sum(1).tolist()
         return cls([0, *accumulate(lengths)], [0, *accumulate(counts)], mask.nonzero()[:, 1])
+
+    @property
+    def arguments(self) -> tuple[Tensor, list[int], list[int]]:
+        """What operators take."""
+        return self.channels, self.rows, self.ends
 
     @property
     def numel(self) -> int:
@@ -59,6 +73,9 @@ def kept_linear(input: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept) 
         kept: What each run keeps.
     """
     values = input.new_empty(kept.numel)
+    if _has_kernel(values, input, weight):
+        _linear(values, input, weight, bias, *kept.arguments)
+        return values
     for channels, own, rows in kept.runs(values, input):
         if bias is None:
             torch.mm(weight[channels], rows.t(), out=own)
@@ -69,6 +86,9 @@ def kept_linear(input: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept) 
 
 def add_kept_input_(sums: Tensor, values: Tensor, weight: Tensor, kept: Kept) -> None:
     """Add ``values.T @ weight[channels]`` of each run to its rows of ``sums [rows, n]``; ``weight [channels, n]``."""
+    if _has_kernel(values, sums, weight):
+        _linear_input(sums, values, weight, *kept.arguments)
+        return
     for channels, own, rows in kept.runs(values, sums):
         rows.addmm_(own.t(), weight[channels])
 
@@ -78,5 +98,8 @@ def add_kept_weight_(sums: Tensor, values: Tensor, input: Tensor, kept: Kept) ->
 
     A run has a channel once, so that no two terms meet in a call: the same bits every time, on CUDA too.
     """
+    if _has_kernel(values, sums, input):
+        _linear_weight(sums, values, input, *kept.arguments)
+        return
     for channels, own, rows in kept.runs(values, input):
         sums.index_add_(0, channels, (own @ rows).to(sums.dtype))

@@ -21,6 +21,16 @@ VALID: dict[str, Callable[[], list[Any]]] = {
         torch.randn(2, 4, 5), torch.randn(2, 4, 3), ids(4, 0), torch.randn(6, 3), torch.randn(6), torch.randn(5, 6),
         torch.randn(5), "gelu", 2, 0.3, 0, 0, torch.randn(6, 3), torch.randn(6), [True] * 7,
     ],
+    "kept_linear_": lambda: [
+        torch.randn(8), torch.randn(5, 3), torch.randn(4, 3), torch.randn(4), ids(1, 3, 0), [0, 3, 5], [0, 2, 3]
+    ],
+    "kept_linear_input_": lambda: [
+        torch.randn(5, 3), torch.randn(8), torch.randn(4, 3), ids(1, 3, 0), [0, 3, 5], [0, 2, 3]
+    ],
+    "kept_linear_weight_": lambda: [
+        torch.randn(4, 3), torch.randn(8), torch.randn(5, 3), ids(1, 3, 0), [0, 3, 5], [0, 2, 3]
+    ],
+    "turned": lambda: [torch.randn(4, 3)],
     "linear_grad_sqnorm": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
     "conv2d_grad_sqnorm": lambda: [
         torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2
