@@ -9,6 +9,7 @@
 
 #include "cpu/instruction_set.h"
 #include "cpu/kept_conv2d_kernels.h"
+#include "cpu/simd.h"
 #include "kept_conv2d_dense.h"
 
 namespace memloc {
@@ -65,6 +66,12 @@ void with_computed(const Tensor& t, const Run& run) {
   t.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
+Tensor large(const Tensor& like, const Numbers& sizes) {
+  const Tensor result = torch::stable::new_empty(like, IntHeaderOnlyArrayRef(sizes));
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * element_size(result));
+  return result;
+}
+
 // The kept channels of each example in one group.
 struct KeptLists {
   Numbers channels, first{0};
@@ -85,15 +92,16 @@ E* data_of(const Tensor& t) {
   return static_cast<E*>(const_cast<void*>(t.const_data_ptr()));
 }
 
-// Filters on their side, [inputs * offsets][width], one group's.
+// Filters as KeptConv2dProblem has them, one group's.
 template <typename E>
-Tensor rows_of(const KeptConv2dKernels<E>& kernel, const Tensor& weight, const KeptConv2dShape& s, int64_t group,
-               int64_t width) {
-  const int64_t rows = s.inputs * s.offsets();
-  const Tensor result = torch::stable::new_zeros(weight, IntHeaderOnlyArrayRef(Numbers{rows, width}));
-  const E* const from = data_of<E>(weight) + group * s.outputs * rows;
-  torch::stable::parallel_for(0, rows, 1 + 65536 / (1 + s.outputs), [&](int64_t begin, int64_t end) {
-    kernel.transpose(data_of<E>(result) + begin * width, width, from + begin, rows, s.outputs, end - begin);
+Tensor rows_of(const KeptConv2dKernels<E>& kernel, const Tensor& weight, const KeptConv2dShape& s, int64_t group) {
+  const int64_t width = kernel.tile_columns, rows = s.inputs * s.offsets(), panels = divide_up(s.outputs, width);
+  const Tensor result = torch::stable::new_zeros(weight, IntHeaderOnlyArrayRef(Numbers{panels, rows, width}));
+  torch::stable::parallel_for(0, panels, 1 + 65536 / (rows * width), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * width; o < std::min(s.outputs, end * width); o += width) {
+      const E* const from = data_of<E>(weight) + (group * s.outputs + o) * rows;
+      kernel.transpose(data_of<E>(result) + o * rows, width, from, rows, std::min(width, s.outputs - o), rows);
+    }
   });
   return result;
 }
@@ -103,10 +111,10 @@ int64_t parts_of(int64_t tasks) {
 }
 
 template <typename E>
-KeptConv2dProblem<E> problem_of(const KeptConv2dShape& s, const KeptLists& lists, int64_t width) {
+KeptConv2dProblem<E> problem_of(const KeptConv2dShape& s, const KeptLists& lists, int64_t panels) {
   KeptConv2dProblem<E> p{};
   p.kept = lists.channels.data(), p.first = lists.first.data();
-  p.batch = s.batch, p.inputs = s.inputs, p.outputs = s.outputs, p.outputs_width = width;
+  p.batch = s.batch, p.inputs = s.inputs, p.outputs = s.outputs, p.panels = panels;
   p.y = s.y, p.x_axis = s.x;
   return p;
 }
@@ -131,17 +139,16 @@ Tensor kept_conv2d(const Tensor& x, const Tensor& keep, const Tensor& weight, st
   const Tensor image = widened(x), filters = torch::stable::contiguous(widened(weight));
   const std::optional<Tensor> shift = bias ? std::optional(torch::stable::contiguous(widened(*bias))) : std::nullopt;
   if (!skipping_pays(s, keep)) return narrowed(dense_conv2d(image, keep, filters, shift, geometry), x);
-  const Tensor y = torch::stable::new_empty(
-      image, IntHeaderOnlyArrayRef(Numbers{s.batch, s.groups * s.outputs, s.y.positions(), s.x.positions()}));
+  const Tensor y = large(image, {s.batch, s.groups * s.outputs, s.y.positions(), s.x.positions()});
   if (y.numel() == 0) return narrowed(y, x);
   with_computed(x, [&](auto element) {
     using E = decltype(element);
     const KeptConv2dKernels<E> kernel = kernels<E>();
-    const int64_t width = divide_up(s.outputs, kernel.tile_columns) * kernel.tile_columns;
+    const int64_t panels = divide_up(s.outputs, kernel.tile_columns);
     for (int64_t group = 0; group < s.groups; ++group) {
       const KeptLists lists(keep, s, group);
-      const Tensor rows = rows_of(kernel, filters, s, group, width);
-      KeptConv2dProblem<E> p = problem_of<E>(s, lists, width);
+      const Tensor rows = rows_of(kernel, filters, s, group);
+      KeptConv2dProblem<E> p = problem_of<E>(s, lists, panels);
       read_image(p, image, group);
       p.rows = data_of<E>(rows);
       p.bias = bias ? data_of<E>(*shift) + group * s.outputs : nullptr;
@@ -160,16 +167,16 @@ Tensor kept_conv2d_input_grad(const Tensor& grad, const Tensor& keep, const Tens
   const Numbers sizes{s.batch, s.groups * s.inputs, s.y.size, s.x.size};
   const Tensor g = torch::stable::contiguous(widened(grad)), filters = torch::stable::contiguous(widened(weight));
   if (!skipping_pays(s, keep)) return narrowed(dense_conv2d_input_grad(g, keep, filters, input_size, geometry), grad);
-  const Tensor result = torch::stable::new_zeros(g, IntHeaderOnlyArrayRef(sizes));
-  if (result.numel() == 0 || g.numel() == 0) return narrowed(result, grad);
+  const Tensor result = large(g, sizes);
+  if (result.numel() == 0) return narrowed(result, grad);
   with_computed(grad, [&](auto element) {
     using E = decltype(element);
     const KeptConv2dKernels<E> kernel = kernels<E>();
-    const int64_t width = divide_up(s.outputs, kernel.tile_columns) * kernel.tile_columns;
+    const int64_t panels = divide_up(s.outputs, kernel.tile_columns);
     for (int64_t group = 0; group < s.groups; ++group) {
       const KeptLists lists(keep, s, group);
-      const Tensor rows = rows_of(kernel, filters, s, group, width);
-      KeptConv2dProblem<E> p = problem_of<E>(s, lists, width);
+      const Tensor rows = rows_of(kernel, filters, s, group);
+      KeptConv2dProblem<E> p = problem_of<E>(s, lists, panels);
       p.rows = data_of<E>(rows);
       p.grad = data_of<E>(g) + group * s.outputs * s.positions(), p.grad_batch = g.stride(0);
       p.result = data_of<E>(result) + group * s.inputs * s.y.size * s.x.size, p.result_batch = result.stride(0);
@@ -188,23 +195,27 @@ Tensor kept_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tensor
   const Tensor image = widened(x), g = torch::stable::contiguous(widened(grad));
   if (!skipping_pays(s, keep)) return narrowed(dense_conv2d_weight_grad(g, image, keep, kernel_size, geometry), x);
   const Tensor result = torch::stable::new_zeros(g, IntHeaderOnlyArrayRef(sizes));
-  if (result.numel() == 0 || g.numel() == 0) return narrowed(result, x);
+  if (g.numel() == 0) return narrowed(result, x);
   with_computed(x, [&](auto element) {
     using E = decltype(element);
     const KeptConv2dKernels<E> kernel = kernels<E>();
-    const int64_t width = divide_up(s.outputs, kernel.tile_columns) * kernel.tile_columns;
+    const int64_t panels = divide_up(s.outputs, kernel.tile_columns);
     const int64_t rows = s.inputs * s.offsets();
     for (int64_t group = 0; group < s.groups; ++group) {
       const KeptLists lists(keep, s, group);
-      const Tensor sums = torch::stable::new_zeros(g, IntHeaderOnlyArrayRef(Numbers{rows, width}));
-      KeptConv2dProblem<E> p = problem_of<E>(s, lists, width);
+      const Tensor sums =
+          torch::stable::new_zeros(g, IntHeaderOnlyArrayRef(Numbers{panels, rows, kernel.tile_columns}));
+      KeptConv2dProblem<E> p = problem_of<E>(s, lists, panels);
       read_image(p, image, group);
       p.row_sums = data_of<E>(sums);
       p.grad = data_of<E>(g) + group * s.outputs * s.positions(), p.grad_batch = g.stride(0);
-      share(kernel.weight_grad, p, width / kernel.tile_columns);
+      share(kernel.weight_grad, p, panels);
       E* const to = data_of<E>(result) + group * s.outputs * rows;
-      torch::stable::parallel_for(0, s.outputs, 1 + 65536 / (1 + rows), [&](int64_t begin, int64_t end) {
-        kernel.transpose(to + begin * rows, rows, p.row_sums + begin, width, rows, end - begin);
+      const int64_t columns = kernel.tile_columns;
+      torch::stable::parallel_for(0, panels, 1 + 65536 / (rows * columns), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin * columns; o < std::min(s.outputs, end * columns); o += columns) {
+          kernel.transpose(to + o * rows, rows, p.row_sums + o * rows, columns, rows, std::min(columns, s.outputs - o));
+        }
       });
     }
   });

@@ -15,13 +15,13 @@ struct KeptConv2dProblem {
   const E* x;  // [batch, inputs, height, width] of these strides
   int64_t x_batch, x_channel, x_row, x_column;
   const int64_t *kept, *first;  // example b reads channels kept[first[b]] .. kept[first[b + 1] - 1]
-  const E* rows;                // [inputs * offsets][width of the outputs], zero padded
+  const E* rows;                // [panels of outputs][inputs][offsets][tile_columns], zero padded
   E* row_sums;                  // the same shape: the gradient of the rows
   const E* bias;                // [outputs] or null
   const E* grad;                // [outputs][positions] of an example, grad_batch apart
   E* result;                    // [outputs][positions], or [inputs][height][width]; result_batch apart
   int64_t grad_batch, result_batch;
-  int64_t batch, inputs, outputs, outputs_width;
+  int64_t batch, inputs, outputs, panels;
   Axis y, x_axis;
 
   int64_t offsets() const { return y.kernel * x_axis.kernel; }
