@@ -30,6 +30,19 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
       "kept_linear_weight_(Tensor(a!) weight, Tensor values, Tensor dense, Tensor channels, int[] rows, int[] ends) -> "
       "()");
   m.def("turned(Tensor matrix) -> Tensor");
+  m.def(
+      "example_tied_conv2d(Tensor x, Tensor example_ids, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, "
+      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, int num_generalization, float p_mem, int seed, "
+      "int site=0) -> Tensor");
+  m.def(
+      "kept_conv2d(Tensor x, Tensor keep, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] "
+      "dilation, SymInt groups) -> Tensor");
+  m.def(
+      "kept_conv2d_input_grad(Tensor grad, Tensor keep, Tensor weight, SymInt[2] input_size, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  m.def(
+      "kept_conv2d_weight_grad(Tensor grad, Tensor x, Tensor keep, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("linear_grad_sqnorm(Tensor input, Tensor grad_output, *, str method=\"auto\") -> Tensor");
   m.def(
       "conv2d_grad_sqnorm(Tensor input, Tensor grad_output, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] "

@@ -8,8 +8,9 @@ operator's fake.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def call(operator: Callable[..., Any], name: str, *arguments: object, **options:
         if message.startswith(f"{name}: "):
             wrong_type = "must have dtype" in message or "must be a tensor" in message
             raise (TypeError if wrong_type else ValueError)(message) from None
-        too_large = [a for a in arguments if type(a) is int and not -(2**63) <= a < 2**63]
+        too_large = [a for a in (*arguments, *options.values()) if type(a) is int and not -(2**63) <= a < 2**63]
         if too_large:
             raise ValueError(f"{name}: an integer must fit in 64 bits, got {too_large[0]}") from None
         if "Expected a value of type" in message:
@@ -88,3 +89,26 @@ def check_devices(name: str, **tensors: Tensor | None) -> None:
 def result_dtype(input: Tensor) -> torch.dtype:
     """Return the type of norms, sums and losses: float64 of float64, else float32."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def no_derivative(name: str, *_: object) -> NoReturn:
+    """Refuse the backward pass of an operator that has none."""
+    raise NotImplementedError(f"{name}: there is no derivative; detach the arguments")
+
+
+def register_autocast(name: str) -> None:
+    """Let an operator compute in the type of autocast; float64 stays."""
+    operator = getattr(torch.ops.memloc_ext, name)
+
+    def run(device: str, *arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            narrows = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if narrows else value
+
+        with torch.autocast(device, enabled=False):
+            return operator(*map(cast, arguments))
+
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        torch.library.impl(f"memloc_ext::{name}", key, functools.partial(run, device))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memloc_ext.ops._checks import call_without_graph, check_devices, result_dtype
+from memloc_ext.ops._checks import call_without_graph, check_devices, no_derivative, result_dtype
 
 _ops = torch.ops.memloc_ext
 
@@ -152,11 +152,7 @@ def _(
     return loss, torch.empty_like(loss, dtype=torch.int64)
 
 
-def _no_derivative(name: str, *_: object) -> None:
-    raise NotImplementedError(f"{name}: there is no derivative; detach the arguments")
-
-
 for _name in ("conv2d_ablation", "linear_ablation"):
-    torch.library.register_autograd(f"memloc_ext::{_name}", functools.partial(_no_derivative, _name))
+    torch.library.register_autograd(f"memloc_ext::{_name}", functools.partial(no_derivative, _name))
 # a pair of results, which do not ask for gradients at all
 torch.library.impl("memloc_ext::linear_ablation_loss", "Autograd", torch.library.fallthrough_kernel)

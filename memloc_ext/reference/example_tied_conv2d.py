@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from memloc_ext.reference.example_tied_dropout import example_tied_dropout
 
@@ -27,5 +27,4 @@ def example_tied_conv2d(
 ) -> Tensor:
     """Return ``[batch, out, rows, columns]``; arguments as in `memloc_ext.ops.example_tied_conv2d`."""
     kept = example_tied_dropout(x, example_ids, num_generalization, p_mem, seed, site)
-    geometry = [(n, n) if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation)]
-    return F.conv2d(kept, weight, bias, *geometry, groups)
+    return torch.conv2d(kept, weight, bias, stride, padding, dilation, groups)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from valid_arguments import VALID
+from valid_arguments import call as call_operator
 
 import memloc_ext  # noqa: F401
 
@@ -25,7 +26,7 @@ def arguments(name: str, device: str) -> tuple[list[Any], list[Any]]:
 
 def call(name: str, values: list[Any]) -> list[Tensor]:
     """Return the results, or what was written to."""
-    result = getattr(torch.ops.memloc_ext, name)(*values)
+    result = call_operator(name, values)
     if name.endswith("_"):
         return [values[0]]
     return list(result) if isinstance(result, tuple) else [result]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from valid_arguments import VALID, ids
+from valid_arguments import VALID, call, ids
 
 import memloc_ext  # noqa: F401
 
@@ -72,6 +72,9 @@ def spoilt(draw: Random, value: Any) -> Any:
         return spoilt_tensor(draw, value)
     if isinstance(value, list):
         return draw.choices(NUMBERS, k=draw.randint(0, 3))
+    if isinstance(value, dict):
+        key = draw.choice(list(value))
+        return {**value, key: spoilt(draw, value[key])}
     if isinstance(value, bool):
         return not value
     if value is None:
@@ -89,7 +92,7 @@ def arguments(draw: Random, name: str) -> list[Any]:
 def test_every_operator_is_tried() -> None:
     assert sorted(VALID) == OPERATORS
     for name, make in VALID.items():
-        getattr(torch.ops.memloc_ext, name)(*make())
+        call(name, make())
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -109,7 +112,7 @@ def check(name: str, values: list[Any]) -> None:
     read = [v for v in values[1 if name.endswith("_") else 0 :] if isinstance(v, Tensor) and is_readable(v)]
     before = [v.detach().clone() for v in read]
     try:
-        result = getattr(torch.ops.memloc_ext, name)(*values)
+        result = call(name, values)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, AttributeError):  # PyTorch hands None on where the schema has a tensor
             assert None in values

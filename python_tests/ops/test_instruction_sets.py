@@ -9,14 +9,13 @@ import pytest
 
 from memloc_ext.info import build_info
 
-FILES = (
-    "test_conv2d_ablation",
-    "test_grad_sqnorm",
-    "test_grad_sqnorm_groups",
-    "test_grad_dot",
-    "test_grad_inner",
-    "test_kept_linear",
-)
+FILES = [
+    f"test_{name}"
+    for name in (
+        *("conv2d_ablation", "grad_sqnorm", "grad_sqnorm_groups", "grad_dot", "grad_inner"),
+        *("kept_conv2d", "kept_linear"),
+    )
+]
 TESTS = "conv2d_shapes or test_linear or conv2d_geometries or test_sizes or test_geometries or cache"
 OWN = {"AVX-512": "avx512", "AVX2": "avx2"}.get(build_info().get("cpu_capability", "").partition(" ")[0], "baseline")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from valid_arguments import VALID
+from valid_arguments import VALID, call
 
 import memloc_ext  # noqa: F401
 
@@ -24,15 +24,14 @@ def test_threads_do_not_disturb_each_other(name: str) -> None:
     values = VALID[name]()
     if name in ("channel_saliency", "linear_grad_sqnorm", "conv2d_grad_sqnorm", "example_tied_dropout"):
         values = larger(values)
-    operator = getattr(torch.ops.memloc_ext, name)
 
-    def call(_: int) -> list[Tensor]:
-        result = operator(*values)
+    def run(_: int) -> list[Tensor]:
+        result = call(name, values)
         return list(result) if isinstance(result, tuple) else [result]
 
-    expected = call(0)
+    expected = run(0)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for result in pool.map(call, range(THREADS * CALLS)):
+        for result in pool.map(run, range(THREADS * CALLS)):
             assert all(torch.equal(t, own) for t, own in zip(result, expected, strict=True))
 
 

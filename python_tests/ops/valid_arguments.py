@@ -11,6 +11,13 @@ def ids(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+def call(name: str, values: list[Any]) -> Any:
+    """Call an operator with arguments by position, and by name those of a dict that comes last."""
+    *values, last = values
+    operator = getattr(torch.ops.memloc_ext, name)
+    return operator(*values, **last) if isinstance(last, dict) else operator(*values, last)
+
+
 VALID: dict[str, Callable[[], list[Any]]] = {
     "example_tied_dropout": lambda: [torch.randn(3, 5, 2, 2), ids(4, 0, 2), 2, 0.3, 0, 0, 1],
     "example_tied_mlp": lambda: [
@@ -31,6 +38,20 @@ VALID: dict[str, Callable[[], list[Any]]] = {
         torch.randn(4, 3), torch.randn(8), torch.randn(5, 3), ids(1, 3, 0), [0, 3, 5], [0, 2, 3]
     ],
     "turned": lambda: [torch.randn(4, 3)],
+    "example_tied_conv2d": lambda: [
+        torch.randn(2, 4, 5, 5), ids(3, 0), torch.randn(6, 2, 3, 3), torch.randn(6), [2, 1], [1, 1], [1, 1], 2,
+        {"num_generalization": 1, "p_mem": 0.4, "seed": 0, "site": 0},
+    ],
+    "kept_conv2d": lambda: [
+        torch.randn(2, 4, 9, 9), torch.eye(2, 4) > 0, torch.randn(16, 4, 3, 3), torch.randn(16),
+        [2, 1], [1, 1], [1, 1], 1,
+    ],
+    "kept_conv2d_input_grad": lambda: [
+        torch.randn(2, 16, 5, 9), torch.eye(2, 4) > 0, torch.randn(16, 4, 3, 3), [9, 9], [2, 1], [1, 1], [1, 1], 1
+    ],
+    "kept_conv2d_weight_grad": lambda: [
+        torch.randn(2, 16, 5, 9), torch.randn(2, 4, 9, 9), torch.eye(2, 4) > 0, [3, 3], [2, 1], [1, 1], [1, 1], 1
+    ],
     "linear_grad_sqnorm": lambda: [torch.randn(3, 4, 5), torch.randn(3, 4, 2)],
     "conv2d_grad_sqnorm": lambda: [
         torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3), [3, 3], [2, 2], [1, 1], [1, 1], 2
