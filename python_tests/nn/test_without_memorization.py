@@ -1,6 +1,7 @@
 """The smaller model against mode ``drop`` of the model that it was made from."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,6 +115,17 @@ def test_models_of_all_kinds(name: str, rescale: str) -> None:
     assert count(model) - count(small) == gone
     for channels, removed, masked in sites(small):
         assert (removed, masked) == (channels - int(0.2 * channels), 0)
+
+
+def test_nothing_is_left_of_a_model_that_skipped() -> None:
+    model = lively(nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2)))
+    insert_example_tied_dropout(
+        model, ["1"], p_gen=0.25, skip=True, mask=lambda ids: ids[:, None] % 12 > torch.arange(12)
+    )
+    small = shipped(model, rows())
+    assert sites(small) == [(12, 9, 0)]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(small))(rows()[:0]), small(rows()[:0]))
 
 
 def test_what_is_left_are_slices_of_the_weights() -> None:

@@ -85,12 +85,7 @@ def remove(model: nn.Module, old: nn.Module, factor: Tensor | None) -> None:
     if not holders:  # it is called by the user's code
         swap(model, old, _multiplication(factor, "x", "example_ids"))
         return
-    hooked = False
-    for module in holders:
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is apply_dropout:
-                del module._forward_hooks[key]
-                hooked = True
+    hooked = any(apply_dropout in module._forward_hooks.values() for module in holders)
     if factor is None:
         swap(model, old, None)
         return
@@ -115,8 +110,14 @@ def _multiplication(factor: Tensor | None, *inputs: str) -> fx.GraphModule:
 
 
 def forget(model: nn.Module) -> None:
-    """Take off what is of this library, such as the layout of a model, so that the copy can be pickled for others."""
+    """Take off hooks and attributes of this library, such as a layout, so that the copy can be pickled for others."""
+    library = __name__.partition(".")[0]
     for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if str(getattr(hook, "__module__", "")).partition(".")[0] == library:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
         for name, value in list(vars(module).items()):
-            if type(value).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            if type(value).__module__.partition(".")[0] == library:
                 delattr(module, name)
