@@ -10,6 +10,7 @@ from memloc_ext.nn.example_tied_dropout import (
     set_dropout_mode,
 )
 from memloc_ext.nn.insert import insert_after, insert_example_tied_dropout
+from memloc_ext.nn.without_memorization import without_memorization
 
 __all__ = [
     "MODES",
@@ -22,4 +23,5 @@ __all__ = [
     "insert_after",
     "insert_example_tied_dropout",
     "set_dropout_mode",
+    "without_memorization",
 ]

@@ -110,7 +110,7 @@ def insert_after(model: nn.Module, after: Sequence[str], make: Callable[[int], n
         dropout.train(module.training)
         module.add_module(DROPOUT, dropout)
         if not _runs_children_in_order(module):
-            module.register_forward_hook(_apply)
+            module.register_forward_hook(apply_dropout)
     return model
 
 
@@ -124,6 +124,7 @@ def _runs_children_in_order(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _apply(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+def apply_dropout(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    """Give the output of a module, as a forward hook of it, to the dropout behind it."""
     # looks its module up at run time, so that a copied or unpickled model uses its own
     return getattr(module, DROPOUT)(output)

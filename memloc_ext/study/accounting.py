@@ -208,8 +208,8 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig, task: Task) ->
             kind()
         pairs, start = [], time.perf_counter()
         while len(pairs) < _MIN_PAIRS or (len(pairs) < _MAX_PAIRS and time.perf_counter() - start < _SECONDS):
-            pairs.append([_seconds(kind, split.device) for kind in kinds])
-        end = _seconds(accounted.account, split.device)
+            pairs.append([timed(kind, split.device) for kind in kinds])
+        end = timed(accounted.account, split.device)
     count = len(batch_sizes(model, len(few), config.batch_size))
     plain, full = (statistics.median(times) / count for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
@@ -218,7 +218,8 @@ def _cost(model: nn.Module, split: Examples, config: TrainConfig, task: Task) ->
     return {**times, "ratio": ratio + end / (steps * plain), "pairs": len(pairs)}
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that work takes on a device."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

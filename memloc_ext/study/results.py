@@ -13,12 +13,14 @@ from memloc_ext.probes.localization.dataset import KINDS, STATUSES
 from memloc_ext.probes.retraining import STOPPED
 from memloc_ext.study.accounting import AccountedEpoch
 from memloc_ext.study.audited import AuditedExamples
+from memloc_ext.study.shipped import Shipped
 from memloc_ext.study.store import Result
 
 HISTORY, METRICS = "history", "metrics"
 ACCOUNTING, PARAMETERS, COST = "accounting", "accounting_parameters", "accounting_cost"
 REWINDING, RETRAINING, LOCALIZATION = "rewinding", "retraining", "localization"
 AUDIT, AUDIT_EXAMPLES = "audit", "audit_examples"
+SHIPPED = "shipped"
 COSTS = {"plain_step", "accounted_step", "step_ratio", "epoch_end", "ratio", "pairs"}
 MODEL = "(model)"
 """The layer group, in a table, of all parameters together."""
@@ -90,6 +92,11 @@ def load_metrics(result: Result, folder: str = "") -> dict[str, Accuracy]:
     if not modes:
         raise ValueError(f"{result.path / folder / METRICS}.json: must hold at least one mode, got none")
     return modes
+
+
+def load_shipped(result: Result) -> Shipped | None:
+    """Read what the model costs that is shipped; None if the stage could not make one, or is from before it did."""
+    return result.read(f"{SHIPPED}.json", Shipped) if result.has(f"{SHIPPED}.json") else None
 
 
 def load_accounting(result: Result) -> tuple[list[AccountedEpoch], dict[str, float]]:

@@ -24,6 +24,7 @@ from memloc_ext.study.accounting import ACCOUNTS, Accounting
 from memloc_ext.study.audited import AuditedExamples
 from memloc_ext.study.config import StudyConfig
 from memloc_ext.study.setup import StudyData, build_model, fingerprint_data, fingerprint_model, load_data
+from memloc_ext.study.shipped import Shipped
 from memloc_ext.study.stages import AUDITED, LOCALIZED, STAGES, TRAINED, StageName, Study
 from memloc_ext.study.store import ABOUT, Result, Source, check_inside, is_result, locked
 
@@ -59,6 +60,7 @@ class Run:
         rewinding: Of the layer groups of the plain model; None if the run has none.
         retraining: Likewise.
         audits: Model to the audit of its training examples, likewise of plain training and of example-tied dropout.
+        shipped: The model without its memorization channels beside the full one; None if the run has none.
         seconds: Finished stage to the time that it took.
         mislabelled: Whether memorized examples have other labels than their true ones; otherwise they are atypical.
     """
@@ -72,6 +74,7 @@ class Run:
     rewinding: Rewinding | None = None
     retraining: Retraining | None = None
     audits: dict[str, AuditedExamples] = field(default_factory=dict)
+    shipped: Shipped | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     mislabelled: bool = True
 
@@ -182,6 +185,7 @@ def load_run(path: str | Path) -> Run:
         results.load_rewinding(found["rewind"]) if "rewind" in found else None,
         results.load_retraining(found["retrain"]) if "retrain" in found else None,
         {v: results.load_audit(found[stage]) for v, stage in AUDITED.items() if stage in found},
+        results.load_shipped(found["dropout"]) if "dropout" in found else None,
         {name: result.about().seconds for name, result in found.items()},
         stored.mislabelled,
     )

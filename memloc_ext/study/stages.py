@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 from memloc_ext.batches import Batch
 from memloc_ext.borrowing import kept_state
 from memloc_ext.distributed import alone, once
-from memloc_ext.files import write_csv
+from memloc_ext.files import write_atomically, write_csv
 from memloc_ext.nn import dropout_mode
 from memloc_ext.parts import PartFiles
 from memloc_ext.probes import Accuracy, Audit, accuracy, accuracy_by_mode, audit, localize_dataset, retrain, rewind
@@ -26,6 +27,7 @@ from memloc_ext.study.accounting import ACCOUNTS, AccountedBackward, accounted_e
 from memloc_ext.study.audited import shown_examples
 from memloc_ext.study.config import StudyConfig, Variant
 from memloc_ext.study.setup import StudyData, build_model
+from memloc_ext.study.shipped import ship
 from memloc_ext.study.store import LOGS, PARTS
 from memloc_ext.tasks import TaskName
 from memloc_ext.training import list_checkpoints, load_checkpoint, train
@@ -55,6 +57,10 @@ LOCALIZED: dict[Variant, StageName] = {"plain": "localize", "example_tied": "loc
 AUDITED: dict[Variant, StageName] = {"plain": "audit", "example_tied": "audit-dropout"}
 """Model to the stage that audits the examples that it was trained on."""
 CHECKPOINTS = "checkpoints"
+PROGRAM = f"{results.SHIPPED}.pt2"
+"""File of the example-tied model without its memorization channels, by ``torch.export``."""
+_SHIPPED_EXAMPLES = 64
+"""Of a timed pass of that model, at most."""
 
 
 @dataclass
@@ -109,6 +115,8 @@ class Study:
             modes = {results.AS_TRAINED: accuracy(model, dataset.train, test=dataset.test, task=task)}
         once(lambda: results.save(folder, results.HISTORY, history, history))
         once(lambda: results.save(folder, results.METRICS, modes, results.metrics_rows(variant, modes)))
+        if variant == "example_tied":
+            once(lambda: self._ship(folder, model))
         self._trained[variant] = model
 
     def trained(self, variant: Variant) -> nn.Module:
@@ -143,6 +151,17 @@ class Study:
         once(lambda: results.save(folder, name, found, rows(found)))
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # by every process, for those that have a disk of their own
         return found
+
+    def _ship(self, folder: Path, model: nn.Module) -> None:
+        """Write the model without its memorization channels; say so if that, or its export, is not possible."""
+        batch = self.dataset.train.batch(torch.arange(min(_SHIPPED_EXAMPLES, len(self.dataset.train))))
+        try:
+            found, program = ship(model, batch)
+        except Exception as error:  # whatever its code raises
+            warnings.warn(f"{PROGRAM} is left out: {type(error).__name__}: {error}")
+            return
+        write_atomically(folder / PROGRAM, program)
+        results.save(folder, results.SHIPPED, found)
 
     def _try(self, model: nn.Module, batch: Batch) -> None:
         """Raise ValueError if a model does not go together with the data or the task; it is left as it was."""

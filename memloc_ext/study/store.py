@@ -92,6 +92,10 @@ class Result:
             raise ValueError(f"{path}: must have the checksum that {self.path / SUMS} says, it was damaged or edited")
         return decode_json(path, stored, kind)
 
+    def has(self, name: str) -> bool:
+        """Return whether a file is part of a finished result."""
+        return name in self._sums()
+
     def write_about(self, source: Source, seconds: float) -> None:
         """Write what the result is made from, and how long it took until now."""
         write_json(self.path / ABOUT, About(source, seconds), sort_keys=False)

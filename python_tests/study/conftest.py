@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from memloc_ext.study import accounting
+from memloc_ext.study import accounting, shipped
 from memloc_ext.study.report import page
 
 POINT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP6DwABBQECz6AuzQAAAABJRU5ErkJggg==")
@@ -17,4 +17,5 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "encoded", lambda figure, file_format="png": POINT)
         patch.setattr(accounting, "_SECONDS", 0)
+        patch.setattr(shipped, "_SECONDS", 0)
         yield

@@ -41,6 +41,7 @@ READ = [
     "train/history.json",
     "train/metrics.json",
     "dropout/metrics.json",
+    "dropout/shipped.json",
     "controls/fixed/history.json",
     "account/accounting.json",
     "account/accounting_cost.json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memloc_ext.study.report import shipped
 from memloc_ext.study.report.figures import (
     COLORS,
     COLUMNS,
@@ -53,7 +54,11 @@ def dropout(run: Run) -> Section | None:
         method="Example-tied dropout ties some channels to single examples during training, so that memorization "
         "settles there. If it does, switching those channels off takes the memorized labels with it and leaves the "
         "rest. The controls: standard dropout, and one fixed mask for all examples, which is a narrower network.",
-        answers=dropout_answers(run.metrics, run.mislabelled),
+        answers=[
+            *dropout_answers(run.metrics, run.mislabelled),
+            *(shipped.answers(run.shipped) if run.shipped else []),
+        ],
+        tables=[shipped.table(run.shipped)] if run.shipped else [],
         pictures=[
             Picture(
                 "accuracy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memloc_ext.study.report import accounting, accuracies, audit, figures, localization, retraining, rewinding
+from memloc_ext.study.report import accounting, accuracies, audit, figures, localization, retraining, rewinding, shipped
 from memloc_ext.study.report.section import Number, Section, Table, percent
 from memloc_ext.study.run import Run
 
@@ -30,7 +30,8 @@ def numbers(run: Run) -> list[Number]:
     """Return every number of a run that a report compares with the paper's."""
     probed = [number for module, result in _probed(run) for number in module.numbers(result)]
     dropped = accuracies.dropout_numbers(run.metrics, run.mislabelled)
-    return [*accuracies.plain_numbers(run.metrics), *probed, *dropped, *audit.numbers(run.audits)]
+    costs = shipped.numbers(run.shipped) if run.shipped else []
+    return [*accuracies.plain_numbers(run.metrics), *probed, *dropped, *costs, *audit.numbers(run.audits)]
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -43,6 +44,7 @@ def summary(run: Run) -> list[str]:
     """Return what a run says besides its table, in a few lines."""
     return [
         *(accounting.cost(run.accounting) if run.accounting else []),
+        *(shipped.answers(run.shipped) if run.shipped else []),
         *localization.summary(run.localizations),
         *audit.summary(run.audits),
     ]
