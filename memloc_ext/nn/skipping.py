@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from memloc_ext import ops
 from memloc_ext.batches import tensors_of, with_each_tensor
 from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_metadata, run_all, with_each_step
-from memloc_ext.ops import kept_mlp
+from memloc_ext.ops import kept_conv2d, kept_mlp
 from memloc_ext.ops.kept_mlp import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -224,19 +224,17 @@ class Skipping(TorchFunctionMode):
         if step is None or step.site is None or isinstance(step.args[0], Step):
             return None
         site = step.site
-        if (
-            site.dropout.mask is not None
-            or site.dropout.channel_dim not in (None, 1, -3)
-            or len(site.x) != 4
-            or site.ids.dim() != 1
-        ):
+        if site.dropout.channel_dim not in (None, 1, -3) or len(site.x) != 4 or site.ids.dim() != 1:
             return None
         if any(isinstance(value, str) for value in (*args, *kwargs.values())):  # padding="same"
             return None
         self._chains.read.add(site.dropout)
         if self._learns:
             return None
-        return ops.example_tied_conv2d(step.args[0], site.ids, *args[1:], **kwargs, **site.dropout.draw(site.x[1]))
+        x, channels, dropout = step.args[0], site.x[1], site.dropout
+        if dropout.mask is not None:
+            return kept_conv2d.kept_conv2d(x, dropout.kept(site.ids, channels), *args[1:], **kwargs)
+        return ops.example_tied_conv2d(x, site.ids, *args[1:], **kwargs, **dropout.draw(channels))
 
     def _mlp(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run the chain that a linear layer ends."""

@@ -72,11 +72,11 @@ def example_tied_conv2d(
     arguments = x, example_ids, weight, bias, *pairs(stride, padding, dilation), groups
     settings = {"num_generalization": num_generalization, "p_mem": p_mem, "seed": seed, "site": site}
     transformed = torch._C._are_functorch_transforms_active()  # which would loop over a batch of operators
-    operator = _compose if transformed and not torch.compiler.is_compiling() else _op
+    operator = compose if transformed and not torch.compiler.is_compiling() else _op
     return _checks.call(operator, "example_tied_conv2d", *arguments, **settings)
 
 
-def _compose(
+def compose(
     x: Tensor,
     example_ids: Tensor,
     *layer: Any,
@@ -85,6 +85,7 @@ def _compose(
     seed: int,
     site: int = 0,
 ) -> Tensor:
+    """Run the operator: a mask, and a convolution that reads what it keeps."""
     settings = num_generalization, p_mem, seed, site
     try:
         keep = drop_out(x.new_ones(x.shape[:2]), example_ids, *settings) != 0
@@ -96,4 +97,4 @@ def _compose(
         raise
 
 
-torch.library.impl("memloc_ext::example_tied_conv2d", "CompositeImplicitAutograd", _compose)
+torch.library.impl("memloc_ext::example_tied_conv2d", "CompositeImplicitAutograd", compose)

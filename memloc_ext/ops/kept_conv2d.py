@@ -52,7 +52,7 @@ def kept_conv2d(
         if x.dim() != 4:
             raise RuntimeError(f"kept_conv2d: x must be [batch, in, height, width], got {list(x.shape)}")
         return torch.conv2d(_zero_unless(keep, x), weight, bias, *geometry)
-    return _ops.kept_conv2d(x, keep, weight, bias, *geometry)
+    return _ops.kept_conv2d.default(x, keep, weight, bias, *geometry)
 
 
 def pairs(*numbers: int | Sequence[int]) -> list[Any]:

@@ -17,7 +17,7 @@ import memloc_ext
 from memloc_ext import GradientAccountant, ops
 from memloc_ext.models import ResNet9, ViT
 from memloc_ext.nn import ExampleTiedDropout, dropout_mode, insert_example_tied_dropout
-from memloc_ext.ops import kept_mlp
+from memloc_ext.ops import kept_conv2d, kept_mlp
 
 MLP, CONV = "example_tied_mlp", "example_tied_conv2d"
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -29,7 +29,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     monkeypatch.setattr(kept_mlp, "RUN_ROWS", -1)
     monkeypatch.setattr(kept_mlp, "ROWS", -1)
-    for owner, name in ((ops, MLP), (ops, CONV), (kept_mlp, "kept_mlp")):
+    for owner, name in ((ops, MLP), (ops, CONV), (kept_mlp, "kept_mlp"), (kept_conv2d, "kept_conv2d")):
         run = getattr(owner, name)
 
         def counted(*args: Any, name: str = name, run: Any = run, **kwargs: Any) -> Tensor:
@@ -231,6 +231,8 @@ def test_own_masks(p_gen: float, ids: Tensor, called: list[str]) -> None:
     for model in (mlp(nn.ReLU(), h=24), Gated()):
         after = ["1"] if isinstance(model, nn.Sequential) else ["act"]
         hold(model, after, TOKENS, called, ["kept_mlp"], ids=ids, channel_dim=-1, mask=mask, p_gen=p_gen)
+    convolutions = nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 16, 3))
+    hold(convolutions, ["0"], IMAGES, called, ["kept_conv2d"], mask=mask, p_gen=p_gen)
 
 
 def test_what_watches_every_function_sees_them(called: list[str]) -> None:
@@ -341,13 +343,14 @@ def test_skip_is_checked() -> None:
         insert_example_tied_dropout(mlp(nn.ReLU()), ["1"], skip="yes")  # pyright: ignore
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["mlp", "gated", "convolution", "vit"])
 def test_accounted(kind: str, called: list[str]) -> None:
     x = IMAGES if kind in ("convolution", "vit") else TOKENS
     made: dict[str, Callable[[], tuple[nn.Module, list[str]]]] = {
         "mlp": lambda: (mlp(nn.ReLU()), ["1"]),
         "gated": lambda: (Gated(), ["act"]),
-        "convolution": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3)), ["1"]),
+        "convolution": lambda: (nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 3)), ["1"]),
         "vit": lambda: (
             ViT(image_size=12, patch=4, dim=8, depth=2, heads=2, mlp=16, dropout=0),
             ["blocks.0.mlp.act", "blocks.1.mlp.act"],

@@ -15,6 +15,7 @@ from memloc_ext.accounting.contributions import Contribution, Rows, scaled
 from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Product
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
+from memloc_ext.ops.example_tied_conv2d import compose
 
 aten = torch.ops.aten
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -131,7 +132,7 @@ class Convolution(Product):
         x, w = saved
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = aten.convolution_backward(grad, x, w, None, *self.settings, [True, False, False])[0]
+            grad_input = self.grad_input(x, w, grad)
         if needs[1]:
             axis = self.example_axis
             contribution = ConvolutionContribution(x, grad, w.shape, self.settings, 1 if axis is None else axis.after)
@@ -139,6 +140,62 @@ class Convolution(Product):
         if needs[2]:
             grad_bias = self.record(2, Rows(self.by_example(grad.flatten(2).sum(2))))
         return grad_input, grad_weight, grad_bias
+
+    def grad_input(self, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+        return aten.convolution_backward(grad, x, w, None, *self.settings, [True, False, False])[0]
+
+
+@dataclass(eq=False, repr=False)
+class KeptConvolution(Convolution):
+    """A convolution that reads the input channels which each row keeps.
+
+    Attributes:
+        keep: See `memloc_ext.ops.kept_conv2d`.
+    """
+
+    keep: Tensor
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Forward:
+        x, w, b = self.cast(input, weight, bias)
+        out = torch.ops.memloc_ext.kept_conv2d(x, self.keep, w, b, *self._geometry)
+        return out, (torch.where(self.keep[:, :, None, None], x, 0), w)
+
+    def grad_input(self, x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+        size = list(x.shape[2:])
+        return torch.ops.memloc_ext.kept_conv2d_input_grad(grad, self.keep, w, size, *self._geometry)
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        stride, padding, dilation, _, _, groups = self.settings
+        return stride, padding, dilation, groups
+
+
+def kept_convolution(
+    tracer: Tracer,
+    func: Any,
+    /,
+    x: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Any:
+    """Handle the operator ``kept_conv2d``."""
+    axis = tracer.axis(x)
+    if axis is None or not axis.rows_first:
+        return NotImplemented
+    settings = (stride, padding, dilation, False, [0, 0], groups)
+    return KeptConvolution.handle(tracer, axis, (x, weight, bias), settings, keep)
+
+
+def example_tied_convolution(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Handle the operator ``example_tied_conv2d``, which is made of others."""
+    with tracer:
+        return compose(*args, **kwargs)
 
 
 def convolution(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memloc_ext.accounting.layers.contraction import bmm, einsum, grouped
-from memloc_ext.accounting.layers.convolution import convolution
+from memloc_ext.accounting.layers.convolution import convolution, example_tied_convolution, kept_convolution
 from memloc_ext.accounting.layers.elementwise import broadcast, cat, prelu, repeat, setitem
 from memloc_ext.accounting.layers.embedding import embedding, embedding_bag, getitem
 from memloc_ext.accounting.layers.kept_mlp import example_tied_mlp, kept_mlp
@@ -54,6 +54,8 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((*ELEMENTWISE, "scaled_dot_product_attention"), broadcast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), cat),
     "__setitem__": setitem,
+    torch.ops.memloc_ext.example_tied_conv2d.default: example_tied_convolution,
+    torch.ops.memloc_ext.kept_conv2d.default: kept_convolution,
     torch.ops.memloc_ext.example_tied_mlp.default: example_tied_mlp,
     run_kept_mlp: kept_mlp,
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), repeat),
