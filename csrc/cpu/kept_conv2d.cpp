@@ -38,7 +38,7 @@ bool native(ScalarType dtype) {
 }
 
 // The library's convolution takes 1 for every multiply-add of all channels. Tiles take as much for those of kept ones,
-// in whole vectors of outputs, and as measured, what 24 positions take for each example, to read the filters it keeps.
+// in whole vectors of outputs, and as measured, what 16 positions take for each example, to read the filters it keeps.
 bool skipping_pays(const KeptConv2dShape& s, const Tensor& keep) {
   const bool* const kept = static_cast<const bool*>(keep.const_data_ptr());
   int64_t count = 0;
@@ -48,7 +48,7 @@ bool skipping_pays(const KeptConv2dShape& s, const Tensor& keep) {
   const int64_t lanes = kernels<float>().tile_columns;
   const double share = static_cast<double>(count) / std::max<int64_t>(1, keep.numel());
   const double width = static_cast<double>(divide_up(s.outputs, lanes) * lanes) / std::max<int64_t>(1, s.outputs);
-  return share * width * (1 + 24.0 / s.positions()) < 0.9;
+  return share * width * (1 + 16.0 / s.positions()) < 0.9;
 }
 
 Tensor widened(const Tensor& t) {
