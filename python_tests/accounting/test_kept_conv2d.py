@@ -17,8 +17,8 @@ class Net(nn.Module):
         self.settings = settings
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        draw = {"num_generalization": 3, "p_mem": 0.2, "seed": 2}
-        return ops.example_tied_conv2d(self.first(x), ids, self.second.weight, self.second.bias, **self.settings, **draw)
+        settings = {"num_generalization": 3, "p_mem": 0.2, "seed": 2, **self.settings}
+        return ops.example_tied_conv2d(self.first(x), ids, self.second.weight, self.second.bias, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"groups": 2}], ids=str)
