@@ -1,6 +1,7 @@
 // The CPU kernels of a convolution that reads some channels of each example, and how an instruction set provides them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "conv2d.h"
@@ -25,6 +26,11 @@ struct KeptConv2dProblem {
   Axis y, x_axis;
 
   int64_t offsets() const { return y.kernel * x_axis.kernel; }
+  int64_t most_kept() const {
+    int64_t most = 0;
+    for (int64_t b = 0; b < batch; ++b) most = std::max(most, first[b + 1] - first[b]);
+    return most;
+  }
 };
 
 // Tasks [begin, end) of `parts` for each example, or of `parts` for each panel of outputs.

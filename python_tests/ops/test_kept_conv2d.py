@@ -103,6 +103,13 @@ def test_sums_longer_than_a_chain_and_images_in_parts() -> None:
     check(torch.randn(3, 5, 150, 41), some_of(3, 5), torch.randn(40, 5, 2, 3), None, [2, 1], [1, 0], [1, 2], 1)
 
 
+def test_a_kernel_longer_than_a_chain() -> None:
+    x, weight = torch.full((2, 30, 45, 41), 0.37), torch.full((20, 30, 40, 40), 0.37)  # roundings all go the same way
+    keep = some_of(2, 30, 2)
+    assert skips(x, keep, weight, [1, 1], [0, 0], [1, 1], 1)
+    check(x, keep, weight, None, [1, 1], [0, 0], [1, 1], 1)
+
+
 def test_channels_last_views_and_groups(device: torch.device) -> None:
     torch.manual_seed(0)
     x, weight, keep = torch.randn(3, 12, 9, 9), torch.randn(16, 12, 3, 3), some_of(3, 12).to(device)
