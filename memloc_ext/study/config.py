@@ -94,6 +94,7 @@ class DropoutConfig:
         channel_dim: Dimension of the channels in what these return: 1, or -1 for tokens. By default the model's own, or
             1; three dimensions are then refused but behind a module that tells, such as Conv1d.
         standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
+        skip_channels: Whether training skips the work for channels that are not kept; results are equal to rounding.
     """
 
     p_gen: float = 0.2
@@ -102,6 +103,7 @@ class DropoutConfig:
     sites: tuple[str, ...] = ()
     channel_dim: Literal[1, -1] | None = None
     standard_p: float = 0.2
+    skip_channels: bool = False
 
     def __post_init__(self) -> None:
         check_rules(self, channel_dim=(self.channel_dim in (None, 1, -1), "1, -1 or None"))

@@ -91,7 +91,7 @@ def build_model(config: StudyConfig, dataset: StudyData, variant: Variant) -> nn
         dim = layout.channel_dim if layout and settings.channel_dim is None else settings.channel_dim
         if variant == "example_tied":
             shares = {"p_gen": settings.p_gen, "p_mem": settings.p_mem, "rescale": settings.rescale}
-            insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim)
+            insert_example_tied_dropout(model, sites, **shares, seed=seed, channel_dim=dim, skip=settings.skip_channels)
         elif variant == "standard":
             insert_after(model, sites, lambda _: nn.Dropout(settings.standard_p))
         else:

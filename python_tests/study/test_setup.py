@@ -8,7 +8,17 @@ import torch
 from PIL import Image
 
 from memloc_ext.data import Dataset, Split
-from memloc_ext.study import DataConfig, ModelConfig, StudyConfig, build_model, load_data, load_run, run_study
+from memloc_ext.nn import ExampleTiedDropout
+from memloc_ext.study import (
+    DataConfig,
+    DropoutConfig,
+    ModelConfig,
+    StudyConfig,
+    build_model,
+    load_data,
+    load_run,
+    run_study,
+)
 from memloc_ext.study.command_line import main
 from memloc_ext.study.setup import fingerprint_data
 from memloc_ext.training import TrainConfig
@@ -125,3 +135,10 @@ def test_models_of_timm_fit_the_images(tmp_path: Path) -> None:
     accounting = load_run(tmp_path / "run").accounting
     assert accounting is not None
     assert accounting.groups == ["conv1", "bn1", "layer1.0", "layer2.0", "layer3.0", "layer4.0", "fc"]
+
+
+def test_channels_that_are_not_kept_are_skipped_where_asked() -> None:
+    dataset = load_data(PART)
+    for skip in (False, True):
+        model = build_model(replace(PART, dropout=DropoutConfig(skip_channels=skip)), dataset, "example_tied")
+        assert {m.skip for m in model.modules() if isinstance(m, ExampleTiedDropout)} == {skip}
