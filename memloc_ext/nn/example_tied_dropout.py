@@ -156,14 +156,16 @@ class ExampleTiedDropout(_TiedChannels):
         )
 
     def kept(self, ids: Tensor, channels: int) -> Tensor:
-        """Return which channels examples keep by ``mask``, ``[*ids.shape, channels]``, bool."""
-        assert self.mask is not None
-        kept = self.mask(ids.flatten())
-        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (ids.numel(), channels):
+        """Return which channels examples keep, ``[*ids.shape, channels]``, bool."""
+        rows, shared = ids.flatten(), self.num_generalization(channels)
+        if self.mask is None:
+            ones = torch.ones(len(rows), channels, device=ids.device)
+            return (call(ones, rows, *self.draw(channels).values(), 1) != 0).unflatten(0, ids.shape)
+        kept = self.mask(rows)
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (len(rows), channels):
             got = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
-            raise ValueError(f"ExampleTiedDropout: mask must return bool [{ids.numel()}, {channels}], got {got}")
-        shared = torch.arange(channels, device=kept.device) < self.num_generalization(channels)
-        return (kept | shared).unflatten(0, ids.shape)
+            raise ValueError(f"ExampleTiedDropout: mask must return bool [{len(rows)}, {channels}], got {got}")
+        return (kept | (torch.arange(channels, device=kept.device) < shared)).unflatten(0, ids.shape)
 
     def _rescale_factor(self) -> float:
         if self.rescale == "authors":

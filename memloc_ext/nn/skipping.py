@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,22 @@ class Chains:
     found: bool = False
 
 
+class Found(NamedTuple):
+    """What is between linear layers: an activation, of the gate if there is one, and ordinary dropout.
+
+    Attributes:
+        activation: Its name.
+        order: Numbers of the layers: of the gate, if there is one, and of the other.
+        p: Probability of ordinary dropout.
+    """
+
+    activation: str
+    order: list[int]
+    p: float
+
+
 _known: weakref.WeakKeyDictionary[nn.Module, Chains] = weakref.WeakKeyDictionary()  # a copy of a model finds its own
-_recognised: dict[str, tuple[str, list[int]] | None] = {}
+_recognised: dict[str, Found | None] = {}
 _open = threading.local()
 
 
@@ -196,7 +210,7 @@ class Skipping(TorchFunctionMode):
             return None
         args_of, kwargs_of = with_each_tensor((args, kwargs), lambda t: cast(Any, self._step(t)))
         step = Step(func, args_of, kwargs_of, reshapes=reshapes)
-        if isinstance(first, Unrun) and (kwargs.get("inplace") or (name[-1:] == "_" != name[-2:-1])):
+        if isinstance(first, Unrun) and _in_place(name, args, kwargs):
             first.step = step
             return first
         return self._later(step, args, kwargs, shape, first)
@@ -204,8 +218,9 @@ class Skipping(TorchFunctionMode):
     def _by_channel(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run a function of each channel on what a dropout is given, and leave the dropout for later."""
         step = self._step(args[0]) if args else None
-        in_place = kwargs.get("inplace", False)
-        if step is None or step.site is None or len(step.site.x) != 4 or name not in _BY_CHANNEL or in_place:
+        if step is None or step.site is None or len(step.site.x) != 4 or name not in _BY_CHANNEL:
+            return None
+        if _in_place(name, args, kwargs):
             return None
         (x,) = step.args
         if isinstance(x, Step):
@@ -253,7 +268,7 @@ class Skipping(TorchFunctionMode):
         if not products:
             rule = "no linear layer leads to it"
         elif found is None:
-            rule = f"what is between linear layers is none of {', '.join(ACTIVATIONS)} (a dropout with p > 0 neither)"
+            rule = f"what is between linear layers is none of {', '.join(ACTIVATIONS)}"
         elif any(p.x is not products[0].x for p in products):
             rule = "the layers that lead to it read different inputs"
         elif site.dropout.channel_dim not in (-1, len(site.x) - 1) and (site.dropout.channel_dim or len(site.x) != 2):
@@ -266,14 +281,13 @@ class Skipping(TorchFunctionMode):
         if self._learns:
             self._chains.first.setdefault(site.dropout, set()).update(self._names[id(p.parameter)] for p in products)
             return None
-        activation, order = found
-        into, gate = products[order[-1]], products[order[0]] if len(order) > 1 else None
+        into, gate = products[found.order[-1]], products[found.order[0]] if len(found.order) > 1 else None
         rows = (site.x[0], -1) if len(site.x) > 3 else site.x[:-1]
-        x = into.x.reshape(*rows, into.x.shape[-1])
+        x, activation = into.x.reshape(*rows, into.x.shape[-1]), found.activation
         weights = (into.weight, into.bias, last.weight, last.bias)
         of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
-        if site.dropout.mask is not None:
-            y = kept_mlp.kept_mlp(x, activation, _plan(site, x), *weights, *of_gate)
+        if site.dropout.mask is not None or found.p:
+            y = kept_mlp.kept_mlp(x, activation, _plan(site, x, found.p), *weights, *of_gate)
         else:
             draw = site.dropout.draw(site.x[-1])
             gated = dict(zip(("w_gate", "b_gate"), of_gate, strict=True))
@@ -281,23 +295,40 @@ class Skipping(TorchFunctionMode):
         return y.reshape(*last.x.shape[:-1], y.shape[-1])
 
 
-def _plan(site: Site, x: Tensor) -> kept_mlp.Plan:
-    """Return the plan for a user's own mask, and rows ``[*, d]``."""
+def _in_place(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether a function writes to its first argument."""
+    place = 3 if name == "dropout" else 1  # of the argument inplace
+    by_place = len(args) > place and args[place] is True
+    return by_place or kwargs.get("inplace", False) or (name.endswith("_") and not name.endswith("__"))
+
+
+def _plan(site: Site, x: Tensor, p: float) -> kept_mlp.Plan:
+    """Return the plan for rows ``[*, d]``, with a user's own mask or behind ordinary dropout."""
     channels = site.x[-1]
     ids, lengths = site.ids.flatten().unique_consecutive(return_counts=True)
     tokens = x.shape[:-1].numel() // max(1, site.ids.numel())
     mask, shared = site.dropout.kept(ids, channels), site.dropout.num_generalization(channels)
-    return kept_mlp.plan_of(mask, (lengths * tokens).tolist(), shared)
+    plan = kept_mlp.plan_of(mask, (lengths * tokens).tolist(), shared)
+    return plan._replace(p=p, seed=int(torch.randint(2**62, ())) if p else 0)
 
 
-def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | None:
-    """Return the activation of a chain, and the numbers of its layers: of the gate, if it has one, and of the other.
+def _recognise(step: Step, layers: Sequence[Step]) -> Found | None:
+    """Return what a chain is.
 
-    The chain is run on numbers: kept channels must be those of the activation, others zero.
+    It is run on numbers, without the ordinary dropout at its end: kept channels must be those of the activation, others
+    zero.
     """
     behind = all(isinstance(s.args[0], Step) for s in step.before() if s.site is not None)
     if not 1 <= len(layers) <= 2 or not behind:
         return None
+    last, p = step, 0.0
+    while last.product is None and (last.site is not None or last.reshapes or last.drops is not None):
+        if last.drops:
+            if p or last.drops >= 1:
+                return None
+            p = last.drops
+        last = last.args[0]
+    passed = set(step.before()) - set(last.before())
 
     def value(step: Step, keep: int) -> Tensor:
         if step in layers:
@@ -305,7 +336,7 @@ def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | No
         args, kwargs = with_each_step((step.args, dict(step.kwargs)), lambda inner: value(inner, keep))
         if step.site is not None:
             return args[0] * keep
-        return args[0] if step.reshapes else step.function(*args, **kwargs)
+        return args[0] if step.reshapes or step in passed else step.function(*args, **kwargs)
 
     with torch._C.DisableTorchFunction(), torch.no_grad():
         if value(step, 0).any():
@@ -315,5 +346,5 @@ def _recognise(step: Step, layers: Sequence[Step]) -> tuple[str, list[int]] | No
         for order in ([0],) if len(layers) == 1 else ([0, 1], [1, 0]):
             expected = activation.forward(_PROBES[order[0]]) * (_PROBES[order[1]] if len(order) > 1 else 1)
             if torch.allclose(result, expected, rtol=1e-9, atol=1e-9):
-                return name, order
+                return Found(name, order, p)
     return None

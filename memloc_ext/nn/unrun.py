@@ -130,6 +130,14 @@ class Step:
                 self.value = self.function(*args, **kwargs)
         return self.value
 
+    @property
+    def drops(self) -> float | None:
+        """Probability with which it zeroes values as ordinary dropout, or None if it is no such thing."""
+        if getattr(self.function, "__name__", "") != "dropout":
+            return None
+        _, p, training = (*self.args, *(self.kwargs.get(k, d) for k, d in (("p", 0.5), ("training", True))))[:3]
+        return p if training else 0.0
+
     def before(self) -> Iterator[Step]:
         """Yield this step and, as often as they are used, those that it depends on; nothing before a linear layer."""
         yield self

@@ -66,11 +66,23 @@ class Plan(NamedTuple):
 
     ``shared`` channels are computed for all rows, the first ones; those behind them for the runs that keep them. If all
     are shared, because dense products cost less, ``dropout`` zeroes what is not kept.
+
+    Ordinary dropout zeroes hidden values with probability ``p``, by draws from ``seed``, and divides the others by
+    ``1 - p``.
     """
 
     dropout: Callable[[Tensor], Tensor]
     shared: int
     kept: Kept | None
+    p: float = 0
+    seed: int = 0
+
+    def thinned(self, values: Tensor, part: int) -> Tensor:
+        """Return hidden values, or their gradients, of a part of the channels behind ordinary dropout."""
+        if not self.p:
+            return values
+        generator = torch.Generator(values.device).manual_seed(self.seed + part)
+        return values * torch.empty_like(values).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
 
 
 def keeping_is_cheaper(rows: int, runs: int, shared: int, own: float, h: int) -> bool:
@@ -144,11 +156,12 @@ def forward(rows: Tensor, weights: Weights, activation: str, plan: Plan) -> tupl
     hidden = _activate(shared, activation)
     if kept is None:
         hidden = plan.dropout(hidden)
+    hidden = plan.thinned(hidden, 0)
     y = F.linear(hidden, weights.w_out[:, :g], weights.b_out)
     if kept is None:
         return y, [*shared, hidden]
     own = [kept_linear(rows, w[g:], None if b is None else b[g:], kept) for w, b in weights.first]
-    own_hidden = _activate(own, activation)
+    own_hidden = plan.thinned(_activate(own, activation), 1)
     add_kept_input_(y, own_hidden, _turned(weights.w_out[:, g:]), kept)
     return y, [*shared, hidden, *own, own_hidden]
 
@@ -158,11 +171,11 @@ def value_grads(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Return the gradients of the first layers' values: of shared channels, and of the runs' own or None."""
     g, count = plan.shared, len(weights.first)
-    by_hidden = grad @ weights.w_out[:, :g]
+    by_hidden = plan.thinned(grad @ weights.w_out[:, :g], 0)
     by_shared = _activate_backward(by_hidden if plan.kept else plan.dropout(by_hidden), values[:count], activation)
     if plan.kept is None:
         return by_shared, None
-    by_hidden = kept_linear(grad, _turned(weights.w_out[:, g:]), None, plan.kept)
+    by_hidden = plan.thinned(kept_linear(grad, _turned(weights.w_out[:, g:]), None, plan.kept), 1)
     return by_shared, _activate_backward(by_hidden, values[count + 1 : -1], activation)
 
 
@@ -270,6 +283,8 @@ class KeptMlp(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if not torch.is_grad_enabled():
                 return None, None, *backward(grad, rows, weights, values, ctx.activation, ctx.plan, needed)
+            if ctx.plan.p:
+                raise RuntimeError("kept_mlp: no second derivatives behind ordinary dropout that is active; set p to 0")
             y = composition(rows, weights, ctx.activation, ctx.plan.dropout)
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

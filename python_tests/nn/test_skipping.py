@@ -235,6 +235,30 @@ def test_own_masks(p_gen: float, ids: Tensor, called: list[str]) -> None:
     hold(convolutions, ["0"], IMAGES, called, ["kept_conv2d"], mask=mask, p_gen=p_gen)
 
 
+@pytest.mark.parametrize("after", ["1", "2"])
+@pytest.mark.parametrize("p_mem", [0.2, 1.0])  # the second computes all channels
+def test_ordinary_dropout_that_is_active(after: str, p_mem: float, called: list[str]) -> None:
+    plain, skipping = pair(mlp(nn.GELU(), nn.Dropout(0.25, inplace=True), h=64), [after], p_mem=p_mem, channel_dim=-1)
+    ids, x = torch.arange(3), TOKENS.clone().requires_grad_()
+    step(skipping, x, ids, lambda m, x: m(x))
+    called.clear()
+
+    def drawn(seed: int, x: Tensor = x) -> Tensor:
+        torch.manual_seed(seed)
+        with memloc_ext.example_ids(ids):
+            return skipping(x)
+
+    outputs = torch.stack([drawn(seed).detach() for seed in range(400)])
+    assert called == ["kept_mlp"] * 400
+    plain.eval()
+    with dropout_mode(plain, "train"), memloc_ext.example_ids(ids):
+        expected = plain(x)
+    torch.testing.assert_close(outputs.mean(0), expected, rtol=0, atol=float(5 * outputs.std(0).max() / 20))
+    assert not torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(drawn(0), outputs[0])
+    assert torch.autograd.gradcheck(lambda x: drawn(3, x), x, fast_mode=True)
+
+
 def test_what_watches_every_function_sees_them(called: list[str]) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -322,7 +346,7 @@ def test_a_function_that_hides_what_it_does_is_refused() -> None:
     ("model", "after", "reason"),
     [
         (mlp(nn.Sigmoid()), "1", "none of relu, gelu"),
-        (mlp(nn.ReLU(), nn.Dropout(0.5)), "1", "a dropout with p > 0"),
+        (mlp(nn.Dropout(0.5), nn.SiLU()), "1", "none of relu, gelu"),
         (mlp(nn.ReLU(), nn.LayerNorm(32)), "1", "goes to layer_norm"),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 2)), "0", "goes to flatten"),
         (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)), "0", "no linear layer leads to it"),
