@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from memloc_ext import ops
 from memloc_ext.batches import tensors_of, with_each_tensor
-from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_metadata, run_all, with_each_step
+from memloc_ext.nn import unrun
+from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_watched, run_all, with_each_step
 from memloc_ext.ops import kept_conv2d, kept_mlp
 from memloc_ext.ops.kept_mlp import ACTIVATIONS
 
@@ -37,7 +38,9 @@ _ELEMENTWISE = frozenset((*_ARITHMETIC, *_ACTIVATIONS, "__pow__", "sub", "__sub_
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _POOLS = ("max_pool2d", "_max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 _BY_CHANNEL = frozenset(("relu", "gelu", "silu", "leaky_relu", "tanh", *_POOLS))  # 0 of a channel of zeros
-_PROBES = [torch.linspace(-9, 9, 181, dtype=torch.float64), torch.linspace(2, -1, 181, dtype=torch.float64)]
+_LARGE = torch.logspace(-3, 6, 19, dtype=torch.float64)
+_PROBES = [torch.cat((torch.linspace(-9, 9, 181, dtype=torch.float64), _LARGE, -_LARGE))]
+_PROBES.append(2 * torch.sin(37 * torch.arange(len(_PROBES[0]), dtype=torch.float64)))  # as good as independent
 
 
 @dataclass
@@ -88,12 +91,6 @@ def skipping_in_force() -> Skipping | None:
     return _stack()[-1][1] if _stack() else None
 
 
-def is_watched() -> bool:
-    """Return whether something must see every function run: a transform of torch.func, or checkpointing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return torch._C._are_functorch_transforms_active() or hooks is not None
-
-
 def _stack() -> list[tuple[nn.Module, Skipping | None]]:
     if not hasattr(_open, "stack"):
         _open.stack = []
@@ -103,8 +100,11 @@ def _stack() -> list[tuple[nn.Module, Skipping | None]]:
 def _enter(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    if any(inner is model for inner, _ in _stack()):  # KeyboardInterrupt ended its last pass, and calls no hooks
+        while _stack():
+            _close(_stack().pop()[1])
     skipping = None
-    if any(getattr(m, "skip", False) and m.mode == "train" for m in model.modules()):
+    if not is_watched() and any(getattr(m, "skip", False) and m.mode == "train" for m in model.modules()):
         skipping = Skipping(model, _known.setdefault(model, Chains()))
         skipping.__enter__()
     _stack().append((model, skipping))
@@ -116,10 +116,16 @@ def _leave(model: nn.Module, _: Any, output: Any) -> Any:
     _, skipping = _stack().pop()
     if skipping is None:
         return None
-    skipping.__exit__(None, None, None)
+    _close(skipping)
+    skipping.settle()
     if output is not None:  # no error passes
         skipping.finish()
     return run_all(output)
+
+
+def _close(skipping: Skipping | None) -> None:
+    if skipping is not None and torch.overrides._get_current_function_mode() is skipping:
+        skipping.__exit__(None, None, None)
 
 
 class Skipping(TorchFunctionMode):
@@ -138,11 +144,14 @@ class Skipping(TorchFunctionMode):
         named = model.named_parameters() if self._learns or first else ()
         self._names = {id(p): name for name, p in named if self._learns or name in first}
         self._seen: dict[int, tuple[Tensor, Step]] = {}  # tensors that are there, while chains are looked for
+        self._unrun: list[weakref.ref[Unrun]] = []
 
     def finish(self) -> None:
         """End the pass; ValueError if it is the first and a dropout that must skip cannot."""
+        if not self._learns:
+            return
         known = self._chains.first.keys() | self._chains.read
-        for name, site in self._model.named_modules() if self._learns else ():
+        for name, site in self._model.named_modules():
             if getattr(site, "skip", False) == "require" and site not in known:
                 reason = self._chains.reasons.get(site, "it did not run in mode train")
                 got = f"{name.removesuffix('.dropout_after')!r} cannot skip: {reason}"
@@ -155,11 +164,21 @@ class Skipping(TorchFunctionMode):
         if not self._learns and before is None and (dropout not in self._chains.read or is_watched()):
             return run(x)
         step = Step(run, (x if before is None else before,), site=Site(dropout, ids, x.shape))
-        return self._later(step, (x,), {}, x.shape, x)
+        return self._later(step, (x,), {}, x.shape, x.dtype)
+
+    def settle(self, tensors: Sequence[Tensor] | None = None) -> None:
+        """Run what is not run yet and held by the model, all of it or what shares memory with tensors."""
+        held = [t for ref in self._unrun if (t := ref()) is not None and not t.step.fixed]
+        memory = None if tensors is None or not held else {unrun.storage_of(t) for t in tensors}
+        for t in held:
+            if memory is None or memory & t.step.memory():
+                t.step = Step(t.step.function, (), value=t.step.run(), fixed=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_metadata(func):
+        if torch.compiler.is_compiling():  # a part of the model
+            return func(*args, **kwargs)
+        if unrun.is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -172,21 +191,30 @@ class Skipping(TorchFunctionMode):
                 return result
         for dropout in {before.site.dropout for step in steps for before in step.before() if before.site is not None}:
             self._chains.reasons.setdefault(dropout, f"its output goes to {name}")
+        if unrun.writes(name, args, kwargs):
+            self.settle(tensors_of((args, kwargs)))
         args, kwargs = run_all((args, kwargs))
         return func(*args, **kwargs)
 
     def _step(self, t: object) -> Step | None:
         if isinstance(t, Unrun):
-            return t.step
+            return None if t.step.fixed else t.step
         return self._seen[id(t)][1] if id(t) in self._seen else None
 
-    def _later(self, step: Step, args: Any, kwargs: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+    def _later(self, step: Step, args: Any, kwargs: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Leave a step for later; run it if chains are looked for."""
         if not self._learns:
-            return Unrun.of(step, shape, like)
+            t = Unrun.of(step, shape, dtype, tensors_of(args)[0].device)
+            self._unrun.append(weakref.ref(t))
+            return t
         t = step.function(*args, **kwargs)
         self._seen[id(t)] = t, step
         return t
+
+    def _is_shared(self, t: Unrun) -> bool:
+        """Return whether something else that is held depends on what a function in place would change."""
+        own, held = set(t.step.before()), [ref() for ref in self._unrun]
+        return any(other is not None and other is not t and own & set(other.step.before()) for other in held)
 
     def _begun(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Leave a linear layer for later that may begin a chain."""
@@ -194,13 +222,13 @@ class Skipping(TorchFunctionMode):
         if product is None or id(product.parameter) not in self._names or is_watched():
             return None
         shape = (*product.x.shape[:-1], len(product.weight))
-        return self._later(Step(func, args, kwargs, product=product), args, kwargs, shape, product.x)
+        return self._later(Step(func, args, kwargs, product=product), args, kwargs, shape, product.dtype)
 
     def _continued(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Leave a function of each element for later, or a change of shape that leaves the channels as they are."""
         given = tensors_of((args, kwargs))
         first, shape = given[0], given[0].shape
-        if any(self._step(t) is None for t in given) or any(t.shape != shape for t in given):
+        if not args or any(self._step(t) is None for t in given) or any(t.shape != shape for t in given):
             return None
         if reshapes := name in _RESHAPES:
             shape = getattr(torch.empty(shape, device="meta"), name)(*args[1:], **kwargs).shape
@@ -210,28 +238,29 @@ class Skipping(TorchFunctionMode):
             return None
         args_of, kwargs_of = with_each_tensor((args, kwargs), lambda t: cast(Any, self._step(t)))
         step = Step(func, args_of, kwargs_of, reshapes=reshapes)
-        if isinstance(first, Unrun) and _in_place(name, args, kwargs):
+        if isinstance(first, Unrun) and unrun.in_place(name, args, kwargs):
+            if self._is_shared(first):
+                return None
             first.step = step
             return first
-        return self._later(step, args, kwargs, shape, first)
+        return self._later(step, args, kwargs, shape, first.dtype)
 
     def _by_channel(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run a function of each channel on what a dropout is given, and leave the dropout for later."""
         step = self._step(args[0]) if args else None
         if step is None or step.site is None or len(step.site.x) != 4 or name not in _BY_CHANNEL:
             return None
-        if _in_place(name, args, kwargs):
-            return None
-        (x,) = step.args
-        if isinstance(x, Step):
+        (x,), in_place = step.args, kwargs.get("inplace", False)
+        if isinstance(x, Step) or (in_place and not self._learns and self._is_shared(args[0])):
             return None
         if self._learns:
-            t = func(*args, **kwargs)
-            self._seen[id(t)] = t, step
-            return t
-        x = func(x, *args[1:], **kwargs)
-        dropout, ids = step.site.dropout, step.site.ids
-        return Unrun.of(Step(step.function, (x,), site=Site(dropout, ids, x.shape)), x.shape, x)
+            return self._later(Step(func, step.args, site=step.site), args, kwargs, x.shape, x.dtype)
+        x = func(x, *args[1:], **(kwargs | {"inplace": False} if in_place else kwargs))
+        later = Step(step.function, (x,), site=Site(step.site.dropout, step.site.ids, x.shape))
+        if in_place:
+            args[0].step = later
+            return args[0]
+        return self._later(later, (x,), {}, x.shape, x.dtype)
 
     def _conv2d(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run a convolution that reads a dropout."""
@@ -282,7 +311,7 @@ class Skipping(TorchFunctionMode):
             self._chains.first.setdefault(site.dropout, set()).update(self._names[id(p.parameter)] for p in products)
             return None
         into, gate = products[found.order[-1]], products[found.order[0]] if len(found.order) > 1 else None
-        rows = (site.x[0], -1) if len(site.x) > 3 else site.x[:-1]
+        rows = (site.x[0], site.x[1:-1].numel()) if len(site.x) > 3 else site.x[:-1]
         x, activation = into.x.reshape(*rows, into.x.shape[-1]), found.activation
         weights = (into.weight, into.bias, last.weight, last.bias)
         of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
@@ -293,13 +322,6 @@ class Skipping(TorchFunctionMode):
             gated = dict(zip(("w_gate", "b_gate"), of_gate, strict=True))
             y = ops.example_tied_mlp(x, site.ids, *weights, activation=activation, **draw, **gated)
         return y.reshape(*last.x.shape[:-1], y.shape[-1])
-
-
-def _in_place(name: str, args: Any, kwargs: Any) -> bool:
-    """Return whether a function writes to its first argument."""
-    place = 3 if name == "dropout" else 1  # of the argument inplace
-    by_place = len(args) > place and args[place] is True
-    return by_place or kwargs.get("inplace", False) or (name.endswith("_") and not name.endswith("__"))
 
 
 def _plan(site: Site, x: Tensor, p: float) -> kept_mlp.Plan:
@@ -338,7 +360,7 @@ def _recognise(step: Step, layers: Sequence[Step]) -> Found | None:
             return args[0] * keep
         return args[0] if step.reshapes or step in passed else step.function(*args, **kwargs)
 
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if value(step, 0).any():
             return None
         result = value(step, 1)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from memloc_ext.batches import tensors_of, with_each_tensor
 
@@ -56,7 +58,17 @@ class Product:
         else:
             return None
         plain = isinstance(made.x, Tensor) and made.x.dim() > 1 and not isinstance(made.parameter, Unrun)
-        return made if plain and made.parameter.dim() == 2 else None
+        if not plain or made.parameter.dim() != 2:
+            return None
+        return made if made.bias is None or made.bias.shape == made.weight.shape[:1] else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result."""
+        device = self.x.device.type
+        if torch.is_autocast_enabled(device) and self.x.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.x.dtype
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,18 @@ class Site:
     x: torch.Size
 
 
+def is_watched() -> bool:
+    """Return whether something must see every function run: transforms, forward mode, dispatch modes, checkpointing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or hooks is not None or _get_current_dispatch_mode() is not None
+
+
 @dataclass(frozen=True)
 class State:
     """What functions depend on besides their arguments."""
 
+    watched: bool = field(default_factory=is_watched)
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: tuple[tuple[str, bool, torch.dtype], ...] = field(
         default_factory=lambda: tuple(
@@ -95,6 +115,7 @@ class State:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for device, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
             yield
 
 
@@ -110,6 +131,7 @@ class Step:
         site: What it is, if it is a dropout.
         reshapes: Whether it changes the shape alone.
         value: The result, once it is known.
+        fixed: Whether the value alone counts, because something writes to it or watches its gradient.
         state: In which it would have been run.
     """
 
@@ -120,6 +142,7 @@ class Step:
     site: Site | None = None
     reshapes: bool = False
     value: Tensor | None = None
+    fixed: bool = False
     state: State = field(default_factory=State)
 
     def run(self) -> Tensor:
@@ -145,6 +168,11 @@ class Step:
             for step in steps_of((self.args, self.kwargs)):
                 yield from step.before()
 
+    def memory(self) -> set[int]:
+        """Return which storages this step and those before it read, and hold results in."""
+        tensors = [t for step in self.before() for t in (*tensors_of((step.args, dict(step.kwargs))), step.value)]
+        return {storage_of(t) for t in tensors if t is not None}
+
     def formula(self, layers: list[Step]) -> str:
         """Return what is computed of the outputs of linear layers, which are numbered; whatever their sizes."""
         if self.product is not None:
@@ -167,11 +195,8 @@ class Unrun(Tensor):
     step: Step
 
     @staticmethod
-    def of(step: Step, shape: Sequence[int], like: Tensor) -> Unrun:
-        """Return one of a shape, with the type and device of another tensor."""
-        dtype, device = like.dtype, like.device
-        if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(device.type)
+    def of(step: Step, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Unrun:
+        """Return one of a shape, type and device."""
         make = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
         with torch._C.DisableTorchFunction():
             t = make(Unrun, torch.Size(shape), dtype=dtype, device=device, requires_grad=torch.is_grad_enabled())
@@ -197,6 +222,27 @@ class Unrun(Tensor):
 def is_metadata(func: Any) -> bool:
     """Return whether a function asks nothing but a shape or type."""
     return func in ATTRIBUTES or getattr(func, "__name__", "") in METADATA
+
+
+def in_place(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function writes to its first argument."""
+    place = 3 if name == "dropout" else 1  # of the argument inplace
+    by_place = len(args) > place and args[place] is True
+    return by_place or kwargs.get("inplace", False) or name[-1:] == "_" != name[-2:-1]
+
+
+def writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function may write to what it is given, or watches the gradient of it."""
+    special = name in ("__setitem__", "__set__", "register_hook", "retain_grad") or name.startswith("__i")
+    overload = name.partition(".")[0]
+    return special or kwargs.get("out") is not None or in_place(overload, args, kwargs)
+
+
+def storage_of(t: Tensor) -> int:
+    """Return what names a tensor's memory while it is there; that of its result for an `Unrun`, which is run."""
+    t = t.step.run() if isinstance(t, Unrun) else t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.untyped_storage()._cdata if t.layout == torch.strided else id(t)
 
 
 def run_all(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable, Sequence
@@ -284,6 +285,20 @@ def test_what_watches_every_function_sees_them(called: list[str]) -> None:
     assert not called
 
 
+def test_ablation_in_mode_train_sees_them(called: list[str]) -> None:
+    y, losses = torch.arange(5) % 4, []
+    for model in pair(mlp(nn.ReLU()), ["1"]):
+        with dropout_mode(model.eval(), "train"), memloc_ext.example_ids(torch.arange(5)):
+            losses.append(memloc_ext.ablation_losses(model, X, y, ["1"])["1"].loss)  # looks for no chains
+            model(X)
+            losses.append(memloc_ext.ablation_losses(model, X, y, ["1"])["1"].loss)
+            called.clear()
+            model(X)
+    assert called == [MLP]
+    for of_losses in losses[1:]:
+        torch.testing.assert_close(of_losses, losses[0])
+
+
 def test_what_was_not_run_runs_where_it_is_asked_for(called: list[str]) -> None:
     read: list[Tensor] = []
     model = mlp(nn.ReLU(), nn.Identity())
@@ -291,6 +306,145 @@ def test_what_was_not_run_runs_where_it_is_asked_for(called: list[str]) -> None:
     hold(model, ["1"], X, called, [MLP])
     assert len({float(t) for t in read}) == 1
     assert read[-1].grad_fn is not None
+
+
+class Made(nn.Module):
+    """A linear layer, whatever is done with what it computes, a site and a linear layer."""
+
+    def __init__(self, between: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.into, self.site, self.out, self.between = nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4), between
+        self.held: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        x = x * 20
+        return self.between(self, x, self.into(x))
+
+
+def assigned(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    hidden[:, 0] = 0
+    return net.out(net.site(hidden))
+
+
+def through_a_view(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    hidden.view(5, 24).neg().add_(1)
+    hidden.view(5, 24).mul_(0.5)
+    return net.out(net.site(hidden))
+
+
+def through_a_part(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    y = net.site(hidden)
+    y[:, 1:3].mul_(2)
+    return net.out(y)
+
+
+def over_what_is_read(net: Made, x: Tensor, hidden: Tensor) -> list[Tensor]:
+    double = hidden * 2
+    hidden.neg_()
+    return [hidden.sum(1), net.out(net.site(hidden)), double]
+
+
+def over_the_input(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = net.into(x)
+        x.zero_()
+        y = net.out(net.site(hidden))
+    return y + net.out.bias
+
+
+def with_dropout(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    return net.out(net.site(F.dropout(hidden, 0.3)))
+
+
+def clipped_above(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    return net.out(net.site(hidden.relu() - (hidden - 10).relu()))
+
+
+def by_name(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    return net.out(torch.reshape(input=net.site(hidden), shape=(5, 24)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        assigned, through_a_view, through_a_part, over_what_is_read, over_the_input, with_dropout, clipped_above,
+        by_name,
+    ],
+)  # fmt: skip
+def test_what_is_not_a_chain(between: Callable[..., Any], called: list[str]) -> None:
+    plain, skipping = pair(Made(between), ["site"], skip=True)
+    for _ in range(2):
+        told = []
+        for model in (plain, skipping):
+            torch.manual_seed(0)
+            y, grads = step(model, X, torch.arange(5), lambda m, x: torch.cat([t.flatten() for t in m(x)]))
+            told.append((y, grads, torch.rand(1)))
+        torch.testing.assert_close(*told, rtol=1e-9, atol=1e-9)
+
+
+def test_what_the_model_holds_has_the_weights_of_its_pass(called: list[str]) -> None:
+    def hold_hidden(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+        net.held = hidden, net.site(hidden)
+        return net.out(net.held[1])
+
+    models = pair(Made(hold_hidden), ["site"])
+    for _ in range(2):
+        for model in models:
+            step(model, X, torch.arange(5), lambda m, x: m(x))
+            with torch.no_grad():
+                model.into.weight.mul_(1.5)  # pyright: ignore
+        for of_plain, of_skipping in zip(*(m.held for m in models), strict=True):  # pyright: ignore
+            torch.testing.assert_close(of_skipping.detach(), of_plain.detach())
+    assert called == [MLP]
+
+
+def test_gradients_of_activations_are_watched(called: list[str]) -> None:
+    def retain(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+        hidden.retain_grad()
+        net.held = hidden
+        return net.out(net.site(hidden))
+
+    models = pair(Made(retain), ["site"])
+    for _ in range(2):
+        for model in models:
+            step(model, X, torch.arange(5), lambda m, x: m(x))
+        torch.testing.assert_close(models[1].held.grad, models[0].held.grad)  # pyright: ignore
+
+
+def test_convolutions_behind_what_works_in_place(called: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 5, 3), nn.Flatten())
+    hold(model, ["0"], IMAGES, called, [CONV])
+
+
+def test_products_are_added_to_more_than_a_bias(called: list[str]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act, self.out = nn.Parameter(torch.ones(8, 16)), nn.ReLU(), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(torch.addmm(x.repeat(1, 2), x, self.weight)))
+
+    hold(Net(), ["act"], X, called, [], skip=True)
+
+
+def test_empty_batches(called: list[str]) -> None:
+    hold(mlp(nn.ReLU()), ["1"], torch.zeros(0, 2, 3, 8, dtype=torch.float64), called, [MLP], channel_dim=-1)
+
+
+def test_an_interrupted_pass_leaves_nothing(called: list[str]) -> None:
+    def interrupted(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+        if net.held:
+            raise net.held
+        return net.out(net.site(hidden))
+
+    model: Any = pair(Made(interrupted), ["site"])[1]
+    for error in (None, ValueError(), None, KeyboardInterrupt(), None):
+        model.held = error
+        with memloc_ext.example_ids(torch.arange(5)), pytest.raises(type(error)) if error else contextlib.nullcontext():
+            model(X)
+    assert called == [MLP, MLP]
+    assert torch.overrides._get_current_function_mode() is None
 
 
 @pytest.mark.parametrize("inner", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)])
