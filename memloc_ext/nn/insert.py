@@ -44,11 +44,11 @@ def insert_example_tied_dropout(
         rescale: See `ExampleTiedDropout`.
         skip: Whether to skip, in mode ``train``, the work for channels that are not kept, where the dropout is between
             linear layers (`memloc_ext.ops.example_tied_mlp`) or in front of a convolution
-            (`memloc_ext.ops.example_tied_conv2d`). Results are equal, to rounding. The first forward pass finds out
-            where. ``require``: that pass raises ValueError, which says why, if a dropout cannot. Activations between
-            those layers that the model holds are computed apart, and no gradient of the output reaches them, unless
-            ``retain_grad`` or ``register_hook`` asked for it. RuntimeError if one goes to a function of
-            `torch.autograd.Function`.
+            (`memloc_ext.ops.example_tied_conv2d`). Results are equal, to rounding, but for the draws of
+            ordinary dropout. The first forward pass finds out where. ``require``: that pass raises ValueError, which
+            says why, if a dropout cannot. Activations between those layers that the model holds are computed apart: no
+            gradient of the output reaches them, unless ``retain_grad`` or ``register_hook`` asked for it. RuntimeError
+            if one goes to a function of `torch.autograd.Function`.
         mask: See `ExampleTiedDropout`; the same for all sites.
 
     Returns:

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from memloc_ext import ops
 from memloc_ext.batches import tensors_of, with_each_tensor
 from memloc_ext.nn import unrun
-from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_watched, run_all, with_each_step
+from memloc_ext.nn.recognise import recognise
+from memloc_ext.nn.unrun import Product, Site, State, Step, Unrun, is_watched, run_all
 from memloc_ext.ops import kept_conv2d, kept_mlp
 from memloc_ext.ops.kept_mlp import ACTIVATIONS
 
@@ -38,9 +39,6 @@ _ELEMENTWISE = frozenset((*_ARITHMETIC, *_ACTIVATIONS, "__pow__", "sub", "__sub_
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _POOLS = ("max_pool2d", "_max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 _BY_CHANNEL = frozenset(("relu", "gelu", "silu", "leaky_relu", "tanh", *_POOLS))  # 0 of a channel of zeros
-_LARGE = torch.logspace(-3, 6, 19, dtype=torch.float64)
-_PROBES = [torch.cat((torch.linspace(-9, 9, 181, dtype=torch.float64), _LARGE, -_LARGE))]
-_PROBES.append(2 * torch.sin(37 * torch.arange(len(_PROBES[0]), dtype=torch.float64)))  # as good as independent
 
 
 @dataclass
@@ -60,22 +58,7 @@ class Chains:
     found: bool = False
 
 
-class Found(NamedTuple):
-    """What is between linear layers: an activation, of the gate if there is one, and ordinary dropout.
-
-    Attributes:
-        activation: Its name.
-        order: Numbers of the layers: of the gate, if there is one, and of the other.
-        p: Probability of ordinary dropout.
-    """
-
-    activation: str
-    order: list[int]
-    p: float
-
-
 _known: weakref.WeakKeyDictionary[nn.Module, Chains] = weakref.WeakKeyDictionary()  # a copy of a model finds its own
-_recognised: dict[str, Found | None] = {}
 _open = threading.local()
 
 
@@ -290,9 +273,7 @@ class Skipping(TorchFunctionMode):
         (site,) = sites.values()
         layers: list[Step] = []
         formula = step.formula(layers)
-        if formula not in _recognised:
-            _recognised[formula] = _recognise(step, layers)
-        found, products = _recognised[formula], [s.product for s in layers if s.product is not None]
+        found, products = recognise(formula, step, layers), [s.product for s in layers if s.product is not None]
         rule = ""
         if not products:
             rule = "no linear layer leads to it"
@@ -332,41 +313,3 @@ def _plan(site: Site, x: Tensor, p: float) -> kept_mlp.Plan:
     mask, shared = site.dropout.kept(ids, channels), site.dropout.num_generalization(channels)
     plan = kept_mlp.plan_of(mask, (lengths * tokens).tolist(), shared)
     return plan._replace(p=p, seed=int(torch.randint(2**62, ())) if p else 0)
-
-
-def _recognise(step: Step, layers: Sequence[Step]) -> Found | None:
-    """Return what a chain is.
-
-    It is run on numbers, without the ordinary dropout at its end: kept channels must be those of the activation, others
-    zero.
-    """
-    behind = all(isinstance(s.args[0], Step) for s in step.before() if s.site is not None)
-    if not 1 <= len(layers) <= 2 or not behind:
-        return None
-    last, p = step, 0.0
-    while last.product is None and (last.site is not None or last.reshapes or last.drops is not None):
-        if last.drops:
-            if p or last.drops >= 1:
-                return None
-            p = last.drops
-        last = last.args[0]
-    passed = set(step.before()) - set(last.before())
-
-    def value(step: Step, keep: int) -> Tensor:
-        if step in layers:
-            return _PROBES[layers.index(step)].clone()
-        args, kwargs = with_each_step((step.args, dict(step.kwargs)), lambda inner: value(inner, keep))
-        if step.site is not None:
-            return args[0] * keep
-        return args[0] if step.reshapes or step in passed else step.function(*args, **kwargs)
-
-    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if value(step, 0).any():
-            return None
-        result = value(step, 1)
-    for name, activation in ACTIVATIONS.items():
-        for order in ([0],) if len(layers) == 1 else ([0, 1], [1, 0]):
-            expected = activation.forward(_PROBES[order[0]]) * (_PROBES[order[1]] if len(order) > 1 else 1)
-            if torch.allclose(result, expected, rtol=1e-9, atol=1e-9):
-                return Found(name, order, p)
-    return None

@@ -158,7 +158,8 @@ class Step:
         """Probability with which it zeroes values as ordinary dropout, or None if it is no such thing."""
         if getattr(self.function, "__name__", "") != "dropout":
             return None
-        _, p, training = (*self.args, *(self.kwargs.get(k, d) for k, d in (("p", 0.5), ("training", True))))[:3]
+        training = self.kwargs.get("training", self.kwargs.get("train", True))
+        _, p, training = (*self.args, *(self.kwargs.get("p", 0.5), training)[len(self.args) - 1 :])[:3]
         return p if training else 0.0
 
     def before(self) -> Iterator[Step]:

@@ -356,6 +356,10 @@ def with_dropout(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
     return net.out(net.site(F.dropout(hidden, 0.3)))
 
 
+def with_dropout_off(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
+    return net.out(torch.dropout(net.site(hidden), p=0.3, train=False))
+
+
 def clipped_above(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
     return net.out(net.site(hidden.relu() - (hidden - 10).relu()))
 
@@ -368,7 +372,7 @@ def by_name(net: Made, x: Tensor, hidden: Tensor) -> Tensor:
     "between",
     [
         assigned, through_a_view, through_a_part, over_what_is_read, over_the_input, with_dropout, clipped_above,
-        by_name,
+        by_name, with_dropout_off,
     ],
 )  # fmt: skip
 def test_what_is_not_a_chain(between: Callable[..., Any], called: list[str]) -> None:
