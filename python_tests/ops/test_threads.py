@@ -11,6 +11,7 @@ from valid_arguments import VALID, call
 import memloc_ext  # noqa: F401
 
 THREADS, CALLS = 8, 25
+IN_PLACE = sorted(name for name in VALID if name.endswith("_"))
 
 
 def larger(values: list[Any]) -> list[Any]:
@@ -18,7 +19,7 @@ def larger(values: list[Any]) -> list[Any]:
     return [value.repeat(64, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value for value in values]
 
 
-@pytest.mark.parametrize("name", sorted(set(VALID) - {"ablate_channels_", "plan"}))
+@pytest.mark.parametrize("name", sorted(set(VALID) - set(IN_PLACE) - {"plan"}))
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     torch.manual_seed(0)
     values = VALID[name]()
@@ -35,16 +36,19 @@ def test_threads_do_not_disturb_each_other(name: str) -> None:
             assert all(torch.equal(t, own) for t, own in zip(result, expected, strict=True))
 
 
-def test_threads_write_into_tensors_of_their_own() -> None:
-    make = VALID["ablate_channels_"]
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_threads_write_into_tensors_of_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    _, *values = VALID[name]()
 
-    def call(seed: int) -> tuple[Tensor, Tensor]:
-        values = make()
-        values[0] = torch.full((2, 4, 3), float(seed))
-        expected = torch.ops.memloc_ext.ablate_channels(*values)
-        torch.ops.memloc_ext.ablate_channels_(*values)
-        return values[0], expected
+    def run(seed: int) -> Tensor:
+        written = torch.full_like(first, float(seed))
+        call(name, [written, *values])
+        return written
 
+    first = VALID[name]()[0]
+    expected = [run(seed) for seed in range(THREADS)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for changed, expected in pool.map(call, range(THREADS * CALLS)):
-            assert torch.equal(changed, expected)
+        seeds = [number % THREADS for number in range(THREADS * CALLS)]
+        for seed, written in zip(seeds, pool.map(run, seeds), strict=True):
+            assert torch.equal(written, expected[seed])
