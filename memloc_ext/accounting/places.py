@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import Repeated
 from memloc_ext.accounting.example_axis import ExampleAxis
+from memloc_ext.accounting.members import Members
 from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, axis_of_base, writes
 from memloc_ext.batches import tensors_of
 
@@ -59,12 +60,12 @@ class Places:
 
     def __init__(self, model: nn.Module, batch_dim: int) -> None:
         super().__init__()
-        self.parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self.members = Members.of(model)
+        self.parameters = {id(parameter): parameter for parameter in self.members.parameters.values()}
         self.batch_dim = batch_dim
         self.depth = 0  # of calls of the model that are under way
         self._places = TensorMemory()  # an ExampleAxis, None, _SHARED, or Repeated: shared too
-        self._buffers = list(model.buffers())
-        self._fixed = {*self.parameters, *map(id, self._buffers)}
+        self._fixed = {*self.parameters, *map(id, self.members.buffers)}
 
     def add_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take more parameters for the model's."""
