@@ -517,7 +517,7 @@ def _simple(tracer: Tracer, found: Reached) -> bool:
     """Return whether each parameter is used once, as it is, by a layer whose examples lie in a plain order."""
     calls = tracer.calls | found.uses
     once = all(calls[key] == 1 for key in found.seen)
-    return once and all(_is_plain(layer) for layer in found.layers)
+    return once and not tracer.picks and all(_is_plain(layer) for layer in found.layers)
 
 
 def _is_plain(layer: LayerFunction) -> bool:

@@ -10,8 +10,9 @@ import torch
 from accounted import Model, check, parameter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from memloc_ext import GradientAccountant, Projection
 from memloc_ext.accounting import Account
@@ -32,12 +33,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def vit() -> nn.Module:
+def vit() -> Any:
     torch.manual_seed(0)
     return ViT(image_size=16, patch=8, mlp=32, dropout=0.0, dim=16, depth=6, heads=2)
 
 
-def resnet() -> nn.Module:
+def resnet() -> Any:
     torch.manual_seed(0)
     return ResNet9(width=0.06)
 
@@ -46,18 +47,18 @@ def patterns(model: nn.Module) -> list[Any]:
     return [pattern for pattern in known_of(model, (0, ())).patterns.values() if pattern is not None]
 
 
-def mlp() -> nn.Module:
+def mlp() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)).double()
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor | None = None, **arguments: Any) -> tuple[Account, dict[str, Tensor]]:
+def step(model: Any, x: Tensor, y: Tensor | None = None, **arguments: Any) -> tuple[Account, dict[str, Tensor]]:
     """Return the account of a step, and the gradients."""
     model.zero_grad()
     with GradientAccountant(model) as accountant:
         output = model(x)
-        y = torch.arange(len(x)) % output.shape[-1] if y is None else y
-        account = accountant.backward(F.cross_entropy(output, y), **arguments)
+        target = torch.arange(len(x)) % output.shape[-1] if y is None else y
+        account = accountant.backward(F.cross_entropy(output, target), **arguments)
     return account, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -81,7 +82,9 @@ def assert_same(one: tuple[Account, dict[str, Tensor]], other: tuple[Account, di
         assert a.keys() == b.keys()
         for name, t in a.items():
             scale = float(t.abs().max())
-            torch.testing.assert_close(b[name], t, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                b[name], t, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 @pytest.mark.parametrize("make", [vit, resnet])
@@ -141,13 +144,47 @@ def test_answers_to_queries_of_later_steps() -> None:
 def test_sizes_that_are_all_the_same() -> None:
     """Batch, tokens and channels: only the graph tells where the examples are."""
 
-    def run(m: nn.Module, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Tensor:
         x = m.norm(m.a(x) + m.position).transpose(1, 2)
         return m.b(x).transpose(0, 1).mean(0)
 
     model = Model(run, a=nn.Linear(B, B), norm=nn.LayerNorm(B), b=nn.Linear(B, B), position=parameter(1, B, B))
     check(model, torch.randn(B, B, B))
     assert patterns(model)
+
+
+def test_what_picks_rows_by_values_is_always_traced() -> None:
+    """Before the first layer, where no graph tells of it."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        kept = x[..., 0] > 0  # tokens, in any number of each example
+        owner = kept.nonzero()[:, 0]
+        return F.one_hot(owner, len(x)).to(x).t() @ m.a(x[kept])
+
+    model = Model(run, a=nn.Linear(3, 2))
+    x = torch.rand(B, 4, 3)
+    x[:, 2:, 0] = -1
+    check(model, x, uncovered=None)
+    x[0, 2, 0], x[1, 0, 0] = 1, -1  # as many in all
+    check(model, x, uncovered=None)
+    assert not patterns(model)
+
+
+def test_checkpointed_blocks() -> None:
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.c(checkpoint(lambda h: m.b(h).relu(), m.a(x).relu(), use_reentrant=False))
+
+    model = Model(run, a=nn.Linear(3, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 2)).double()
+    x = torch.randn(B, 3).double()
+    first, *others = (step(model, x) for _ in range(3))
+    model.function = lambda m, x: m.c(m.b(m.a(x).relu()).relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = step(copy.deepcopy(model), x)
+    for other in (*others, plain):
+        assert_same(first, other)
 
 
 # what is another graph
@@ -309,17 +346,17 @@ def test_modes_are_left_in_their_order_after_an_error_too() -> None:
 
     model, x = mlp(), torch.randn(B, 3).double()
     first = step(model, x)
-    before = _len_torch_function_stack()
+    before = len(_get_current_function_mode_stack())
     with GradientAccountant(model) as accountant:
         with Mode():
             output = model(x)
         account = accountant.backward(F.cross_entropy(output, torch.arange(B) % 2))
     torch.testing.assert_close(account.sqnorm, first[0].sqnorm)
-    assert _len_torch_function_stack() == before
+    assert len(_get_current_function_mode_stack()) == before
     model[3].forward = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError), GradientAccountant(model):
         model(x)
-    assert _len_torch_function_stack() == before
+    assert len(_get_current_function_mode_stack()) == before
 
 
 def test_autocast_and_other_training_flags_are_other_keys() -> None:
@@ -327,9 +364,8 @@ def test_autocast_and_other_training_flags_are_other_keys() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
     x = torch.randn(B, 3)
     plain = step(model, x)
-    for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16):
-            coarse = step(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = [step(model, x) for _ in range(3)][-1]
     for name, norms in plain[0].sqnorm.items():
         torch.testing.assert_close(coarse[0].sqnorm[name], norms, rtol=0.1, atol=1e-3)
         assert coarse[1][name].dtype == torch.float32
