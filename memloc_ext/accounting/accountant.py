@@ -26,8 +26,9 @@ from memloc_ext.accounting.losses import check_example_weights, check_loss
 from memloc_ext.accounting.per_example import add_to_grads, clipped_gradients, extra_passes
 from memloc_ext.accounting.queries import Directions, Projection, Queries
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
+from memloc_ext.accounting.told import run
 from memloc_ext.accounting.tracer import Tracer
-from memloc_ext.accounting.untraced import begin, end, found_untraced, learn, run
+from memloc_ext.accounting.untraced import begin, end, found_untraced, learn
 from memloc_ext.batches import tensors_of
 from memloc_ext.borrowing import uncompiled, without_hooks
 
