@@ -47,6 +47,10 @@ class GradientAccountant:
     Nothing of the model is changed: no hooks, buffers, flags or gradients but the usual ones are left behind, and
     outside of the ``with`` it runs as ever. Each thread may open the same accountant.
 
+    The first step of a model, with inputs of some shapes, may run the model twice; it finds out whether later ones can
+    run on PyTorch's own layers, which tell the same in less time. A model that then computes something else from inputs
+    of the same shapes takes a pass per example in that step, with a warning.
+
     Covered are linear layers, matrix products and ``einsum``, convolutions, batch, layer, group, instance and RMS
     normalisation, embeddings and bags of them, `torch.nn.MultiheadAttention`, LSTM, GRU and RNN, PReLU, and parameters
     that meet activations element by element; used any number of times, by modules or by functions. What is computed
