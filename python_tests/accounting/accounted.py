@@ -101,11 +101,12 @@ def check(
     uncovered: Collection[str] | None = (),
     batch_dim: int = 0,
     tell_batch: bool = False,
+    steps: int = 2,
 ) -> Account:
     """Hold norms, group gradients and gradients of a mean loss against the truth, and return the account.
 
     ``uncovered``: parameters that are to be warned of; None if it does not matter which. ``tell_batch``: no layer's
-    input tells the number of examples.
+    input tells the number of examples. ``steps``: with groups; the second need not be traced.
     """
     if target is None:
         first = inputs[0] if isinstance(inputs, tuple) else inputs
@@ -121,7 +122,8 @@ def check(
 
     ids = torch.arange(batch) * 2 % 3  # of four groups one is empty
     means = {name: None if g is None else off[name].mean(0) for name, g in grads(plain).items()}
-    for _ in range(2):  # a step that is traced, and one that is not where a model allows it
+    account, written = Account({}, {}), {}
+    for _ in range(steps):
         model.zero_grad()
         account, warned = account_of(model, loss_of, inputs, target, batch_dim=batch_dim, group_ids=ids, num_groups=4)
         assert uncovered is None or warned == set(uncovered), f"warned of {warned}"
