@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import types
@@ -40,6 +41,19 @@ def kept_state(model: nn.Module) -> Iterator[None]:
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
+
+
+@contextmanager
+def kept_random_numbers() -> Iterator[None]:
+    """Have Python and NumPy draw the same random numbers after the ``with`` as without it."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    other = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(other)
 
 
 def generator_states(device: torch.device) -> list[Tensor]:
@@ -98,6 +112,17 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def any_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Return whether one of some modules is sharded in one of the ways of `torch.distributed.fsdp`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any_of(modules, fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+
+
+def any_of(values: Iterable[object], *classes: type) -> bool:
+    """Return whether one of many objects, of few types, is of one of some classes."""
+    return any(issubclass(kind, classes) for kind in set(map(type, values)))
+
+
 def fully_sharded(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that `torch.distributed.fsdp.fully_shard` was called for, by name."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, so not in use
@@ -110,6 +135,12 @@ def flattened(model: nn.Module) -> bool:
     """Return whether a `torch.distributed.fsdp.FullyShardedDataParallel` is in a model."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+
+
+def any_parts(tensors: Iterable[Tensor]) -> bool:
+    """Return whether one of some tensors stands for one of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any_of(tensors, module.DTensor)
 
 
 def is_part(t: Tensor) -> bool:

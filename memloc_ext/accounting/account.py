@@ -192,8 +192,10 @@ def account_of(
         """Return what was told of each parameter, by name; ``shape``: of the zeros."""
         found = {}
         for name, p in named.items():
-            known, dtype = answers.get(id(p)), accumulated(p.dtype).to_real()
-            found[name] = p.new_zeros(shape(p), dtype=dtype) if known is None else known
+            known = answers.get(id(p))
+            if known is None:
+                known = p.new_zeros(shape(p), dtype=accumulated(p.dtype).to_real())
+            found[name] = known
         return found
 
     group_grad = {}
@@ -204,7 +206,8 @@ def account_of(
     means = {}
     if backward.sum_sqnorm and (factor := own.of_all) is not None:
         square = (factor / max(1, batch)) ** 2
-        means = {name: t * square for name, t in told(backward.sum_sqnorm, lambda _: ()).items()}
+        found = told(backward.sum_sqnorm, lambda _: ())
+        means = dict(zip(found, torch._foreach_mul(list(found.values()), square), strict=True))  # pyright: ignore
     account, asked = Account(own.times(told(backward.sqnorm), 2), group_grad, mean_sqnorm=means), backward.queries
     if asked is None:
         return account

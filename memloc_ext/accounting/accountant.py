@@ -26,7 +26,9 @@ from memloc_ext.accounting.losses import check_example_weights, check_loss
 from memloc_ext.accounting.per_example import add_to_grads, clipped_gradients, extra_passes
 from memloc_ext.accounting.queries import Directions, Projection, Queries
 from memloc_ext.accounting.sharded import check_parallel, check_sharded, gathering, watch
+from memloc_ext.accounting.told import run
 from memloc_ext.accounting.tracer import Tracer
+from memloc_ext.accounting.untraced import begin, end, found_untraced, learn
 from memloc_ext.batches import tensors_of
 from memloc_ext.borrowing import uncompiled, without_hooks
 
@@ -44,6 +46,10 @@ class GradientAccountant:
 
     Nothing of the model is changed: no hooks, buffers, flags or gradients but the usual ones are left behind, and
     outside of the ``with`` it runs as ever. Each thread may open the same accountant.
+
+    The first step of a model, with inputs of some shapes, may run the model twice; it finds out whether later ones can
+    run on PyTorch's own layers, which tell the same in less time. A model that then computes something else from inputs
+    of the same shapes takes a pass per example in that step, with a warning.
 
     Covered are linear layers, matrix products and ``einsum``, convolutions, batch, layer, group, instance and RMS
     normalisation, embeddings and bags of them, `torch.nn.MultiheadAttention`, LSTM, GRU and RNN, PReLU, and parameters
@@ -126,6 +132,7 @@ class GradientAccountant:
     def __exit__(self, *error: object) -> None:
         """Stop tracing; warn if ``loss.backward()`` ran in place of ``accountant.backward(loss)``."""
         tracer, stack = self._tracers.pop()
+        tracer.stand_in()
         tracer.passes.clear()
         stack.close()
         if tracer.unaccounted and not tracer.accounted and error[0] is None:
@@ -138,18 +145,22 @@ class GradientAccountant:
 
     def _hooks(self, tracer: Tracer) -> list[RemovableHandle]:
         """Have the tracer told when this thread runs the model."""
-        sharded = gathering(self._model)
+        sharded = gathering(self._model, tracer.members)
 
         def mine() -> bool:
             return maybe_current_level() is None and any(tracer is entered for entered, _ in self._tracers)
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
             if mine():
-                tracer.enter_model(args, kwargs, self._shared(args, kwargs))
+                entered = tracer.enter_model(args, kwargs, self._shared(args, kwargs))
+                if entered is not None and self._check != "always":
+                    begin(self._known, tracer, entered, checked=self._check == "first")
 
         def after(model: nn.Module, args: Any, output: Any) -> None:
             if mine():
                 tracer.leave_model(output)
+                if tracer.depth == 0 and not tracer.replaying:
+                    end(tracer)
 
         hooks = [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
@@ -243,18 +254,22 @@ class GradientAccountant:
         if not self._tracers:
             raise RuntimeError("GradientAccountant: backward must be called inside the with of the accountant")
         tracer = self._tracers[-1][0]
-        named = {name: p for name, p in tracer.named_parameters() if p.requires_grad}
         with torch._C.DisableTorchFunction():  # only what checkpointing recomputes is to be seen
+            everything = tracer.members.parameters.items() if tracer.ran_untraced else tracer.named_parameters()
+            named = {name: p for name, p in everything if p.requires_grad}
             batch = batch_of(tracer, loss, loss_reduction, group_ids, batch_size)
             check_example_weights(loss, example_weights, batch)
             groups = groups_of(loss, group_ids, num_groups, batch, exact_groups)
             check_parallel(self._model, weight_grads, exact_groups)
             clip = clipping_of(max_norm, clipping, weight_grads)
-            asked = Queries(named, batch, directions, pairwise, project, per_position, by_row)
-            if project is not None:  # drawn by the names that the model has without its wrapper
+            asked = None
+            if (directions, pairwise, project, per_position, by_row) != (None, False, None, False, ()):
+                asked = Queries(named, batch, directions, pairwise, project, per_position, by_row)
+            if asked is not None and project is not None:  # drawn by the names that the model has without its wrapper
                 asked.names |= {id(p): name for name, p in unwrapped(self._model).named_parameters()}
             root = loss.sum() if loss_reduction == "none" else loss
-            found = reached(root, tracer, tracer.parameters)
+            untraced = found_untraced(self._known, tracer, root, batch)
+            found = reached(root, tracer, tracer.parameters) if untraced is None else untraced
             mean = loss_reduction == "mean" and example_weights is None
             watched = check_loss(tracer, found.nodes, batch, mean=mean)
             if mistaken := mistook(self._known, tracer, loss, batch, batch_size is not None):
@@ -271,37 +286,38 @@ class GradientAccountant:
             tracer.calls | found.uses,  # the larger count of each
             slow,
             several_rows=batch_size is not None and not mistaken,
-            queries=asked if asked.any else None,
+            queries=asked if asked is not None and asked.any else None,
             clipped=clip is not None,
         )
         own_mean = mean and not watched and batch > 1 and self._check != "never"
         checks = Checks(self._known, self._check, self._model, tracer, backward)
-        if not mistaken:
+        if not mistaken and (untraced is None or found.matched is not None):
             self._warn(found.unseen, tracer, batch)
         told, outputs = extra_passes(checks, loss, root, found, exact, own_mean)
         self._warned |= told
         try:
+            tracer.accounted = True
+            written = learn(checks, root, found, retain_graph)
             with tracer.accounting(backward):
-                tracer.accounted = True
-                others = _run(root, found, backward, retain_graph or bool(clip and slow))
+                if written is None:
+                    written = _run(tracer, root, found, backward, retain_graph or bool(clip and slow))
                 with torch._C.DisableTorchFunction(), torch.no_grad():
                     backward.finish()
         finally:
             if not retain_graph:
                 tracer.calls.clear()
                 with torch._C.DisableTorchFunction():
-                    tracer.drop_outputs(found.nodes)
-        written: dict[Tensor, Tensor] = {}
+                    tracer.drop_outputs(found.nodes if found.matched is None else {*found.nodes, *found.matched[1]})
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if exact is not None:
                 totals = {key: t.sum(0) for key, t in backward.group_grad.items()}
                 backward.note_totals(totals)
-                written = {p: totals[key] for key, p in found.all.items()}
+                written |= {p: totals[key] for key, p in found.all.items()}
             own = OwnGradients.of(batch, loss_reduction, example_weights)
             account = account_of(named, backward, groups if weight_grads else None, own)
         if clip is not None:
             factors = {id(named[name]): t for name, t in clip.factors(account.sqnorm).items()}
-            written = others | clipped_gradients(checks, outputs, factors, found.all, clip, retain_graph)
+            written |= clipped_gradients(checks, outputs, factors, found.all, clip, retain_graph)
         if written:
             add_to_grads(written)
         return account
@@ -312,7 +328,7 @@ class GradientAccountant:
 
     def _warn(self, uncovered: Mapping[int, nn.Parameter], tracer: Tracer, batch: int) -> None:
         """Name the parameters that take a pass per example, once each."""
-        named = tracer.named_parameters()
+        named = tracer.named_parameters() if uncovered else ()
         names = [name for name, p in named if id(p) in uncovered and name not in self._warned]
         if names and batch:
             self._warned.update(names)
@@ -320,11 +336,16 @@ class GradientAccountant:
             warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _run(root: Tensor, found: Reached, backward: BackwardPass, retain_graph: bool) -> dict[Tensor, Tensor]:
-    """Run the backward pass; if gradients are clipped, nothing is written, and other leaves' gradients are returned."""
+def _run(
+    tracer: Tracer, root: Tensor, found: Reached, backward: BackwardPass, retain_graph: bool
+) -> dict[Tensor, Tensor]:
+    """Run the backward pass; return the gradients of leaves that it did not write."""
+    if found.matched is not None:
+        with torch._C.DisableTorchFunction():
+            return run(tracer, backward, found.matched, [root], None, found.others, retain_graph)
     inputs = None
     if backward.clipped:
-        inputs = [*found.seen.values(), *(leaf for leaf in found.leaves if id(leaf) not in found.all)]
+        inputs = [*found.seen.values(), *found.others]
     elif found.unseen and not backward.weight_grads:
         inputs = list(found.seen.values())  # parameters that are not covered know no other way to be left alone
     if inputs is None:

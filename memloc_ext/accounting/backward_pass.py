@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from memloc_ext.accounting.layers.derived import Derived
 
 
+_FEW = 1 << 12  # elements, whose norm needs no care
+
+
 @dataclass(frozen=True)
 class Repeated:
     """A parameter, or rows of it, as every example meets it.
@@ -50,6 +53,7 @@ class BackwardPass:
         constant_statistics: Whether batch normalisation takes the batch's statistics for constants.
         queries: What else is asked, or None.
         clipped: Whether parameters get their gradients from `clipped_gradients`, when all norms are known.
+        totals_later: Whether `note_totals` is called when all gradients of the parameters' own types are known.
         sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
         group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
         sum_sqnorm: Squared norm of the sum of all examples' gradients, where it was formed, in the same way.
@@ -66,6 +70,7 @@ class BackwardPass:
     constant_statistics: bool = False
     queries: Queries | None = None
     clipped: bool = False
+    totals_later: bool = False
     sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
     sum_sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
@@ -135,7 +140,8 @@ class BackwardPass:
         if not wanted or gradient is None:
             return None
         if only_use:
-            self.note_totals({key: gradient})
+            if not self.totals_later or gradient.dtype != weight.tensor.dtype:
+                self.note_totals({key: gradient})
         else:
             if key not in self._sums:
                 like, dtype = weight.parameter, accumulated(gradient.dtype)
@@ -192,8 +198,12 @@ class BackwardPass:
 
     def note_totals(self, totals: Mapping[int, Tensor]) -> None:
         """Take note of the sums of all examples' gradients, by the ``id`` of each parameter."""
-        for key, total in totals.items():
-            self.sum_sqnorm[key] = squared_norm(total)
+        small = [key for key, t in totals.items() if t.numel() < _FEW and t.dtype in (torch.float32, torch.float64)]
+        if len(small) > 1:
+            norms = torch._foreach_norm([totals[key] for key in small])  # pyright: ignore
+            self.sum_sqnorm.update(zip(small, torch._foreach_mul(norms, norms), strict=True))  # pyright: ignore
+        for key in totals.keys() - small if len(small) > 1 else totals:
+            self.sum_sqnorm[key] = squared_norm(totals[key])
 
     def clipped_gradients(self, factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return the sums of the examples' gradients times their factors ``[batch]``, of all that was held."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.outputs import Outputs, agree, gradients_of, two_examples
 from memloc_ext.accounting.tracer import Tracer
+
+if TYPE_CHECKING:
+    from memloc_ext.accounting.pattern import Pattern
 
 # how far a squared norm may be off: of itself, and of all parameters' together; rounding stays far below
 _TOLERANCE = {torch.float64: (1e-6, 1e-20), torch.float32: (2e-3, 1e-10)}
@@ -50,12 +54,16 @@ class Known:
         alone: Signature of a pass to whether examples alone had the gradients that they have in the batch.
         input_of_examples: Which of the model's inputs tells the number of examples, if it is not the first of several
             rows.
+        patterns: Key of a call to the pattern of its graph; None if there is none.
+        traced_only: Whether a pattern was found to be another one in a later step.
     """
 
     signatures: set[object] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
     alone: dict[object, bool] = field(default_factory=dict)
     input_of_examples: int | None = None
+    patterns: dict[object, Pattern | None] = field(default_factory=dict)
+    traced_only: bool = False
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[object, Known]] = weakref.WeakKeyDictionary()
@@ -154,7 +162,7 @@ class Checks:
     @cached_property
     def _training(self) -> int:
         """A hash of the training flags."""
-        return hash(tuple(module.training for module in self.model.modules()))
+        return hash(tuple([module.training for module in self.tracer.members.modules]))
 
 
 def _wrong_norms(
@@ -172,11 +180,29 @@ def _wrong_norms(
         if not math.isfinite(total):  # another example's NaN, times zero
             return None
         for key, p in parameters.items():
-            tolerance = _TOLERANCE_16_BITS if tracer.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
+            tolerance = _allowed(tracer, p)
             own, other = float(backward.sqnorm[key][example]) if key in backward.sqnorm else 0.0, exact.get(key, 0.0)
             if not abs(own - other) <= tolerance[0] * max(own, other) + tolerance[1] * total:
                 result[key] = p
     return result if examples else None
+
+
+def differ(tracer: Tracer, one: BackwardPass, other: BackwardPass, parameters: Mapping[int, nn.Parameter]) -> bool:
+    """Return whether two backward passes found other norms, beyond rounding."""
+    if not parameters.keys() <= one.sqnorm.keys() & other.sqnorm.keys():
+        return True
+    total = torch.stack([other.sqnorm[key].double() for key in parameters]).sum(0)
+    for key, p in parameters.items():
+        of_own, of_total = _allowed(tracer, p)
+        a, b = one.sqnorm[key].double(), other.sqnorm[key].double()
+        if not bool(((a - b).abs() <= of_own * torch.maximum(a, b) + of_total * total).all()):
+            return True
+    return False
+
+
+def _allowed(tracer: Tracer, p: Tensor) -> tuple[float, float]:
+    """Return how far the squared norms of a parameter may be apart, of themselves and of those of all parameters."""
+    return _TOLERANCE_16_BITS if tracer.coarse else _TOLERANCE.get(p.dtype, _TOLERANCE_16_BITS)
 
 
 def returned_by_model(tracer: Tracer, loss: Tensor) -> list[Tensor]:

@@ -46,7 +46,7 @@ class ExampleAxis:
     def examples_first(self, t: Tensor) -> Tensor:
         """Return activations of this axis as ``[batch, *]``."""
         if self.before == self.after == 1:
-            return t.movedim(self.dim, 0)
+            return t.movedim(self.dim, 0) if self.dim else t
         return t.unflatten(self.dim, (self.before, self.batch, self.after)).movedim(self.dim + 1, 0)
 
     def owner(self, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from memloc_ext.batches import tensors_of, with_each_tensor
+
+if TYPE_CHECKING:
+    from memloc_ext.accounting.pattern import Pattern
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
@@ -35,6 +38,8 @@ class ForwardPass:
         rows: The number that was taken for that of the examples.
         outputs: What it returned that depends on a parameter, but for single numbers.
         numbers: Single numbers that it returned and that depend on a parameter, as losses.
+        key: Of the call, see `untraced.key_of`; None if it must be traced.
+        pattern: Of the graph, if it ran untraced.
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any, batch_dim: int, shared: set[int]) -> None:
@@ -45,6 +50,8 @@ class ForwardPass:
         self._returned: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.numbers: list[Tensor] = []
+        self.key: object = None
+        self.pattern: Pattern | None = None
         device = self.inputs[0].device.type if self.inputs else "cpu"
         self.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         self._random = _random_state(self.inputs[0].device if self.inputs else torch.device("cpu"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.tracer import Tracer
+
+if TYPE_CHECKING:
+    from memloc_ext.accounting.pattern import Pattern
 
 
 @dataclass
@@ -23,6 +26,8 @@ class Reached:
         stops: Positions, in the tensors to stop at, of those that were met.
         nodes: Of the graph, that the walk went through.
         uses: How many layers use each parameter.
+        layers: Of the accountant that were met.
+        matched: The pattern of the graph below what the model returned, and its nodes, if it ran untraced.
     """
 
     seen: dict[int, nn.Parameter] = field(default_factory=dict)
@@ -30,6 +35,8 @@ class Reached:
     stops: set[int] = field(default_factory=set)
     nodes: set[Any] = field(default_factory=set)
     uses: Counter[int] = field(default_factory=Counter)
+    layers: list[LayerFunction] = field(default_factory=list)
+    matched: tuple[Pattern, list[Any]] | None = None
 
     @property
     def reentrant(self) -> bool:
@@ -37,9 +44,10 @@ class Reached:
         return any(type(node).__name__ == "CheckpointFunctionBackward" for node in self.nodes)
 
     @property
-    def leaves(self) -> list[Tensor]:
-        """Leaves that reach the loss otherwise than through a layer of the accountant as its parameter."""
-        return [node.variable for node in self.nodes if hasattr(node, "variable")]
+    def others(self) -> list[Tensor]:
+        """Leaves that reach the loss and are no parameters."""
+        leaves, known = [node.variable for node in self.nodes if hasattr(node, "variable")], self.all
+        return [leaf for leaf in leaves if id(leaf) not in known]
 
     @property
     def all(self) -> dict[int, nn.Parameter]:
@@ -85,6 +93,7 @@ def reached(
 def _below(layer: LayerFunction, edges: Sequence[tuple[Any, int]], found: Reached) -> list[tuple[Any, int]]:
     """Return the edges below a layer, its parameters left out, which are taken note of."""
     below = []
+    found.layers.append(layer)
     for weight, edge in zip([layer.weights[i] for i in layer.given], edges, strict=True):
         if weight is None or weight.derived is not None:
             below.append(edge)

@@ -79,7 +79,7 @@ def outputs_of(
     if losses is not None:
         own = Outputs([losses], [torch.ones_like(losses)], [ExampleAxis(0, 1, backward.batch, 1)])
     returned = [t for source in tracer.passes for t in source.outputs]
-    outputs = _minimal(root, tracer, returned, parameters)
+    outputs = minimal(root, tracer, returned, parameters)
     axes = [axis for t in outputs or () if (axis := _axis(tracer, t, backward)) is not None]
     if not outputs or len(axes) < len(outputs):
         return own
@@ -93,7 +93,7 @@ def outputs_of(
     return result
 
 
-def _minimal(
+def minimal(
     root: Tensor, tracer: Tracer, outputs: Sequence[Tensor], parameters: Mapping[int, nn.Parameter]
 ) -> list[Tensor] | None:
     """Return the outputs through which alone a loss depends on the parameters, none through another; else None."""

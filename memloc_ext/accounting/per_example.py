@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +99,31 @@ def _exact_groups(
     return result
 
 
-def add_to_grads(gradients: Mapping[Tensor, Tensor]) -> None:
-    """Give leaves these gradients, on top of what they have, as a backward pass does: hooks are called."""
-    with torch._C.DisableTorchFunction():
-        torch.autograd.backward(list(gradients), [t.to(leaf.dtype) for leaf, t in gradients.items()])
+class _Give(torch.autograd.Function):
+    """A number whose backward pass gives leaves their gradients, which nothing else refers to then: no copy is made."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: dict[Tensor, Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=leaves[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> Any:
+        gradients = tuple(ctx.gradients.values())
+        ctx.gradients.clear()
+        return (None, *gradients)
+
+
+def add_to_grads(gradients: dict[Tensor, Tensor]) -> None:
+    """Give leaves these gradients, on top of what they have, as a backward pass does: hooks are called.
+
+    ``gradients``: is empty then.
+    """
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        own = {leaf: t.to(leaf.dtype) for leaf, t in gradients.items()}
+        gradients.clear()
+        number = _Give.apply(own, *own)  # pyright: ignore
+        number.backward(number)  # of no matter
 
 
 def clipped_gradients(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import Repeated
 from memloc_ext.accounting.example_axis import ExampleAxis
-from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, axis_of_base, writes
+from memloc_ext.accounting.members import Members
+from memloc_ext.accounting.propagation import ELEMENTWISE, MOVES, after, aligned, axis_of_base, picks, writes
 from memloc_ext.batches import tensors_of
 
 # what these return may be of the examples, though no tensor is given to them
@@ -59,12 +60,13 @@ class Places:
 
     def __init__(self, model: nn.Module, batch_dim: int) -> None:
         super().__init__()
-        self.parameters = {id(parameter): parameter for parameter in model.parameters()}
+        self.members = Members.of(model)
+        self.parameters = {id(parameter): parameter for parameter in self.members.parameters.values()}
         self.batch_dim = batch_dim
         self.depth = 0  # of calls of the model that are under way
+        self.picks = False  # whether the model picked from what belongs to examples by what is in tensors
         self._places = TensorMemory()  # an ExampleAxis, None, _SHARED, or Repeated: shared too
-        self._buffers = list(model.buffers())
-        self._fixed = {*self.parameters, *map(id, self._buffers)}
+        self._fixed = {*self.parameters, *map(id, self.members.buffers)}
 
     def add_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take more parameters for the model's."""
@@ -123,6 +125,7 @@ class Places:
         if name.startswith("new_") or name in _SHAPED_LIKE:
             given = given[:1] if name in _SHAPED_LIKE else []
         own = [t for t in given if not self.shared(t)]
+        self.picks |= bool(own) and self.depth > 0 and picks(name, args, given)
         written = args[0] if args and isinstance(args[0], Tensor) and writes(name) else kwargs.get("out")
         if isinstance(written, Tensor):
             self._place_written(name, written, args, own)

@@ -90,6 +90,17 @@ def writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
+def picks(name: str, args: Any, given: Sequence[Tensor]) -> bool:
+    """Return whether a function puts elements in places that its arguments' values tell, not their shapes alone."""
+    if name in MOVES or name == "__setitem__":
+        return len(given) > 1 or (name.endswith("item__") and _has_list(args[1]))
+    return name in SCATTERS or (name in ALONG and not name.startswith("cum"))
+
+
+def _has_list(index: Any) -> bool:
+    return isinstance(index, list) or (isinstance(index, tuple) and any(map(_has_list, index)))
+
+
 def _only(batch: int, result: Tensor) -> ExampleAxis | None:
     """Return the axis of the one example, of which every element is, or of none."""
     dims = [d for d, size in enumerate(result.shape) if batch == 1 or size == 0]

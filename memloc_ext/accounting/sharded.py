@@ -9,23 +9,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from memloc_ext.accounting.graph import Reached
+from memloc_ext.accounting.members import Members
 from memloc_ext.accounting.tracer import Tracer
-from memloc_ext.borrowing import flattened, fully_sharded, is_part
+from memloc_ext.borrowing import any_parts, any_sharded, flattened, fully_sharded, is_part
 
 
-def gathering(model: nn.Module) -> dict[str, nn.Module]:
+def gathering(model: nn.Module, members: Members) -> dict[str, nn.Module]:
     """Return the modules that gather their parameters, by name.
+
+    ``members``: Of the model.
 
     Raises:
         ValueError: If the model keeps parts of its parameters in another way than `fully_shard`.
     """
-    if flattened(model):
+    sharded = any_sharded(members.modules)
+    if sharded and flattened(model):
         raise ValueError(
             "GradientAccountant: model must not contain FullyShardedDataParallel, which makes one tensor of many "
             "parameters; use torch.distributed.fsdp.fully_shard"
         )
-    found = fully_sharded(model)
-    _refuse_parts([name for name, p in model.named_parameters() if is_part(p) and not _inside(name, found)])
+    found = fully_sharded(model) if sharded else {}
+    if any_parts(members.parameters.values()):
+        _refuse_parts([name for name, p in members.parameters.items() if is_part(p) and not _inside(name, found)])
     return found
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.example_axis import ExampleAxis
 from memloc_ext.accounting.forward_pass import ForwardPass
 from memloc_ext.accounting.layers.derived import derive
 from memloc_ext.accounting.losses import MEANS, remember_mean
+from memloc_ext.accounting.members import Members
 from memloc_ext.accounting.places import Places, TensorMemory
 from memloc_ext.accounting.uses import ParameterView
 from memloc_ext.batches import collect, tensors_of
@@ -69,13 +70,16 @@ class Tracer(Places, TorchFunctionMode):
         self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
         self.plain_backward = False  # whether one is under way, or was the last
         self.replaying = False  # whether the model runs again on other inputs, which is not to be seen
+        self._below: int | None = None  # modes below this one, while it stands aside
         self._input_of_examples = input_of_examples
         self._model = model
         self._handlers, self._complex_handlers = handlers, complex_handlers
         self.derived = TensorMemory()  # what stands in the place of a tensor
 
-    def enter_model(self, args: Any, kwargs: Any, shared: Sequence[Tensor]) -> None:
+    def enter_model(self, args: Any, kwargs: Any, shared: Sequence[Tensor]) -> ForwardPass | None:
         """Take the number of examples from the model's inputs, and these for what belongs to examples.
+
+        Returns the call if a backward pass may go through it.
 
         Args:
             args: What the model is called with.
@@ -84,7 +88,7 @@ class Tracer(Places, TorchFunctionMode):
         """
         self.depth += not self.replaying
         if self.replaying or self.depth > 1 or not torch.is_grad_enabled():
-            return
+            return None
         entered = ForwardPass(self._model, args, kwargs, self.batch_dim, set(map(id, shared)))
         if entered.inputs and self.backward is None:
             sizes, known = entered.sizes, self._input_of_examples
@@ -92,8 +96,10 @@ class Tracer(Places, TorchFunctionMode):
             self.batch = several if known is None or known >= len(sizes) else sizes[known]
         entered.rows = self.batch
         self.remember_inputs(entered.inputs, self.batch, shared)
-        if self.backward is None:
-            self.passes.append(entered)
+        if self.backward is not None:
+            return None
+        self.passes.append(entered)
+        return entered
 
     def recount(self, batch: int) -> None:
         """Take another number of examples than that of the rows of an input."""
@@ -121,6 +127,31 @@ class Tracer(Places, TorchFunctionMode):
         kept = [p for p in self.passes if not any(t.grad_fn in nodes for t in (*p.outputs, *p.numbers))]
         self.passes = deque(kept, maxlen=_FORWARD_PASSES)
 
+    def stand_aside(self) -> bool:
+        """See no functions until `stand_in`; return whether that can be."""
+        stack = _get_current_function_mode_stack()
+        if stack.count(self) != 1:
+            return False
+        self._below = stack.index(self)
+        held = [_pop_mode() for _ in stack[self._below :]]
+        for mode in reversed(held[:-1]):
+            _push_mode(mode)
+        return True
+
+    def stand_in(self) -> None:
+        """See functions again, in the place among other modes that this one had."""
+        if self._below is None:
+            return
+        held = [_pop_mode() for _ in _get_current_function_mode_stack()[self._below :]]
+        self._below = None
+        for mode in (self, *reversed(held)):
+            _push_mode(mode)
+
+    @property
+    def ran_untraced(self) -> bool:
+        """Whether the model ran while this stood aside."""
+        return any(own.pattern is not None for own in self.passes)
+
     @contextmanager
     def accounting(self, backward: BackwardPass) -> Iterator[None]:
         """Have the layers tell a backward pass of what they add."""
@@ -147,7 +178,7 @@ class Tracer(Places, TorchFunctionMode):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the model's parameters, those that its layers run with."""
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in Members.of(self._model).parameters.items():
             yield name, self.gathered.get(name, parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,6 +188,7 @@ class Tracer(Places, TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             self.plain_backward = func is not torch.autograd.grad and self.backward is None
+            self.unaccounted |= self.plain_backward and self.ran_untraced
             with self:
                 return _BACKWARD[func](*args, **kwargs)
         if maybe_current_level() is not None:  # by torch.func, which cannot transform rules

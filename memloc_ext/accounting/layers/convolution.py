@@ -80,7 +80,7 @@ class ConvolutionContribution(Contribution):
             return super().sqnorm_and_groups(groups)
         x, g, *geometry = planar
         sqnorm, sums = ops.conv2d_grad_sqnorm_groups(x, g, groups, None, *geometry)
-        return sqnorm, sums.reshape(groups.num, *self.shape)
+        return sqnorm, sums if x is self.input else sums.reshape(groups.num, *self.shape)
 
     def dot(self, directions: Tensor) -> Tensor:
         x, g = self.input.to(self.dtype), self.grad_output.to(self.dtype)

@@ -34,12 +34,14 @@ class LayerFunction:
         weights: Which of the layer's tensors are parameters, in the order of its tensors; None for the others.
         axis: Of the rows of the layer's input and output.
         given: Places of the arguments that are tensors.
+        output_shape: Of the output, if there is but one and the layer has run.
     """
 
     tracer: Tracer
     weights: Sequence[ParameterView | None]
     axis: ExampleAxis
     given: list[int] = field(default_factory=list, init=False)
+    output_shape: torch.Size | None = field(default=None, init=False)
 
     @classmethod
     def handle(cls, tracer: Tracer, axis: ExampleAxis, tensors: Sequence[Tensor | None], *settings: Any) -> Any:
@@ -71,7 +73,9 @@ class LayerFunction:
     def example_axis(self) -> ExampleAxis | None:
         """Where the examples are, if the backward pass under way needs per-example gradients here; else None."""
         backward = self.tracer.backward
-        if backward is None or not backward.per_example or all(w is None or backward.is_slow(w) for w in self.weights):
+        if backward is None or not backward.per_example or not any(self.weights):
+            return None
+        if backward.slow and all(w is None or backward.is_slow(w) for w in self.weights):
             return None
         return backward.place(self.axis)
 
@@ -91,6 +95,7 @@ class LayerFunction:
         copies = {i: w.tensor for i, w in enumerate(self.weights) if w is not None and w.derived is not None}
         out = self.apply(*(copies.get(i, t) for i, t in enumerate(tensors)))
         if isinstance(out, Tensor):
+            self.output_shape = out.shape
             self.tracer.remember(out, self.axis)
         return out
 
@@ -122,7 +127,7 @@ class _Layer(torch.autograd.Function):
         ctx.layer = layer
         device = next(t.device.type for t in tensors if t is not None)
         layer.tracer.coarse |= torch.is_autocast_enabled(device)
-        with _exactly(device):
+        with exactly(device):
             out, saved = layer.forward(*tensors)
         ctx.save_for_backward(*saved)
         return out
@@ -130,7 +135,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # checkpointing recomputes here, to be seen
-        with torch._C.DisableTorchFunction(), _exactly(given[0].device.type):
+        with torch._C.DisableTorchFunction(), exactly(given[0].device.type):
             with torch.no_grad():
                 detached = [None if t is None else t.detach() for t in saved]
                 grads = ctx.layer.backward(detached, needs, *given)
@@ -143,6 +148,6 @@ def _once(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else raises(t.detach().requires_grad_()) for t in grads]
 
 
-def _exactly(device: str) -> contextlib.AbstractContextManager[object]:
+def exactly(device: str) -> contextlib.AbstractContextManager[object]:
     """Have functions compute in the types they are given; entering `torch.autocast` takes long, so only if need be."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

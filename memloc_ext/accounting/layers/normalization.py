@@ -27,11 +27,14 @@ class _Norm(LayerFunction):
         if not (needs[1] or needs[2]):
             return None, None
         x, grad, mean, rstd = given
-        dtype = torch.promote_types(x.dtype, grad.dtype)
-        stats = (t.to(accumulated(dtype)) for t in (mean, rstd))
-        rows = ops.normalization_grads(x.to(dtype), grad.to(dtype), *stats)
-        scaled, plain = (self.record(i, Rows(self.shaped(t))) if needs[i] else None for i, t in enumerate(rows, 1))
-        return scaled, plain
+        if x.dtype != grad.dtype:
+            dtype = torch.promote_types(x.dtype, grad.dtype)
+            x, grad = x.to(dtype), grad.to(dtype)
+        if mean.dtype != (dtype := accumulated(x.dtype)):
+            mean, rstd = mean.to(dtype), rstd.to(dtype)
+        scale, shift = ops.normalization_grads(x, grad, mean, rstd)
+        scaled = self.record(1, Rows(self.shaped(scale))) if needs[1] else None
+        return scaled, self.record(2, Rows(self.shaped(shift))) if needs[2] else None
 
     def shaped(self, rows: Tensor) -> Tensor:
         """Return the gradients of each example, given them with a row for each row of the layer's input."""
@@ -74,7 +77,7 @@ class BatchNorm(_Norm):
         elif needs[0]:
             given = (grad, x, weight, running_mean, running_var, mean, rstd, self.training, self.eps)
             grad_input = aten.native_batch_norm_backward(*given, _OF_INPUT)[0]
-        return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), mean[None, :, None], rstd[None, :, None])
+        return grad_input, *self.record_rows(needs, _planes(x), _planes(grad), *map(_by_plane, (mean, rstd)))
 
 
 @dataclass(eq=False, repr=False)
@@ -160,6 +163,11 @@ class RMSNorm(LayerNorm):
             grad_input = (rstd * (scaled - wide * mean * rstd.square())).to(x.dtype)
         x, grad, rstd = map(self.tokens, (x, grad, rstd))
         return grad_input, *self.record_rows((False, needs[1], False), x, grad, rstd.new_zeros(1, 1, 1), rstd)
+
+
+def _by_plane(t: Tensor) -> Tensor:
+    """Return ``[channels]``, or ``[batch, channels]``, as numbers of planes, ``[batch or 1, channels, 1]``."""
+    return t.reshape(-1, t.shape[-1], 1)
 
 
 def _planes(t: Tensor) -> Tensor:
