@@ -110,6 +110,12 @@ class Rows(Contribution):
         super().__init__(len(gradients), gradients.shape[1:], gradients)
         self.rows, self._positions, self._sqnorm = gradients, positions, None
 
+    @classmethod
+    def of_positions(cls, gradients: Tensor) -> Rows:
+        """Return the sums over the positions of ``[batch, *, features]``, which are kept."""
+        dims = tuple(range(1, gradients.dim() - 1))
+        return cls(gradients.sum(dims) if dims else gradients, gradients)
+
     def gradients(self, begin: int, end: int) -> Tensor:
         return self.rows[begin:end].to(self.dtype)
 

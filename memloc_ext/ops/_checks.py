@@ -9,7 +9,7 @@ operator's fake.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -96,19 +96,24 @@ def no_derivative(name: str, *_: object) -> NoReturn:
     raise NotImplementedError(f"{name}: there is no derivative; detach the arguments")
 
 
+def cast_for_autocast(device: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return arguments with their floating-point tensors in the type of autocast; float64 stays."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(value: Any) -> Any:
+        narrows = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if narrows else value
+
+    return tuple(map(cast, arguments))
+
+
 def register_autocast(name: str) -> None:
     """Let an operator compute in the type of autocast; float64 stays."""
     operator = getattr(torch.ops.memloc_ext, name)
 
     def run(device: str, *arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(value: Any) -> Any:
-            narrows = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if narrows else value
-
         with torch.autocast(device, enabled=False):
-            return operator(*map(cast, arguments))
+            return operator(*cast_for_autocast(device, arguments))
 
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         torch.library.impl(f"memloc_ext::{name}", key, functools.partial(run, device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -295,21 +294,4 @@ def _refuse_gradients(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 torch.library.impl("memloc_ext::example_tied_mlp", "Autograd", _autograd)
 torch.library.impl("memloc_ext::example_tied_mlp_backward", "Autograd", _refuse_gradients)
-
-
-def _autocast(device: str) -> Callable[..., Tensor]:
-    def run(*given: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(value: Any) -> Any:
-            floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if floats else value
-
-        with torch.autocast(device, enabled=False):
-            return _op(*map(cast, given))
-
-    return run
-
-
-torch.library.impl("memloc_ext::example_tied_mlp", "AutocastCPU", _autocast("cpu"))
-torch.library.impl("memloc_ext::example_tied_mlp", "AutocastCUDA", _autocast("cuda"))
+_checks.register_autocast("example_tied_mlp")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from memloc_ext.ops._checks import result_dtype
+from memloc_ext.ops._checks import cast_for_autocast, result_dtype
 from memloc_ext.ops.kept_products import Kept, add_kept_input_, add_kept_weight_, kept_linear
 
 _aten = torch.ops.aten
@@ -255,11 +255,10 @@ def kept_mlp(x: Tensor, activation: str, plan: Plan, *weights: Tensor | None) ->
     if has_torch_function(given):
         return handle_torch_function(kept_mlp, given, x, activation, plan, *weights)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weights = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in weights)
+    if torch.is_autocast_enabled(device):
+        given = cast_for_autocast(device, given)
     with torch.autocast(device, enabled=False):
-        y = cast(Tensor, KeptMlp.apply(activation, plan, x.flatten(0, -2), *weights))
+        y = cast(Tensor, KeptMlp.apply(activation, plan, given[0].flatten(0, -2), *given[1:]))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -45,13 +45,13 @@ class KeptMlp(Product):
         if needs[0]:
             grads[0] = input_grad(shared, own, weights, self.plan).view_as(x)
         if needs[4]:
-            grads[4] = self.record(4, _bias(self.examples(grad)))
+            grads[4] = self.record(4, Rows.of_positions(self.examples(grad)))
         if needs[3]:
             hidden = (values[count], None if own is None else values[-1])
             grads[3] = self.record(3, self._contribution(grad, *hidden, h, transposed=True))
         for place, of_shared, of_own in zip((5, 1)[-count:], shared, own or [None] * count, strict=True):
             if needs[place + 1]:
-                grads[place + 1] = self.record(place + 1, _bias(self._dense(x, of_shared, of_own, h)))
+                grads[place + 1] = self.record(place + 1, Rows.of_positions(self._dense(x, of_shared, of_own, h)))
             if needs[place]:
                 grads[place] = self.record(place, self._contribution(x, of_shared, of_own, h))
         return tuple(grads)
@@ -140,11 +140,6 @@ class KeptContribution(Contribution):
             of_shared = (shared @ v[: self._plan.shared] * x).flatten(1).sum(1)
             result.append(of_shared + (self._padded.to(self.dtype) @ v[self._channels] * x).flatten(1).sum(1))
         return torch.stack(result)
-
-
-def _bias(g: Tensor) -> Rows:
-    """Return the contribution of a bias, given the gradients of what it was added to, ``[batch, *, features]``."""
-    return Rows(g.flatten(1, -2).sum(1) if g.dim() > 2 else g, g)
 
 
 def example_tied_mlp(tracer: Tracer, func: Any, /, *args: Any, **kwargs: Any) -> Any:

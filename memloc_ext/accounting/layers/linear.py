@@ -40,7 +40,7 @@ class Linear(Product):
             grad_input = grad @ (w.t() if self.transposed else w)
         g, bias = self.examples(grad), None
         if needs[2]:
-            bias = Rows(g.sum(tuple(range(1, g.dim() - 1))) if g.dim() > 2 else g, g)
+            bias = Rows.of_positions(g)
             grad_bias = self.record(2, bias)
         if needs[1]:
             first = self.examples(x)

@@ -70,7 +70,7 @@ class Recurrent(LayerFunction):
     def _recorded(self, index: int, source: Tensor | None, grad: Tensor) -> Tensor | None:
         g = self.examples(grad)
         if source is None:
-            return self.record(index, Rows(g.flatten(1, -2).sum(1), g))
+            return self.record(index, Rows.of_positions(g))
         return self.record(index, LinearContribution(self.examples(source), g))
 
 
