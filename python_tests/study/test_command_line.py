@@ -49,9 +49,9 @@ def test_help_fits_on_a_screen_and_help_all_has_every_setting(name: str, capsys:
             main([name, option])
         assert ended.value.code == 0
         text = capsys.readouterr().out
-        assert len(text.splitlines()) <= 50 or option == "--help-all"
+        assert len(re.findall(r"^.*\w.*$", text, re.MULTILINE)) <= 40 or option == "--help-all"
         assert ("--help-all" in text) == (option != "--help-all")
-        return set(re.findall(r"^│ (--[\w-]+)", text, re.MULTILINE))
+        return set(re.findall(r"^\W*(--[a-z][a-z-]*)", text, re.MULTILINE))
 
     common = {"--output", "--dataset", "--model", "--noise", "--epochs", "--batch-size", "--learning-rate", "--seed"}
     assert shown("--help") == shown("-h") == common | {"--p-gen", "--p-mem"}
