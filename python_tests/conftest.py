@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,3 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def bank_conflicts(request: pytest.FixtureRequest) -> Callable[[], tuple[int, int]]:
+    """Return what counts accesses to shared memory, and their repeats, since its last call."""
+    plugin = request.config.pluginmanager.get_plugin("tools.cuda_on_cpu.plugin")
+    if plugin is None:
+        pytest.skip("counted by the stand-in for a device alone")
+    plugin.bank_conflicts()
+    return plugin.bank_conflicts

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,8 +22,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     source, compiled = folder / "kernels.cpp", folder / "kernels"
     source.write_text(translated((ROOT / "python_tests" / "data" / "cuda_on_cpu.cu").read_text()))
-    files = [str(source), str(HERE / "launch.cpp")]
-    subprocess.run(["c++", "-std=c++17", f"-I{HERE / 'include'}", *files, "-o", str(compiled)], check=True)
+    files = [str(source), str(HERE / "launch.cpp"), str(HERE / "tensor_core.cpp")]
+    includes = [f"-I{path}" for path in (HERE / "include", ROOT / "csrc", *include_paths())]
+    subprocess.run(["c++", "-std=c++17", *includes, *files, "-o", str(compiled)], check=True)
     return compiled
 
 
@@ -55,7 +57,8 @@ def test_shuffles_stay_in_their_group_of_lanes(program: Path) -> None:
 
 
 def test_shared_memory_that_the_launch_asks_for(program: Path) -> None:
-    assert numbers(program, "dynamic") == BLOCKS * [*range(1, THREADS), 0]
+    for kernel in ("dynamic", "asked", "asked for all"):
+        assert numbers(program, kernel) == BLOCKS * [*range(1, THREADS), 0]
 
 
 @pytest.mark.parametrize("kernel", ["divergent", "some_lanes"])
@@ -71,6 +74,6 @@ def test_more_threads_than_a_kernel_was_compiled_for(program: Path) -> None:
     assert "more threads than the launch bounds" in done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["large", "greedy"])
+@pytest.mark.parametrize("kernel", ["large", "greedy", "asked for less", "asked for more"])
 def test_a_launch_that_no_device_takes_fails(program: Path, kernel: str) -> None:
     assert run(program, kernel).returncode == 1

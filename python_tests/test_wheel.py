@@ -98,6 +98,17 @@ def test_spills_and_narrow_accesses_are_found(monkeypatch: pytest.MonkeyPatch) -
     assert cuda_check.problems([*fine, spilling]) == ["linear_ablation_kernel: other_kernel spills on sm_80"]
 
 
+def test_kernels_without_tensor_cores_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_check, "WIDE", {})
+    monkeypatch.setattr(cuda_check, "TENSOR_CORE", {("product", "multiply<__half"): ("hmma", "ldgsts")})
+    fine = [kernel("multiply<__half, 8>", "product", hmma=4, ldgsts=2), kernel("multiply<float, 8>", "product")]
+    assert cuda_check.problems(fine) == []
+    assert cuda_check.problems([kernel("multiply<__half, 8>", "product", hmma=4)]) == [
+        "product: multiply<__half, 8> has no LDGSTS on sm_80"
+    ]
+    assert "there is no multiply<__half" in cuda_check.problems(fine[1:])[0]
+
+
 def test_ptxas_is_read_kernel_by_kernel() -> None:
     entry = (
         "ptxas info    : Compiling entry function '{}' for 'sm_90a'\n"

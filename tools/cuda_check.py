@@ -1,4 +1,4 @@
-"""Build the CUDA kernels without a GPU and read them: fail on a register spill, and on narrow loads where wide belong.
+"""Build the CUDA kernels without a GPU and read them: fail on a spill, narrow loads, or tensor cores that are not used.
 
 ``--report`` does so for every architecture that the report is on, and writes it to bench/results.
 """
@@ -39,6 +39,9 @@ WIDE = {
     ("linear_ablation_kernel", "linear_kernel"): ("loads", "stores"),
 }
 SIZES = {"__half": 2, "__nv_bfloat16": 2, "unsigned short": 2, "float": 4, "unsigned int": 4}  # 8 of all others
+# Kernels that multiply on tensor cores what was copied to shared memory meanwhile, by the beginning of their name, and
+# which of the instructions for it they have.
+TENSOR_CORE: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def build(archs: tuple[str, ...], home: str) -> tuple[list[Kernel], list[str]]:
@@ -73,6 +76,16 @@ def problems(kernels: list[Kernel]) -> list[str]:
             for kernel in those
             for kind in kinds
             if max(getattr(kernel, kind), default=0) < 16
+        ]
+    for (source, name), needed in TENSOR_CORE.items():
+        those = [k for k in kernels if k.source == source and k.name.startswith(name)]
+        if not those:
+            found.append(f"{source}: there is no {name}, which was expected to multiply on tensor cores")
+        found += [
+            f"{source}: {kernel.name} has no {instruction.upper()} on sm_{kernel.arch}"
+            for kernel in those
+            for instruction in needed
+            if not getattr(kernel, instruction)
         ]
     return found
 
@@ -113,7 +126,7 @@ def main() -> None:
     for k in kernels:
         memory = f"{k.stack} B stack, {k.spilled} B spilled, {k.shared:5} B shared"
         occupancy = f"{k.warps:2}/{k.most_warps} warps"
-        accesses = f"loads {widths(k.loads) or '-'}; stores {widths(k.stores) or '-'}"
+        accesses = f"loads {widths(k.loads) or '-'}; stores {widths(k.stores) or '-'}; {k.hmma} HMMA, {k.ldgsts} LDGSTS"
         print(f"sm_{k.arch:4} {k.registers:3} registers, {memory}, {occupancy}  {k.source}: {k.name}  {accesses}")
     if full and not found:
         write_report(kernels, home)

@@ -30,7 +30,10 @@ BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture; accesses of global memory are counted by their width in bytes."""
+    """One kernel for one architecture; accesses of global memory are counted by their width in bytes.
+
+    ``hmma`` and ``ldgsts`` are the instructions that multiply on tensor cores and that copy to shared memory.
+    """
 
     source: str
     name: str
@@ -45,6 +48,8 @@ class Kernel:
     most_warps: int = 0
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
+    hmma: int = 0
+    ldgsts: int = 0
 
 
 def read_kernels(ptxas: str, library: Path, home: str) -> list[Kernel]:
@@ -69,7 +74,7 @@ def read_kernels(ptxas: str, library: Path, home: str) -> list[Kernel]:
         for match, (source, name) in zip(found, _demangle([match["name"] for match in found]), strict=True)
     }
     _read_threads(kernels, library, home)
-    _read_accesses(kernels, library, home)
+    _read_instructions(kernels, library, home)
     _compute_occupancy(list(kernels.values()), home)
     return list(kernels.values())
 
@@ -99,8 +104,8 @@ def _read_threads(kernels: dict[tuple[str, str], Kernel], library: Path, home: s
             kernels[arch, name].threads = math.prod(int(number, 16) for number in line.split()[1:])
 
 
-def _read_accesses(kernels: dict[tuple[str, str], Kernel], library: Path, home: str) -> None:
-    """Count the instructions that load from and store to global memory, by width."""
+def _read_instructions(kernels: dict[tuple[str, str], Kernel], library: Path, home: str) -> None:
+    """Count the instructions that load from and store to global memory, by width, and those of tensor cores."""
     arch, kernel = "", None
     for line in _dump("-sass", library, home):
         if start := re.match(r"\s*code for sm_(\w+)", line):
@@ -110,6 +115,9 @@ def _read_accesses(kernels: dict[tuple[str, str], Kernel], library: Path, home: 
         elif kernel is not None and (access := ACCESS.search(line)):
             width = next((BYTES[part] for part in access[2].split(".") if part in BYTES), 4)
             (kernel.loads if access[1] == "LD" else kernel.stores)[width] += 1
+        elif kernel is not None:
+            kernel.hmma += bool(re.search(r"\bHMMA\.", line))
+            kernel.ldgsts += bool(re.search(r"\bLDGSTS\.", line))
 
 
 def _dump(what: str, library: Path, home: str) -> Iterator[str]:

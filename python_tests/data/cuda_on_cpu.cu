@@ -38,6 +38,8 @@ __global__ void dynamic(int* out) {
 
 __global__ void __launch_bounds__(kThreads / 2, 1) bounded(int* out) { out[threadIdx.x] = 1; }
 
+void ask(int bytes) { cudaFuncSetAttribute(dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); }
+
 int main(int, char** arguments) {
   int out[kBlocks * kThreads] = {};
   const std::map<std::string, void (*)(int*)> kernels{
@@ -50,6 +52,10 @@ int main(int, char** arguments) {
       {"bounded", [](int* p) { bounded<<<kBlocks, kThreads, 0, nullptr>>>(p); }},
       {"large", [](int* p) { dynamic<<<kBlocks, 1025, kThreads, nullptr>>>(p); }},
       {"greedy", [](int* p) { dynamic<<<kBlocks, kThreads, 49153, nullptr>>>(p); }},
+      {"asked", [](int* p) { ask(60000), dynamic<<<kBlocks, kThreads, 60000, nullptr>>>(p); }},
+      {"asked for less", [](int* p) { ask(59999), dynamic<<<kBlocks, kThreads, 60000, nullptr>>>(p); }},
+      {"asked for all", [](int* p) { ask(232448), dynamic<<<kBlocks, kThreads, 232448, nullptr>>>(p); }},
+      {"asked for more", [](int* p) { ask(232449), dynamic<<<kBlocks, kThreads, kThreads, nullptr>>>(p); }},
   };
   kernels.at(arguments[1])(out);
   if (cudaGetLastError() != cudaSuccess) return 1;

@@ -21,10 +21,11 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
 constexpr size_t kMostShared = 49152;  // bytes of a block that did not ask for more
+constexpr size_t kMostAsked = 232448;  // bytes that it may ask for, on sm_90
 constexpr size_t kStack = 1 << 18;     // bytes of a fiber
 constexpr int kProcessors = 3;         // few, so that blocks of a kernel that fills the device take several turns
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kAtMeeting, kDone };
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -34,8 +35,13 @@ struct Fiber {
   ucontext_t context;
   uint3 index;
   State state;
-  uint64_t posted[2];  // for the lanes of its warp: this shuffle's value, and the last one's, which some still read
-  int turn;
+  void* brought;  // for the lanes of its warp that it meets
+  void (*together)(void* const*);
+};
+
+struct Shared {
+  std::unique_ptr<void, Free> data;
+  size_t bytes;
 };
 
 std::mutex one_launch;  // at a time: the names of threads and blocks are global
@@ -45,8 +51,9 @@ std::vector<Fiber> fibers;
 int current;
 void (*kernel)(const void*);
 const void* kernel_argument;
-std::map<const void*, std::unique_ptr<void, Free>> memory;
-size_t shared_bytes;
+std::map<const void*, Shared> memory;
+std::map<const void*, size_t> asked;  // bytes, by kernel
+size_t shared_bytes, most_shared;
 
 char* stack_of(size_t fiber) {
   static char* const stacks = [] {
@@ -105,7 +112,6 @@ void run_warp(int first, const Order& order) {
       swapcontext(&scheduler, &fibers[current].context);
       ran = true;
     }
-    if (lanes == kWarp && all(first, kWarp, State::kAtShuffle)) set_all(first, kWarp, State::kReady);
   }
 }
 
@@ -117,7 +123,6 @@ void run_block(uint64_t seed) {
     Fiber& fiber = fibers[i];
     fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     fiber.state = State::kReady;
-    fiber.turn = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack = {stack_of(i), 0, kStack};
     fiber.context.uc_link = &scheduler;
@@ -127,6 +132,7 @@ void run_block(uint64_t seed) {
     seed = seed * 6364136223846793005u + 1442695040888963407u;  // the generator of Knuth's MMIX
     const Order order(seed, warps);
     for (int i = 0; i < warps; ++i) run_warp(order[i] * kWarp, Order(seed ^ ~uint64_t{0}, kWarp));
+    reach_barrier();
     if (all(0, threads, State::kDone)) return;
     if (!all(0, threads, State::kAtBarrier)) stop("waits for threads that do not come");
     set_all(0, threads, State::kReady);
@@ -135,21 +141,21 @@ void run_block(uint64_t seed) {
 
 void* allocate(const void* site, size_t bytes, size_t alignment) {
   auto& place = memory[site];
-  if (place == nullptr) {
+  if (place.data == nullptr) {
     shared_bytes += bytes;
-    if (shared_bytes > kMostShared) stop("more shared memory than a block has");
+    if (shared_bytes > most_shared) stop("more shared memory than a block has");
     void* memory = nullptr;
     if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), bytes) != 0) stop("no memory");
-    place.reset(memory);
-    std::memset(place.get(), 0xFF, bytes);
+    place = {std::unique_ptr<void, Free>(memory), bytes};
+    std::memset(memory, 0xFF, bytes);
   }
-  return place.get();
+  return place.data.get();
 }
 
-bool fits(dim3 grid, dim3 block, size_t bytes) {
+bool fits(dim3 grid, dim3 block, size_t bytes, size_t most) {
   const auto in = [](uint64_t value, uint64_t most) { return value > 0 && value <= most; };
   return in(grid.x, INT32_MAX) && in(grid.y, 65535) && in(grid.z, 65535) && block.z <= 64 &&
-         in(uint64_t{block.x} * block.y * block.z, kMostThreads) && bytes <= kMostShared;
+         in(uint64_t{block.x} * block.y * block.z, kMostThreads) && bytes <= most;
 }
 
 }  // namespace
@@ -160,9 +166,12 @@ void stop(const char* what) {
   std::abort();
 }
 
-void launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*), const void* argument) {
+void launch(const void* function, dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*),
+            const void* argument) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  if (!fits(grid, block, dynamic_bytes)) {
+  const auto more = asked.find(function);
+  most_shared = more == asked.end() ? kMostShared : kMostAsked;
+  if (!fits(grid, block, dynamic_bytes, more == asked.end() ? kMostShared : more->second)) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -174,6 +183,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*
         blockIdx = {x, y, z};
         memory.clear();
         shared_bytes = 0;
+        start_block();
         if (dynamic_bytes > 0) allocate(nullptr, dynamic_bytes, 16);
         run_block((uint64_t{z} * grid.y + y) * grid.x + x);
       }
@@ -183,18 +193,57 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*
 
 void* shared_memory(const void* site, size_t bytes, size_t alignment) { return allocate(site, bytes, alignment); }
 
-void* dynamic_shared_memory() { return memory.at(nullptr).get(); }
+void* dynamic_shared_memory() { return memory.at(nullptr).data.get(); }
+
+bool in_shared_memory(const void* first, size_t bytes) {
+  const char* const begin = static_cast<const char*>(first);
+  return std::any_of(memory.begin(), memory.end(), [=](const auto& place) {
+    const char* const own = static_cast<const char*>(place.second.data.get());
+    return own <= begin && begin + bytes <= own + place.second.bytes;
+  });
+}
+
+cudaError_t set_attribute(const void* function, cudaFuncAttribute, int value) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  if (value < 0 || static_cast<size_t>(value) > kMostAsked) return last_error = cudaErrorInvalidValue;
+  asked[function] = value;
+  return cudaSuccess;
+}
+
+int thread_number() { return current; }
+
+void meet(void* own, void (*together)(void* const*)) {
+  Fiber& self = fibers[current];
+  const int first = current / kWarp * kWarp;
+  self.state = State::kAtMeeting, self.brought = own, self.together = together;
+  if (first + kWarp > static_cast<int>(fibers.size()) || !all(first, kWarp, State::kAtMeeting)) {
+    wait(State::kAtMeeting);
+    return;
+  }
+  void* lanes[kWarp];
+  for (int i = 0; i < kWarp; ++i) {
+    if (fibers[first + i].together != together) stop("lanes of a warp meet in different instructions");
+    lanes[i] = fibers[first + i].brought;
+  }
+  together(lanes);
+  set_all(first, kWarp, State::kReady);
+}
 
 uint64_t shuffle(unsigned mask, uint64_t value, bool down, int lane, int width) {
   if (mask != 0xFFFFFFFFu) stop("a shuffle among some lanes of a warp");
-  Fiber& self = fibers[current];
-  const int first = current / kWarp * kWarp, own = current % kWarp, turn = self.turn;
-  self.turn ^= 1;
-  self.posted[turn] = value;
-  const int group = own / width * width;
+  struct Lane {
+    uint64_t value;
+    int from;
+  };
+  const int own = current % kWarp, group = own / width * width;
   const int from = down ? (own + lane < group + width ? own + lane : own) : group + lane % width;
-  wait(State::kAtShuffle);
-  return fibers[first + from].posted[turn];
+  Lane brought{value, from};
+  meet(&brought, [](void* const* lanes) {
+    uint64_t values[kWarp];
+    for (int i = 0; i < kWarp; ++i) values[i] = static_cast<Lane*>(lanes[i])->value;
+    for (int i = 0; i < kWarp; ++i) static_cast<Lane*>(lanes[i])->value = values[static_cast<Lane*>(lanes[i])->from];
+  });
+  return brought.value;
 }
 
 }  // namespace cuda_on_cpu
@@ -204,7 +253,9 @@ void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::kAtBarrier); }
 cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -212,8 +263,8 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::kProcessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors : int{cuda_on_cpu::kMostAsked};
   return cudaSuccess;
 }
 

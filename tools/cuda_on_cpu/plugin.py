@@ -6,6 +6,7 @@ operators with themselves; those against references do not. Tests of streams, gr
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -40,6 +41,17 @@ class _CudaIsCpu(TorchFunctionMode):
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
         return func(*map(on_cpu, args), **{name: on_cpu(value) for name, value in (kwargs or {}).items()})
+
+
+def bank_conflicts() -> tuple[int, int]:
+    """Return how often eight lanes accessed shared memory since the last call, and how often that was repeated.
+
+    Counted are asynchronous copies and the loads of matrices.
+    """
+    library = next(path for path in torch.ops.loaded_libraries if path.endswith("cuda_on_cpu.so"))
+    counts = (ctypes.c_uint64 * 2)()
+    ctypes.CDLL(library).cuda_on_cpu_banks(counts)
+    return counts[0], counts[1]
 
 
 def _needs_a_device(*_: object, **__: object) -> NoReturn:

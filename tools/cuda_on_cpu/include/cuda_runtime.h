@@ -39,8 +39,9 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct CUstream_st*;
 
 cudaError_t cudaGetLastError();
@@ -55,13 +56,17 @@ void __syncthreads();
 
 namespace cuda_on_cpu {
 
-// Calls run(argument) for every thread of the grid.
-void launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*), const void* argument);
+// Calls run(argument) for every thread of the grid. The function is the kernel if it may have asked for more shared
+// memory than others, else null.
+void launch(const void* function, dim3 grid, dim3 block, size_t dynamic_bytes, void (*run)(const void*),
+            const void* argument);
 
 template <typename Kernel>
-void launch(dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t, const Kernel& kernel) {
-  launch(grid, block, dynamic_bytes, [](const void* k) { (*static_cast<const Kernel*>(k))(); }, &kernel);
+void launch(const void* function, dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t, const Kernel& kernel) {
+  launch(function, grid, block, dynamic_bytes, [](const void* k) { (*static_cast<const Kernel*>(k))(); }, &kernel);
 }
+
+cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value);
 
 [[noreturn]] void stop(const char* what);
 
@@ -70,9 +75,19 @@ inline void at_most(unsigned threads) {
   if (blockDim.x * blockDim.y * blockDim.z > threads) stop("more threads than the launch bounds");
 }
 
+int thread_number();
+
+// Waits for all lanes of the warp; the last to come does `together` with what each has brought.
+void meet(void* own, void (*together)(void* const* lanes));
+
+// What tensor_core.cpp is told of.
+void start_block();
+void reach_barrier();
+
 // The block's memory for a declaration, which `site` names.
 void* shared_memory(const void* site, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();
+bool in_shared_memory(const void* first, size_t bytes);
 
 // Site is the type of a lambda in the declaration, so every instance of a template has memory of its own.
 template <typename T, typename Site>
@@ -95,6 +110,11 @@ T shuffle(unsigned mask, T value, bool down, int lane, int width) {
 }
 
 }  // namespace cuda_on_cpu
+
+template <typename Result, typename... Arguments>
+cudaError_t cudaFuncSetAttribute(Result (*function)(Arguments...), cudaFuncAttribute attribute, int value) {
+  return cuda_on_cpu::set_attribute(reinterpret_cast<const void*>(function), attribute, value);
+}
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
