@@ -16,11 +16,33 @@ constexpr int kBlocks = 4;              // to a multiprocessor, at least: leaves
 constexpr int64_t kBlockVectors = 512;  // of 16 bytes: planes of so many or more are a block's
 constexpr int kFewestColumns = 8, kMostColumns = 32;
 constexpr int kRun = 32;
+constexpr int kInFlight = 2;  // vectors of each operand that a thread loads before it multiplies the first
+static_assert(kInFlight == 2, "the second vector may be missing");
 
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Piece {
   T element[kLanes];
 };
+
+// sum[j] += a[j] * g[j], summed over kInFlight pieces of which the first `count` are there: those `step_a` and `step_g`
+// elements apart.
+template <typename T, int kLanes>
+__device__ __forceinline__ void add_products(Compute<T> (&sum)[kLanes], const T* a, const T* g, int64_t step_a,
+                                             int64_t step_g, int64_t count) {
+  using Vector = Piece<T, kLanes>;
+  Vector x[kInFlight] = {}, y[kInFlight] = {};
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    if (i >= count) continue;
+    x[i] = *reinterpret_cast<const Vector*>(a + i * step_a);
+    y[i] = *reinterpret_cast<const Vector*>(g + i * step_g);
+  }
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) sum[j] += compute(x[i].element[j]) * compute(y[i].element[j]);
+  }
+}
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
@@ -29,7 +51,6 @@ constexpr int kVector = 16 / sizeof(T);
 template <typename T>
 __device__ __forceinline__ double dot(const T* a, const T* g, int64_t n, int thread, int threads) {
   constexpr int kLanes = kVector<T>;
-  using Vector = Piece<T, kLanes>;
   double total = 0;
   const auto address_a = reinterpret_cast<uintptr_t>(a), address_g = reinterpret_cast<uintptr_t>(g);
   int64_t head = min(n, static_cast<int64_t>((16 - address_a % 16) % 16 / sizeof(T)));
@@ -39,19 +60,20 @@ __device__ __forceinline__ double dot(const T* a, const T* g, int64_t n, int thr
     for (int64_t i = first + thread; i < end; i += threads) total += compute(a[i]) * compute(g[i]);
   };
   add_scalars(0, head);
-  const Vector* const from_a = reinterpret_cast<const Vector*>(a + head);
-  const Vector* const from_g = reinterpret_cast<const Vector*>(g + head);
   for (int64_t run = thread; run < vectors; run += int64_t{kRun} * threads) {
     const int64_t end = min(run + int64_t{kRun} * threads, vectors);
     Compute<T> sum[kLanes] = {};
-#pragma unroll 2
-    for (int64_t i = run; i < end; i += threads) {
-      const Vector x = from_a[i], y = from_g[i];
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+#pragma unroll 1
+    for (int64_t i = run; i < end; i += kInFlight * threads) {
+      const int64_t at = head + i * kLanes, step = int64_t{threads} * kLanes;
+      add_products(sum, a + at, g + at, step, step, i + threads < end ? kInFlight : 1);
     }
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) total += sum[j];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma unroll
+      for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+    }
+    total += sum[0];
   }
   add_scalars(head + vectors * kLanes, n);
   return total;
@@ -88,7 +110,6 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, kBlocks - 1)
     channels_kernel(const T* __restrict__ a, const T* __restrict__ g, const SaliencyLayout layout, int64_t lines,
                     Compute<T>* __restrict__ out) {
-  using Vector = Piece<T, kLanes>;
   __shared__ double parts[kLanes][kThreads];
   const SaliencyLoop inner = layout.inner();
   const int64_t channels = layout.channel.size, pieces = channels / kLanes;
@@ -103,27 +124,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
       layout.start_of(line, &at_a, &at_g);
       const T* const from_a = a + b * layout.batch.a + piece * kLanes + at_a;
       const T* const from_g = g + b * layout.batch.g + piece * kLanes + at_g;
-      for (int64_t position = threadIdx.y; position < inner.size;) {
+      const int64_t rows = int64_t{blockDim.y};
+      for (int64_t run = threadIdx.y; run < inner.size; run += kRun * rows) {
+        const int64_t end = min(run + kRun * rows, inner.size);
         Compute<T> sum[kLanes] = {};
-#pragma unroll 2
-        for (int i = 0; i < kRun && position < inner.size; ++i, position += blockDim.y) {
-          const Vector x = *reinterpret_cast<const Vector*>(from_a + position * inner.a);
-          const Vector y = *reinterpret_cast<const Vector*>(from_g + position * inner.g);
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) sum[j] += compute(x.element[j]) * compute(y.element[j]);
+#pragma unroll 1
+        for (int64_t i = run; i < end; i += kInFlight * rows) {
+          add_products(sum, from_a + i * inner.a, from_g + i * inner.g, rows * inner.a, rows * inner.g,
+                       i + rows < end ? kInFlight : 1);
         }
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) parts[j][self] += sum[j];
       }
     }
     __syncthreads();
-    if (threadIdx.y == 0 && piece < pieces) {
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) {
-        double total = 0;
-        for (int row = 0; row < blockDim.y; ++row) total += parts[j][row * blockDim.x + threadIdx.x];
-        out[b * channels + piece * kLanes + j] = static_cast<Compute<T>>(total);
-      }
+    for (int i = self; i < static_cast<int>(blockDim.x) * kLanes; i += kThreads) {
+      const int column = i % blockDim.x, j = i / blockDim.x;
+      const int64_t channel = (item % tiles * blockDim.x + column) * kLanes + j;
+      if (channel >= channels) continue;
+      double total = 0;
+      for (int row = 0; row < blockDim.y; ++row) total += parts[j][row * blockDim.x + column];
+      out[b * channels + channel] = static_cast<Compute<T>>(total);
     }
     __syncthreads();  // before the next item writes to parts
   }

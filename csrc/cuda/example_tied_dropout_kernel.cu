@@ -6,6 +6,7 @@
 //             applies that to several positions of the row
 //   elements  anything else: a thread per element
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/example_tied_dropout_kernel.h"
 
@@ -17,6 +18,7 @@ constexpr int kBlocks = 4;  // to a multiprocessor, at least: leaves a thread 64
 constexpr int kWarp = 32;
 constexpr int64_t kSegment = 8192;  // elements of a plane that a warp takes at a time, so that few large planes spread
 constexpr int kPositions = 8;       // positions of a row that share a thread's draw
+constexpr int kInFlight = 4;        // vectors that a thread loads before it stores the first
 
 // What a loop nest of at most three steps by; an absent loop has size 1.
 struct Nest {
@@ -37,17 +39,32 @@ __device__ __forceinline__ bool same_alignment(const T* a, const T* b) {
 // `lanes` threads, this one the lane-th, write y[0 .. n): x where kept, else 0. Pieces of 16 bytes, single elements
 // before and after them.
 template <typename T>
-__device__ __forceinline__ void write_line(T* y, const T* x, int64_t n, bool kept, int lane, int lanes) {
+__device__ __forceinline__ void write_line(T* y, const T* x, int n, bool kept, int lane, int lanes) {
   constexpr int kLanes = sizeof(Vector) / sizeof(T);
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(y) % sizeof(Vector) / sizeof(T);
-  int64_t head = misaligned == 0 ? 0 : kLanes - misaligned;
+  const int misaligned = reinterpret_cast<uintptr_t>(y) % sizeof(Vector) / sizeof(T);
+  int head = misaligned == 0 ? 0 : kLanes - misaligned;
   if (head > n || (kept && !same_alignment(x, y))) head = n;
-  const int64_t vectors = (n - head) / kLanes;
-  for (int64_t i = lane; i < head; i += lanes) y[i] = kept ? x[i] : T{0};
+  const int vectors = (n - head) / kLanes;
+  const auto write_elements = [&](int first, int end) {
+#pragma unroll 1
+    for (int i = first + lane; i < end; i += lanes) y[i] = kept ? x[i] : T{0};
+  };
+  write_elements(0, head);
   Vector* const to = reinterpret_cast<Vector*>(y + head);
   const Vector* const from = reinterpret_cast<const Vector*>(x + head);
-  for (int64_t i = lane; i < vectors; i += lanes) to[i] = kept ? from[i] : Vector{};
-  for (int64_t i = head + vectors * kLanes + lane; i < n; i += lanes) y[i] = kept ? x[i] : T{0};
+#pragma unroll 1
+  for (int first = lane; first < vectors; first += kInFlight * lanes) {
+    Vector value[kInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (kept && first + i * lanes < vectors) value[i] = from[first + i * lanes];
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i * lanes < vectors) to[first + i * lanes] = value[i];
+    }
+  }
+  write_elements(head + vectors * kLanes, n);
 }
 
 template <typename T>
@@ -61,7 +78,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int64_t chunk = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp; chunk < chunks; chunk += warps) {
     const int64_t first = chunk * lines_per_warp;
     const int count = static_cast<int>(min(static_cast<int64_t>(lines_per_warp), lines - first));
-    int64_t x_offset = 0, y_offset = 0, length = 0;
+    int64_t x_offset = 0, y_offset = 0;
+    int length = 0;
     bool kept = false;
     if (lane < count) {
       const int64_t segment = (first + lane) % segments, plane = (first + lane) / segments;
@@ -69,22 +87,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int64_t begin = segment * kSegment;
       x_offset = outer * nest.outer.x + middle * nest.middle.x + begin;
       y_offset = outer * nest.outer.y + middle * nest.middle.y + begin;
-      length = min(kSegment, nest.inner.size - begin);
+      length = static_cast<int>(min(kSegment, nest.inner.size - begin));
       kept = mask(ids[outer * nest.outer.id + middle * nest.middle.id],
                   outer * nest.outer.channel + middle * nest.middle.channel);
     }
     for (int i = lane / lanes_per_line; i < round_up(count, kWarp / lanes_per_line); i += kWarp / lanes_per_line) {
       const int64_t from = __shfl_sync(0xFFFFFFFFu, x_offset, i), to = __shfl_sync(0xFFFFFFFFu, y_offset, i);
-      const int64_t n = __shfl_sync(0xFFFFFFFFu, length, i);  // 0 beyond the last line
+      const int n = __shfl_sync(0xFFFFFFFFu, length, i);  // 0 beyond the last line
       write_line(y + to, x + from, n, __shfl_sync(0xFFFFFFFFu, kept, i), lane % lanes_per_line, lanes_per_line);
     }
   }
 }
 
-// Channels [first, first + kLanes) of one example as a mask of bits, for elements of type T; first % kLanes == 0.
+// kLanes elements of T as words, so that all of them move as one.
 template <typename T, int kLanes>
-__device__ __forceinline__ void draw_bits(T (&bits)[kLanes], const TiedMask& mask, int64_t id, int64_t first) {
+struct alignas(sizeof(T) * kLanes) Piece {
+  using Word = std::conditional_t<sizeof(T) * kLanes % sizeof(uint32_t) == 0, uint32_t, T>;
+  static constexpr int kWords = kLanes * sizeof(T) / sizeof(Word);
+  Word word[kWords];
+
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (kWords == 4) {  // one instruction, where a plain store of words that were computed becomes four
+      __stwb(reinterpret_cast<uint4*>(to), {word[0], word[1], word[2], word[3]});
+    } else {
+      *reinterpret_cast<Piece*>(to) = *this;
+    }
+  }
+};
+
+// Channels [first, first + kLanes) of one example as a mask of bits; first % kLanes == 0.
+template <typename T, int kLanes>
+__device__ __forceinline__ Piece<T, kLanes> draw_bits(const TiedMask& mask, int64_t id, int64_t first) {
+  using Word = typename Piece<T, kLanes>::Word;
   constexpr int kStep = kLanes < 4 ? kLanes : 4;  // channels of this piece that share a draw
+  Piece<T, kLanes> bits{};
 #pragma unroll
   for (int i = 0; i < kLanes; i += kStep) {
     const int64_t channel = first + i;
@@ -93,9 +129,18 @@ __device__ __forceinline__ void draw_bits(T (&bits)[kLanes], const TiedMask& mas
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const uint32_t word = kStep == 4 ? quad.word[j] : quad.at((channel + j) % 4);
-      bits[i + j] = mask.keep(channel + j, word) ? static_cast<T>(-1) : T{0};
+      const bool kept = mask.keep(channel + j, word);
+      if constexpr (sizeof(T) < sizeof(Word)) {
+        constexpr int kEach = sizeof(Word) / sizeof(T);
+        if (kept) bits.word[(i + j) / kEach] |= ((Word{1} << 8 * sizeof(T)) - 1) << (i + j) % kEach * 8 * sizeof(T);
+      } else {
+        constexpr int kEach = sizeof(T) / sizeof(Word);
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) bits.word[(i + j) * kEach + k] = kept ? static_cast<Word>(-1) : Word{0};
+      }
     }
   }
+  return bits;
 }
 
 // kLanes elements of T: 16 bytes where the layout allows, else one.
@@ -103,9 +148,7 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     channels_kernel(T* __restrict__ y, const T* __restrict__ x, const int64_t* __restrict__ ids, const TiedMask mask,
                     const Nest nest) {
-  struct alignas(sizeof(T) * kLanes) Piece {
-    T element[kLanes];
-  };
+  using Elements = Piece<T, kLanes>;
   const int64_t pieces = nest.inner.size / kLanes;
   const int64_t groups = (nest.middle.size + kPositions - 1) / kPositions;
   const int64_t items = nest.outer.size * groups;
@@ -113,22 +156,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
        item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = groups == 1 ? item : item / groups;
     const int64_t begin = groups == 1 ? 0 : item % groups * kPositions;
-    const int64_t end = min(begin + kPositions, nest.middle.size);
+    const int positions = static_cast<int>(min(int64_t{kPositions}, nest.middle.size - begin));
+    const T* const from = x + row * nest.outer.x + begin * nest.middle.x;
+    T* const to = y + row * nest.outer.y + begin * nest.middle.y;
     const int64_t id = ids[row * nest.outer.id];
     for (int64_t piece = threadIdx.x; piece < pieces; piece += blockDim.x) {
-      T bits[kLanes];
-      draw_bits(bits, mask, id, piece * kLanes);
-      T any = 0;
+      const Elements bits = draw_bits<T, kLanes>(mask, id, piece * kLanes);
+      bool any = false;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) any |= bits[i];
-      for (int64_t position = begin; position < end; ++position) {
-        Piece value{};
-        if (any != 0) {
-          value = *reinterpret_cast<const Piece*>(x + row * nest.outer.x + position * nest.middle.x + piece * kLanes);
+      for (int i = 0; i < Elements::kWords; ++i) any |= bits.word[i] != 0;
+#pragma unroll 1
+      for (int first = 0; first < positions; first += kInFlight) {
+        Elements value[kInFlight] = {};
 #pragma unroll
-          for (int i = 0; i < kLanes; ++i) value.element[i] &= bits[i];
+        for (int i = 0; i < kInFlight; ++i) {
+          if (!any || first + i >= positions) continue;
+          value[i] = *reinterpret_cast<const Elements*>(from + (first + i) * nest.middle.x + piece * kLanes);
         }
-        *reinterpret_cast<Piece*>(y + row * nest.outer.y + position * nest.middle.y + piece * kLanes) = value;
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          if (first + i >= positions) continue;
+#pragma unroll
+          for (int j = 0; j < Elements::kWords; ++j) value[i].word[j] &= bits.word[j];
+          value[i].store(to + (first + i) * nest.middle.y + piece * kLanes);
+        }
       }
     }
   }
@@ -180,9 +231,9 @@ cudaError_t launch(T* y, const T* x, const int64_t* ids, const TiedMask& mask, c
     const int64_t lines = nest.outer.size * nest.middle.size * segments;
     // as many lines to a warp as leave every multiprocessor of a large device its warps
     const int lines_per_warp = static_cast<int>(std::clamp<int64_t>(lines / 8192, 1, kWarp));
-    // short planes share a warp: 4 lanes write 64 bytes of one, and so on up to the whole warp
+    // short planes share a warp: 4 lanes write 64 bytes of one at a time, and so on up to the whole warp
     int lanes_per_line = 4;
-    while (lanes_per_line < kWarp && lanes_per_line * kLanes < inner.size) lanes_per_line *= 2;
+    while (lanes_per_line < kWarp && lanes_per_line * kLanes * kInFlight < inner.size) lanes_per_line *= 2;
     const int64_t chunks = (lines + lines_per_warp - 1) / lines_per_warp;
     const cudaError_t error = grid_size((chunks + kThreads / kWarp - 1) / (kThreads / kWarp), &blocks);
     if (error != cudaSuccess) return error;
