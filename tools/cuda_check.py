@@ -41,7 +41,11 @@ WIDE = {
 SIZES = {"__half": 2, "__nv_bfloat16": 2, "unsigned short": 2, "float": 4, "unsigned int": 4}  # 8 of all others
 # Kernels that multiply on tensor cores what was copied to shared memory meanwhile, by the beginning of their name, and
 # which of the instructions for it they have.
-TENSOR_CORE: dict[tuple[str, str], tuple[str, ...]] = {}
+TENSOR_CORE = {
+    ("kept_linear_kernel", "dense_kernel<__"): ("hmma", "ldgsts"),
+    ("kept_linear_kernel", "values_kernel<__"): ("hmma", "ldgsts"),
+    ("kept_linear_kernel", "weight_kernel<__"): ("hmma", "ldgsts"),
+}
 
 
 def build(archs: tuple[str, ...], home: str) -> tuple[list[Kernel], list[str]]:

@@ -29,7 +29,7 @@ KeptLinearKernels<E> kernels() {
 }
 
 void check(const KeptLinearArgs& args) {
-  args.check();
+  args.check(4, false);
   const int64_t* const channels = static_cast<const int64_t*>(args.channels.const_data_ptr());
   for (int64_t i = 0; i < args.channels.numel(); ++i) {
     MEMLOC_CHECK(channels[i] >= 0 && channels[i] < args.weight.size(0), args.op, ": channels must be in [0, ",

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from memloc_ext.ops._checks import result_dtype
+
 _linear = torch.ops.memloc_ext.kept_linear_.default
 _linear_input = torch.ops.memloc_ext.kept_linear_input_.default
 _linear_weight = torch.ops.memloc_ext.kept_linear_weight_.default
@@ -16,7 +18,9 @@ _linear_weight = torch.ops.memloc_ext.kept_linear_weight_.default
 
 def _has_kernel(values: Tensor, *matrices: Tensor) -> bool:
     dense = all(t.shape[1] <= 1 or t.stride(1) == 1 for t in matrices)
-    return not values.is_cuda and values.dtype in (torch.float32, torch.float64) and dense
+    if values.is_cuda:  # whose kernels multiply float32 without TF32
+        return dense and not (values.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return dense and values.dtype in (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ def add_kept_input_(sums: Tensor, values: Tensor, weight: Tensor, kept: Kept) ->
 def add_kept_weight_(sums: Tensor, values: Tensor, input: Tensor, kept: Kept) -> None:
     """Add ``values @ input[rows]`` of each run, in their order, to its channels of ``sums [channels, n]``.
 
-    A run has a channel once, so that no two terms meet in a call: the same bits every time, on CUDA too.
+    A run has a channel once, so that no two terms meet in a call: the same bits every time, on CUDA too. 16-bit terms
+    are best added up in float32.
     """
-    if _has_kernel(values, sums, input):
+    if _has_kernel(values, sums, input) and sums.dtype == result_dtype(values):
         _linear_weight(sums, values, input, *kept.arguments)
         return
     for channels, own, rows in kept.runs(values, input):

@@ -12,7 +12,7 @@ import memloc_ext  # noqa: F401
 
 CPU_ONLY = {
     f"{layer}_{name}" for layer in ("linear", "conv2d") for name in ("grad_sqnorm_groups", "grad_dot", "grad_inner")
-} | {"plan"}
+} | {"plan", "turned"}
 NAMES = sorted(set(VALID) - CPU_ONLY)
 pytestmark = pytest.mark.cuda
 
