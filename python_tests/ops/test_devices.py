@@ -10,9 +10,7 @@ from valid_arguments import call as call_operator
 
 import memloc_ext  # noqa: F401
 
-CPU_ONLY = {
-    f"{layer}_{name}" for layer in ("linear", "conv2d") for name in ("grad_sqnorm_groups", "grad_dot", "grad_inner")
-} | {"plan"}
+CPU_ONLY = {f"{layer}_{name}" for layer in ("linear", "conv2d") for name in ("grad_dot", "grad_inner")} | {"plan"}
 NAMES = sorted(set(VALID) - CPU_ONLY)
 pytestmark = pytest.mark.cuda
 
