@@ -26,13 +26,6 @@ constexpr int64_t kCopyElements = int64_t{32}
 constexpr int64_t kBandPositions = 256;   // enough rows for a product to run at speed
 constexpr int64_t kMostProducts = 65535;  // of one bmm: what the third dimension of a grid takes
 
-// Scratch at a time: a part of the second-level cache, which also holds what is multiplied.
-int64_t gram_bytes(int32_t device) {
-  int cache = 0;
-  check_cuda(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "grad_sqnorm");
-  return std::max<int64_t>(cache / 3, int64_t{1} << 20);
-}
-
 Tensor slice(const Tensor& t, int64_t dim, int64_t first, int64_t count, int64_t step) {
   if (first == 0 && count == t.size(dim) && step == 1) return t;  // calls take longer than small chunks do
   return call("aten::slice", "Tensor", t, dim, std::optional<int64_t>(first),
@@ -73,7 +66,7 @@ class GramWay {
     for (int64_t i = 0; i < row.residues(); ++i) rows_.emplace_back(row, i);
     for (int64_t i = 0; i < column.residues(); ++i) columns_.emplace_back(column, i);
     const int64_t positions = row.positions() * column.positions();
-    const int64_t budget = gram_bytes(x.get_device_index()) / (is_double_ ? 8 : 4);
+    const int64_t budget = scratch_bytes(x.get_device_index()) / (is_double_ ? 8 : 4);
     bands_ = {row.positions(), column.positions(), std::clamp<int64_t>(budget / (2 * positions), 1, kBandPositions)};
     for (int64_t i = 0; i < bands_.count(); ++i) measure(bands_[i]);
     const int64_t operands = shape.inputs * row.size * column.size + shape.outputs * positions;

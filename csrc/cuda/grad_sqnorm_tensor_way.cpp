@@ -13,8 +13,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPackedBytes = int64_t{32} << 20;   // of both operands, so that they stay in the second-level cache
-constexpr int64_t kPartialBytes = int64_t{32} << 20;  // of the parts of norms
+constexpr int64_t kPartialBytes = int64_t{32} << 20;  // parts of norms at a time
 constexpr double kMostOffset = std::numeric_limits<int32_t>::max();
 
 Tensor scratch(const Tensor& like, int64_t count, ScalarType type) {
@@ -86,7 +85,7 @@ void tensor_way(const Tensor& x, const Tensor& g, const GradSqnormShape& shape, 
   problem.x.channels = static_cast<int32_t>(padded(shape.inputs));
   problem.g.channels = static_cast<int32_t>(padded(shape.outputs));
   const int64_t parts = problem.parts(), each = std::max<int64_t>(packed, 1);
-  const int64_t most = std::min(kPackedBytes / each, kPartialBytes / (8 * parts));
+  const int64_t most = std::min(scratch_bytes(x.get_device_index()) / each, kPartialBytes / (8 * parts));
   const int64_t step = std::clamp<int64_t>(most, 1, batch);
   problem.batch = step;
   problem.splits = problem.best_splits(sums != nullptr);

@@ -2,11 +2,15 @@
 // width] and g [batch, groups * outputs, rows, columns], which record no gradients.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "cuda/dispatch.h"
 #include "cuda/grad_sqnorm_kernel.h"
+#include "cuda/launch.h"
 #include "tensor_text.h"
 
 namespace memloc {
@@ -17,6 +21,13 @@ inline ImageView view(const torch::stable::Tensor& t) {
 
 // An operator's own function records no gradients, and products into a given tensor refuse to.
 inline torch::stable::Tensor detached(const torch::stable::Tensor& t) { return call("aten::detach", "", t); }
+
+// Scratch to use again and again: a part of the second-level cache, which also holds what it is made of.
+inline int64_t scratch_bytes(int32_t device) {
+  int cache = 0;
+  check_cuda(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "grad_sqnorm");
+  return std::max<int64_t>(cache / 3, int64_t{1} << 20);
+}
 
 // out = a b for matrices [count, *, *]. Into a given tensor: that is a call which autocast leaves alone, and which for
 // 16-bit elements can be told to give the float32 that it sums in.
