@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "conv2d.h"
 
@@ -82,25 +83,49 @@ struct GradSqnormShape {
   }
 
   // On CUDA, in multiply-adds at the rate of an arithmetic unit per lane, about 30 T/s on a large device; reckoned from
-  // its rates, not measured. The direct kernel issues at least 0.6 of its instructions as multiply-adds, in tiles that
-  // a small gradient does not fill. Library products of float32 or float64 run at 0.8 of the rate (TF32, if the user
-  // allows it, faster), of 16-bit elements at 6 times it on tensor cores. A Gram is written once and read about once, 8
-  // bytes at the 5 TB/s of a second-level cache, or 50 multiply-adds; a pair of pixels that a kernel offset adds costs
-  // 6 instructions, for half the pairs. Every residue takes launches of its own, which overrun the gain where there are
-  // many.
+  // its rates, not measured. docs/kernels.md has the arithmetic.
+  //
+  // The direct kernel issues at least 0.6 of its instructions as multiply-adds, in tiles that a small gradient does not
+  // fill. That on tensor cores is bound by the second-level cache: 5 TB/s of it give the 8 or 6 KiB of 16 positions of
+  // a tile 5.4 or 3.6 times the rate. What does not lie as it reads it is copied, 4 bytes for each element at 4 TB/s.
+  double lanes_time() const {
+    return positions() * filled(outputs, outputs > 8 ? 64 : 8) * filled(inputs * offsets(), 64) / 0.6;
+  }
+  double tensor_time() const {
+    const bool large = outputs > 64;
+    const double tiles = filled(outputs, large ? 128 : 64) * filled(filled(inputs, 8) * offsets(), 128);
+    return filled(positions(), 32) * tiles / (large ? 5.4 : 3.6) + 30 * elements() / groups;
+  }
+  bool tensor_is_faster() const { return tensor_time() < lanes_time(); }
+
+  // Library products of float32 or float64 run at 0.8 of the rate (TF32, if the user allows it, faster), of 16-bit
+  // elements at 6 times it on tensor cores. A Gram is written once and read about once, 8 bytes at the 5 TB/s of a
+  // second-level cache, or 50 multiply-adds; a pair of pixels that a kernel offset adds costs 6 instructions, for half
+  // the pairs. Every residue takes launches of its own, which overrun the gain where there are many.
+  double cuda_gram_time(bool half) const {
+    if (y.residues() * x.residues() > 16) return std::numeric_limits<double>::infinity();
+    const double t = positions(), pairs = y.pixel_pairs() * x.pixel_pairs();
+    return (pairs * inputs + t * t * outputs) / (half ? 6 : 0.8) + 50 * (pairs + t * t) + 3 * offsets() * t * t;
+  }
+
   GradSqnormMethod choose_cuda(bool half) const {
     if (outer_applies()) return GradSqnormMethod::kOuter;
-    const auto filled = [](double n, double tile) { return std::ceil(n / tile) * tile; };
-    const double offsets = 1.0 * y.kernel * x.kernel, t = positions();
-    const double residues = 1.0 * y.residues() * x.residues();
-    const double tiles = t * filled(outputs, outputs > 8 ? 64 : 8) * filled(inputs * offsets, 64);
-    const double pairs = y.pixel_pairs() * x.pixel_pairs();
-    const double gram = (pairs * inputs + t * t * outputs) / (half ? 6 : 0.8) + 50 * (pairs + t * t);
-    const bool cheaper = gram + 3 * offsets * t * t < tiles / 0.6;
-    return cheaper && residues <= 16 ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
+    const double direct = half ? std::min(tensor_time(), lanes_time()) : lanes_time();
+    return cuda_gram_time(half) < direct ? GradSqnormMethod::kGram : GradSqnormMethod::kDirect;
+  }
+
+  // Whether one pass on tensor cores that also sums the gradients takes less time than the norms and a library's
+  // product.
+  bool tensor_sums() const {
+    const double norms = outer_applies() ? 0 : std::min(cuda_gram_time(true), lanes_time());
+    return tensor_time() < norms + direct() / groups / 6;
   }
 
   static constexpr double kMostScratch = 16 << 20;  // elements, per thread
+
+ private:
+  double offsets() const { return 1.0 * y.kernel * x.kernel; }
+  static double filled(double n, double tile) { return std::ceil(n / tile) * tile; }
 };
 
 }  // namespace memloc

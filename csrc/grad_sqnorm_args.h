@@ -1,6 +1,7 @@
 // Per-example gradient norms, the side that knows tensors: argument checks and shapes, for every device's kernel.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
@@ -59,6 +60,13 @@ inline GradSqnormShape linear_shape(const char* op, const torch::stable::Tensor&
                " and ", shape_of(grad_output));
   MEMLOC_CHECK(positions < int64_t{1} << 31, op, ": an example must have less than 2^31 positions, got ", positions);
   return {1, input.size(-1), grad_output.size(-1), {1, 1, 1, 0, 1}, {positions, 1, 1, 0, 1}};
+}
+
+// [batch, *, features] of a linear layer as [batch, features, 1, positions].
+inline torch::stable::Tensor image_of(const torch::stable::Tensor& t, const GradSqnormShape& s) {
+  const std::vector<int64_t> sizes{t.size(0), 1, s.x.size, t.size(-1)};
+  const torch::stable::Tensor rows = torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+  return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
 }
 
 // input [batch, in, height, width], grad_output [batch, out, rows, columns]

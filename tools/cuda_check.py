@@ -37,11 +37,14 @@ WIDE = {
     ("example_tied_dropout_kernel", "planes_kernel"): ("loads", "stores"),
     ("grad_sqnorm_outer", "outer_kernel"): ("loads",),
     ("linear_ablation_kernel", "linear_kernel"): ("loads", "stores"),
+    ("normalization_grads_kernel", "channels_kernel"): ("loads",),
+    ("normalization_grads_kernel", "positions_kernel"): ("loads",),
 }
 SIZES = {"__half": 2, "__nv_bfloat16": 2, "unsigned short": 2, "float": 4, "unsigned int": 4}  # 8 of all others
 # Kernels that multiply on tensor cores what was copied to shared memory meanwhile, by the beginning of their name, and
 # which of the instructions for it they have.
-TENSOR_CORE = {
+TENSOR_CORE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("grad_sqnorm_tensor", "tensor_kernel"): ("hmma", "ldgsts"),
     ("kept_linear_kernel", "dense_kernel<__"): ("hmma", "ldgsts"),
     ("kept_linear_kernel", "values_kernel<__"): ("hmma", "ldgsts"),
     ("kept_linear_kernel", "weight_kernel<__"): ("hmma", "ldgsts"),

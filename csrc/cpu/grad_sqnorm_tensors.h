@@ -2,10 +2,7 @@
 // in grad_sqnorm_kernels.inc, compiled once per instruction set (grad_sqnorm_*.cpp).
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <vector>
 
 #include "cpu/grad_sqnorm_kernels.h"
 #include "cpu/instruction_set.h"
@@ -27,13 +24,6 @@ template <typename Source>
 GradSqnormProblem<Source> problem_of(const torch::stable::Tensor& x, const torch::stable::Tensor& g,
                                      const GradSqnormShape& s) {
   return {operand<Source>(x), operand<Source>(g), s.groups, s.inputs, s.outputs, s.y, s.x};
-}
-
-// [batch, *, features] of a linear layer as [batch, features, 1, positions].
-inline torch::stable::Tensor image_of(const torch::stable::Tensor& t, const GradSqnormShape& s) {
-  const std::vector<int64_t> sizes{t.size(0), 1, s.x.size, t.size(-1)};
-  const torch::stable::Tensor rows = torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
-  return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
 }
 
 // Adds the squared norms [batch] to what is zero.

@@ -6,12 +6,11 @@
 // and of a large image only the pairs of a band of positions.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <string>
 #include <vector>
 
-#include "cuda/grad_sqnorm_kernel.h"
+#include "cuda/grad_sqnorm_ways.h"
 #include "cuda/launch.h"
 #include "grad_sqnorm_args.h"
 
@@ -21,28 +20,17 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::detail::from;
 
-constexpr int64_t kGramBytes = int64_t{32} << 20;  // scratch at a time: below the second-level cache of a large device
 constexpr int64_t kCopyElements = int64_t{32}
                                   << 20;  // of operands at a time, which are copied if their strides need it
 constexpr int64_t kBandPositions = 256;   // enough rows for a product to run at speed
 constexpr int64_t kMostProducts = 65535;  // of one bmm: what the third dimension of a grid takes
-
-template <typename... Arguments>
-Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
-  StableIValue stack[] = {from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 Tensor slice(const Tensor& t, int64_t dim, int64_t first, int64_t count, int64_t step) {
   if (first == 0 && count == t.size(dim) && step == 1) return t;  // calls take longer than small chunks do
   return call("aten::slice", "Tensor", t, dim, std::optional<int64_t>(first),
               std::optional<int64_t>(first + (count - 1) * step + 1), step);
 }
-
-ImageView view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 // Some examples and groups of a layer, whose Grams are computed together.
 struct Chunk {
@@ -78,7 +66,7 @@ class GramWay {
     for (int64_t i = 0; i < row.residues(); ++i) rows_.emplace_back(row, i);
     for (int64_t i = 0; i < column.residues(); ++i) columns_.emplace_back(column, i);
     const int64_t positions = row.positions() * column.positions();
-    const int64_t budget = kGramBytes / (is_double_ ? 8 : 4);
+    const int64_t budget = scratch_bytes(x.get_device_index()) / (is_double_ ? 8 : 4);
     bands_ = {row.positions(), column.positions(), std::clamp<int64_t>(budget / (2 * positions), 1, kBandPositions)};
     for (int64_t i = 0; i < bands_.count(); ++i) measure(bands_[i]);
     const int64_t operands = shape.inputs * row.size * column.size + shape.outputs * positions;
@@ -125,8 +113,8 @@ class GramWay {
 
   void add_band(const Chunk& chunk, const Band& band, double* partials) {
     const auto steps = [](const Range& r) { return Steps{r.first, r.count, 1}; };
-    multiply(position_gram_, g_, chunk, shape_.outputs, steps(band.left.y), steps(band.left.x), steps(band.right.y),
-             steps(band.right.x));
+    multiply_parts(position_gram_, g_, chunk, shape_.outputs, steps(band.left.y), steps(band.left.x),
+                   steps(band.right.y), steps(band.right.x));
     for (const Residue& y : rows_) {
       for (const Residue& x : columns_) add_residue(chunk, band, y, x, partials);
     }
@@ -140,29 +128,23 @@ class GramWay {
     const Steps left_y = pixels(y, band.left.y), left_x = pixels(x, band.left.x);
     const Steps right_y = pixels(y, band.right.y), right_x = pixels(x, band.right.x);
     if (left_y.count == 0 || left_x.count == 0 || right_y.count == 0 || right_x.count == 0) return;
-    multiply(pixel_gram_, x_, chunk, shape_.inputs, left_y, left_x, right_y, right_x);
+    multiply_parts(pixel_gram_, x_, chunk, shape_.inputs, left_y, left_x, right_y, right_x);
     const GramPairs pairs{
         position_gram_.const_data_ptr(),        pixel_gram_.const_data_ptr(),          is_double_, chunk.count(), band,
         GramAxis(y, band.left.y, band.right.y), GramAxis(x, band.left.x, band.right.x)};
     check_cuda(grad_sqnorm_gram_cuda(pairs, partials, parts_, stream_), "grad_sqnorm");
   }
 
-  // gram = left^T right, for two parts of an image. Into a given tensor: that is a call which autocast leaves alone,
-  // and which for 16-bit elements can be told to give the float32 that it sums in.
-  void multiply(Tensor& gram, const Tensor& image, const Chunk& chunk, int64_t channels, const Steps& left_y,
-                const Steps& left_x, const Steps& right_y, const Steps& right_x) const {
+  // gram = left^T right, for two parts of an image.
+  void multiply_parts(Tensor& gram, const Tensor& image, const Chunk& chunk, int64_t channels, const Steps& left_y,
+                      const Steps& left_x, const Steps& right_y, const Steps& right_x) const {
     const Tensor left = part(image, chunk, channels, left_y, left_x);
     const bool same = left_y == right_y && left_x == right_x;
     const Tensor right = same ? left : part(image, chunk, channels, right_y, right_x);
     const std::vector<int64_t> sizes{left.size(0), left.size(2), right.size(2)};
     const Tensor out = torch::stable::view(torch::stable::narrow(gram, 0, 0, sizes[0] * sizes[1] * sizes[2]),
                                            IntHeaderOnlyArrayRef(sizes));
-    const Tensor rows = torch::stable::transpose(left, 1, 2);
-    if (element_size(left) == 2) {
-      call("aten::bmm", "dtype_out", rows, right, ScalarType::Float, out);
-    } else {
-      call("aten::bmm", "out", rows, right, out);
-    }
+    multiply(torch::stable::transpose(left, 1, 2), right, out);
   }
 
   Tensor x_, g_;
@@ -176,17 +158,22 @@ class GramWay {
   Tensor position_gram_, pixel_gram_;
 };
 
-// x [batch, groups * inputs, height, width], g [batch, groups * outputs, rows, columns]
-Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s) {
+}  // namespace
+
+Tensor grad_sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const GradSqnormShape& s) {
   const bool is_double = x.scalar_type() == ScalarType::Double;
   const std::vector<int64_t> batch{x.size(0)};
   const ScalarType type = is_double ? ScalarType::Double : ScalarType::Float;
   if (x.numel() == 0 || g.numel() == 0) return torch::stable::new_zeros(x, IntHeaderOnlyArrayRef(batch), type);
-  const Tensor out = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(batch), type);
+  Tensor out = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(batch), type);
   const cudaStream_t stream = current_stream(x.get_device_index());
   const GradSqnormImages images{view(x), view(g), element_type(x), x.size(0), s};
   if (method == GradSqnormMethod::kOuter) {
     check_cuda(grad_sqnorm_outer_cuda(images, out.mutable_data_ptr(), stream), "grad_sqnorm");
+    return out;
+  }
+  if (method == GradSqnormMethod::kDirect && s.tensor_is_faster() && tensor_way_applies(x, s)) {
+    tensor_way(x, g, s, out, nullptr, stream);
     return out;
   }
   std::vector<int64_t> sizes{x.size(0), 0};  // of the partial sums
@@ -210,8 +197,7 @@ Tensor sqnorm(GradSqnormMethod method, const Tensor& x, const Tensor& g, const G
   return finish(partials);
 }
 
-// An operator's own function records no gradients, and products into a given tensor refuse to.
-Tensor detached(const Tensor& t) { return call("aten::detach", "", t); }
+namespace {
 
 Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const std::string& method) {
   const char* const op = "linear_grad_sqnorm";
@@ -219,12 +205,7 @@ Tensor linear_grad_sqnorm(const Tensor& input, const Tensor& grad_output, const 
   const GradSqnormMethod best = shape.choose_cuda(element_size(input) == 2);
   const GradSqnormMethod way = parse_method(op, method, "gram", shape, best);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto image = [&](const Tensor& t) {  // [batch, features, 1, positions]
-    const std::vector<int64_t> sizes{t.size(0), 1, shape.x.size, t.size(-1)};
-    const Tensor rows = torch::stable::reshape(detached(t), IntHeaderOnlyArrayRef(sizes));
-    return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
-  };
-  return sqnorm(way, image(input), image(grad_output), shape);
+  return grad_sqnorm(way, image_of(detached(input), shape), image_of(detached(grad_output), shape), shape);
 }
 
 Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::vector<int64_t> kernel_size,
@@ -235,7 +216,7 @@ Tensor conv2d_grad_sqnorm(const Tensor& input, const Tensor& grad_output, std::v
   const GradSqnormMethod best = shape.choose_cuda(element_size(input) == 2);
   const GradSqnormMethod way = parse_method(op, method, "shifted_gram", shape, best);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  return sqnorm(way, detached(input), detached(grad_output), shape);
+  return grad_sqnorm(way, detached(input), detached(grad_output), shape);
 }
 
 }  // namespace

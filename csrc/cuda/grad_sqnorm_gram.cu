@@ -26,6 +26,7 @@ struct Pairs {
   int64_t strips;
   int strips_across;
   int64_t left, right, left_pixels, right_pixels;  // sizes of the Grams
+  uint32_t apart;                                  // right_pixels
 };
 
 // sum[m] = sum over a block of kernel offsets, from (first_i, first_j) on, of the Gram of the pixels that left position
@@ -36,17 +37,26 @@ __device__ __forceinline__ void sum_offsets(E (&sum)[kStrip], const Pairs<E>& p,
                                             int right_column) {
 #pragma unroll
   for (int m = 0; m < kStrip; ++m) sum[m] = 0;
-  for (int i = first_i; i < (kLong ? min(first_i + kOffsets, p.y.offsets) : p.y.offsets); ++i) {
-    const int v = row + p.y.left_shift + i * p.y.step, w = right_row + p.y.right_shift + i * p.y.step;
+  const int first_v = row + p.y.left_shift, first_w = right_row + p.y.right_shift;
+  const int first_u = column + p.x.left_shift, first_z = right_column + p.x.right_shift;
+  // one more kernel offset moves along the diagonal of the pixels' Gram
+  const int64_t step_i = p.y.step * (p.x.left_pixels * p.right_pixels + p.x.right_pixels);
+  const int64_t step_j = p.x.step * (p.right_pixels + 1);
+  const E* line = pixels + (static_cast<int64_t>(first_v) * p.x.left_pixels + first_u) * p.right_pixels +
+                  static_cast<int64_t>(first_w) * p.x.right_pixels + first_z + first_i * step_i + first_j * step_j;
+  const uint32_t apart = p.apart;
+  for (int i = first_i; i < (kLong ? min(first_i + kOffsets, p.y.offsets) : p.y.offsets); ++i, line += step_i) {
+    const int v = first_v + i * p.y.step, w = first_w + i * p.y.step;
     if (!GramAxis::inside(v, p.y.left_pixels) || !GramAxis::inside(w, p.y.right_pixels)) continue;
-    for (int j = first_j; j < (kLong ? min(first_j + kOffsets, p.x.offsets) : p.x.offsets); ++j) {
-      const int u = column + p.x.left_shift + j * p.x.step, z = right_column + p.x.right_shift + j * p.x.step;
+    const E* from = line;
+    int u = first_u + first_j * p.x.step, z = first_z + first_j * p.x.step;
+    const int end = kLong ? min(first_j + kOffsets, p.x.offsets) : p.x.offsets;
+#pragma unroll 1
+    for (int j = first_j; j < end; ++j, from += step_j, u += p.x.step, z += p.x.step) {
       if (!GramAxis::inside(z, p.x.right_pixels)) continue;
-      int64_t at = (static_cast<int64_t>(v) * p.x.left_pixels + u) * p.right_pixels +
-                   static_cast<int64_t>(w) * p.x.right_pixels + z;
 #pragma unroll
-      for (int m = 0; m < kStrip; ++m, at += p.right_pixels) {
-        if (GramAxis::inside(u + m, p.x.left_pixels)) sum[m] += pixels[at];
+      for (int m = 0; m < kStrip; ++m) {
+        if (GramAxis::inside(u + m, p.x.left_pixels)) sum[m] += from[uint64_t{apart} * m];
       }
     }
   }
@@ -115,6 +125,7 @@ cudaError_t launch(const GramPairs& g, double* partials, int64_t parts, cudaStre
   p.right = right.count();
   p.left_pixels = static_cast<int64_t>(g.y.left_pixels) * g.x.left_pixels;
   p.right_pixels = static_cast<int64_t>(g.y.right_pixels) * g.x.right_pixels;
+  p.apart = static_cast<uint32_t>(p.right_pixels);
   const unsigned lanes = lanes_for(p.right);
   const dim3 block(lanes, kThreads / lanes);
   const int each = static_cast<int>(parts);

@@ -100,7 +100,7 @@ struct Position {
 // The first of a slice of positions, below 2^31 all of them, so that one past the last does not overflow. Steps from it
 // without a division: of less than kShort to one of its positions, or to the next slice.
 struct Slice {
-  static constexpr uint32_t kShort = 16;
+  static constexpr uint32_t kShort = 32;
   Position first;
 
   // Division by columns for what a column and a short step add up to; columns below kShort.

@@ -47,7 +47,8 @@ cudaError_t grad_sqnorm_gram_cuda(const GramPairs& pairs, double* partials, int6
 cudaError_t grad_sqnorm_finish_cuda(const double* partials, int64_t per_example, int64_t batch, bool is_double,
                                     void* out, cudaStream_t stream);
 
-// How many parts occupy a device whatever the batch. They do not depend on the device, nor does the order of the sums.
+// How many parts occupy a device whatever the batch; of a Gram, whatever is in scratch. They do not depend on the
+// device, nor does the order of the sums in the direct way.
 int64_t grad_sqnorm_direct_parts(const GradSqnormImages& images);
 int64_t grad_sqnorm_gram_parts(const Bands& bands, int64_t count);
 

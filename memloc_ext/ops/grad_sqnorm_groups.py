@@ -75,8 +75,9 @@ def linear_grad_sqnorm_groups(
 ) -> tuple[Tensor, Tensor]:
     r"""Return the norms of `linear_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
 
-    One pass on the CPU where that is cheaper (see ``Plan.fused``), else the norms and one weight gradient per group.
-    With a single group the sum is the gradient of the batch. Both results are detached.
+    One pass where that is cheaper: on the CPU (see ``Plan.fused``), and on CUDA for a single group of 16-bit elements.
+    Else the norms and one weight gradient per group. With a single group the sum is the gradient of the batch. Both
+    results are detached.
 
     Args:
         input: What the layer was given, ``[batch, *, in]``; float16, bfloat16, float32 or float64, any strides.
@@ -94,8 +95,9 @@ def linear_grad_sqnorm_groups(
     """
     name, x, g = "linear_grad_sqnorm_groups", input, grad_output
     if may_compose(x, g) and not (x.is_cpu and plan_linear(prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused):
-        norms = linear_grad_sqnorm(x, g)
-        return norms, linear_group_grad(x.detach(), g.detach(), _groups(name, x, group_ids, num_groups))
+        group_ids = _groups(name, x, group_ids, num_groups)
+        if not on_tensor_cores(x, group_ids):
+            return linear_grad_sqnorm(x, g), linear_group_grad(x.detach(), g.detach(), group_ids)
     return call_without_graph(_linear, name, x, g, *given_ids(group_ids, num_groups))
 
 
@@ -121,8 +123,8 @@ def conv2d_grad_sqnorm_groups(
 ) -> tuple[Tensor, Tensor]:
     r"""Return the norms of `conv2d_grad_sqnorm`, and the *sum* of the weight gradients over each group of examples.
 
-    One pass on the CPU where that is cheaper, as `linear_grad_sqnorm_groups`, of which are ``group_ids`` and
-    ``num_groups``. The other arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of channels.
+    One pass where that is cheaper, as `linear_grad_sqnorm_groups`, of which are ``group_ids`` and ``num_groups``. The
+    other arguments are those of `conv2d_grad_sqnorm`, whose ``groups`` are of channels.
 
     Returns:
         ``[batch]`` and ``[num_groups, out, in / groups, *kernel_size]``; float64 for float64 inputs, else float32.
@@ -134,8 +136,10 @@ def conv2d_grad_sqnorm_groups(
     name, x, g = "conv2d_grad_sqnorm_groups", input, grad_output
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
     if may_compose(x, g) and not (x.is_cpu and conv2d_is_fused(x, g, *geometry, groups)):
-        norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         by = _groups(name, x, group_ids, num_groups)
+        if on_tensor_cores(x, by):
+            return call_without_graph(_conv2d, name, x, g, *given_ids(by, None), *geometry, groups)
+        norms = conv2d_grad_sqnorm(x, g, *geometry, groups)
         sums = norms.new_zeros(by.num, g.shape[1], x.shape[1] // groups, *kernel_size)
         settings = (*geometry[1:], False, [0, 0], groups, [False, True, False])
         for total, (rows_x, rows_g) in zip(sums, by.split(x.detach(), g.detach()), strict=True):
@@ -164,6 +168,11 @@ def may_compose(x: Tensor, g: Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(g, Tensor):
         return False
     return x.ndim == g.ndim >= 2 and 0 not in (x.numel(), g.numel())
+
+
+def on_tensor_cores(x: Tensor, groups: Groups) -> bool:
+    """Return whether CUDA's operator may take one pass; it knows whether that is cheaper."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and groups.num == 1
 
 
 def given_ids(group_ids: Tensor | Groups, num_groups: int | None) -> tuple[Tensor, int | None]:

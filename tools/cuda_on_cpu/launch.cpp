@@ -23,6 +23,7 @@ constexpr int kMostThreads = 1024;
 constexpr size_t kMostShared = 49152;  // bytes of a block that did not ask for more
 constexpr size_t kMostAsked = 232448;  // bytes that it may ask for, on sm_90
 constexpr size_t kStack = 1 << 18;     // bytes of a fiber
+constexpr int kCache = 12 << 20;       // bytes of the second level: few, so that scratch is used again
 constexpr int kProcessors = 3;         // few, so that blocks of a kernel that fills the device take several turns
 
 enum class State { kReady, kAtBarrier, kAtMeeting, kDone };
@@ -264,7 +265,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors : int{cuda_on_cpu::kMostAsked};
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors
+           : attribute == cudaDevAttrL2CacheSize       ? cuda_on_cpu::kCache
+                                                       : int{cuda_on_cpu::kMostAsked};
   return cudaSuccess;
 }
 
