@@ -74,5 +74,5 @@ if os.environ.get("MEMLOC_EXTENSIONS") == "0":  # for `make`, which has built th
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={} if with_host else {"bdist_wheel": {"py_limited_api": "cp310"}},  # pybind11 pins the Python version
+    options={} if pybind11 else {"bdist_wheel": {"py_limited_api": "cp310"}},  # pybind11 pins the Python version
 )
