@@ -63,12 +63,13 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads) values_kernel(const 
     const Lines<T> dense{p.dense + run.row * p.dense_step, p.dense_step, nullptr, 0, rows, p.columns};
     ProductTile<T> product(shared);
     product.template multiply<true, true>(p.gathered(run.channel, kept), dense, m, n, p.columns);
-    product.for_each([&](int i, int j, auto sum) {
-      if (m + i >= kept || n + j >= rows) return;
+    product.for_each([&](int i, int j, Pair<Compute<T>> sums) {
+      if (m + i >= kept) return;
       const int64_t channel = p.channels[run.channel + m + i];
-      const bool known = static_cast<uint64_t>(channel) < static_cast<uint64_t>(p.weights);
-      if (p.bias != nullptr && known) sum += compute(p.bias[channel]);
-      p.values[run.value + (m + i) * rows + n + j] = narrow<T>(sum);
+      if (p.bias != nullptr && static_cast<uint64_t>(channel) < static_cast<uint64_t>(p.weights)) {
+        sums.element[0] += compute(p.bias[channel]), sums.element[1] += compute(p.bias[channel]);
+      }
+      put<false>(p.values + run.value + (m + i) * rows + n + j, sums, rows - n - j);
     });
   }
 }
@@ -84,10 +85,9 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads) dense_kernel(const _
     const Lines<T> values{p.values + run.value, rows, nullptr, 0, kept, rows};
     ProductTile<T> product(shared);
     product.template multiply<false, false>(values, p.gathered(run.channel, kept), m, n, kept);
-    product.for_each([&](int i, int j, auto sum) {
-      if (m + i >= rows || n + j >= p.columns) return;
-      T& to = p.dense[(run.row + m + i) * p.dense_step + n + j];
-      to = narrow<T>(compute(to) + sum);
+    product.for_each([&](int i, int j, const Pair<Compute<T>>& sums) {
+      if (m + i >= rows) return;
+      put<true>(p.dense + (run.row + m + i) * p.dense_step + n + j, sums, p.columns - n - j);
     });
   }
 }
@@ -129,10 +129,11 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads) weight_kernel(const 
         ProductTile<T> product(shared);
         // its first barrier also orders the last run's terms before this one's
         product.template multiply<true, false>(values, dense, m, n, rows);
-        product.for_each([&](int i, int j, auto sum) {
-          if (m + i >= end || n + j >= p.columns) return;
+        product.for_each([&](int i, int j, const Pair<Compute<T>>& sums) {
+          if (m + i >= end) return;
           const int64_t channel = p.channels[run.channel + m + i];
-          if (channel >= range && channel < range + p.range) p.weight_sums[channel * p.weight_step + n + j] += sum;
+          if (channel < range || channel >= min(range + p.range, p.weights)) return;
+          put<true>(p.weight_sums + channel * p.weight_step + n + j, sums, p.columns - n - j);
         });
       }
     }

@@ -14,6 +14,28 @@ constexpr int kTileLines = 64;
 template <typename T>
 constexpr bool kOnTensorCores = sizeof(T) == 2;
 
+// Sums of two neighbours.
+template <typename E>
+using Pair = Piece<E, 2>;
+
+// Writes a pair, or adds it, where as many elements are left; in one access where they lie so.
+template <bool kAdd, typename T>
+__device__ __forceinline__ void put(T* to, const Pair<Compute<T>>& sums, int64_t left) {
+  const auto put_one = [&](T& element, int i) {
+    element = narrow<T>(kAdd ? compute(element) + sums.element[i] : sums.element[i]);
+  };
+  if (left > 1 && reinterpret_cast<uintptr_t>(to) % sizeof(Piece<T, 2>) == 0) {
+    auto& both = *reinterpret_cast<Piece<T, 2>*>(to);
+    Piece<T, 2> elements{};
+    if constexpr (kAdd) elements = both;
+    put_one(elements.element[0], 0), put_one(elements.element[1], 1);
+    both = elements;
+  } else {
+    if (left > 0) put_one(to[0], 0);
+    if (left > 1) put_one(to[1], 1);
+  }
+}
+
 // Lines of elements that lie side by side. Lines that are not there, and those that an index names past the last one,
 // are zeros.
 template <typename T>
@@ -126,7 +148,7 @@ struct TensorTile {
     }
   }
 
-  // Calls take(line of a, line of b, sum) for all of the tile.
+  // Calls take(line of a, line of b, its sum and that of the next one) for all of the tile.
   template <typename Take>
   __device__ __forceinline__ void for_each(const Take& take) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -136,7 +158,9 @@ struct TensorTile {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) take(m + 16 * i + e / 2 * 8, n + 8 * j + e % 2, sums[i][j][e]);
+        for (int half = 0; half < 2; ++half) {
+          take(m + 16 * i + 8 * half, n + 8 * j, {sums[i][j][2 * half], sums[i][j][2 * half + 1]});
+        }
       }
     }
   }
@@ -217,8 +241,8 @@ struct PlainTile {
 #pragma unroll
     for (int i = 0; i < S::kThreadM; ++i) {
 #pragma unroll
-      for (int j = 0; j < S::kThreadN; ++j) {
-        take(of(threadIdx.x / kAcross, i), of(threadIdx.x % kAcross, j), sums[i][j]);
+      for (int j = 0; j < S::kThreadN; j += 2) {
+        take(of(threadIdx.x / kAcross, i), of(threadIdx.x % kAcross, j), {sums[i][j], sums[i][j + 1]});
       }
     }
   }

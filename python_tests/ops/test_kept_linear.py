@@ -30,6 +30,7 @@ def case(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Kept, Ten
     mask = torch.rand(len(lengths), channels, generator=make) < 0.6
     if len(lengths) > 1:
         mask[1] = False
+        mask[-1, : channels // 2] = False
     tensor = lambda *sizes: torch.randn(sizes, generator=make).to(device, dtype)  # noqa: E731
     rows = mask.repeat_interleave(torch.tensor(lengths, dtype=torch.int64), 0)
     kept = Kept.of(mask.to(device), lengths)
