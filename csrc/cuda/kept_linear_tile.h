@@ -29,7 +29,13 @@ __device__ __forceinline__ void put(T* to, const Pair<Compute<T>>& sums, int64_t
     Piece<T, 2> elements{};
     if constexpr (kAdd) elements = both;
     put_one(elements.element[0], 0), put_one(elements.element[1], 1);
-    both = elements;
+    if constexpr (sizeof(T) == 2) {  // an assignment would write one by one
+      uint32_t bits;
+      memcpy(&bits, &elements, sizeof(bits));
+      *reinterpret_cast<uint32_t*>(to) = bits;
+    } else {
+      both = elements;
+    }
   } else {
     if (left > 0) put_one(to[0], 0);
     if (left > 1) put_one(to[1], 1);
