@@ -67,6 +67,9 @@ STABLE_TORCH_LIBRARY(memloc_ext, m) {
   m.def(
       "plan(int groups, int inputs, int outputs, int[] y, int[] x, int directions=0) -> (int, float, float, float, "
       "bool)");
+  m.def(
+      "account(Tensor[] inputs, Tensor[] grad_outputs, Tensor[] statistics, int[] geometry, float[] eps, Tensor? "
+      "group_ids, SymInt num_groups, bool sums) -> (Tensor, Tensor, Tensor[])");
   m.def("channel_saliency(Tensor activation, Tensor grad, int channel_dim=1) -> Tensor");
   m.def(
       "linear_ablation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor targets, Tensor baseline) -> (Tensor, "

@@ -77,6 +77,9 @@ inline NormalizationGrads NormalizationGradsArgs::arrange(torch::stable::Tensor&
           inner == 1};
 }
 
+// On the CPU: runs the kernel for operands of this type. Nothing may be empty.
+void add_normalization_grads(const NormalizationGrads& n, torch::headeronly::ScalarType type);
+
 // A result, [batch, channels].
 inline torch::stable::Tensor normalization_grad(const NormalizationGradsArgs& args) {
   const std::vector<int64_t> sizes{args.input.size(0), args.input.size(1)};

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -54,26 +53,6 @@ class Packed {
 };
 thread_local std::unique_ptr<char[]> Packed::kept_;
 
-// The examples in the order of their groups, and those; one group if there are none.
-struct Order {
-  std::vector<int64_t> examples, ids;
-
-  Order(const char* op, int64_t count, const std::optional<Tensor>& group_ids, int64_t num_groups)
-      : examples(count), ids(count) {
-    std::iota(examples.begin(), examples.end(), int64_t{0});
-    if (!group_ids) return;
-    const int64_t* const given = static_cast<const int64_t*>(group_ids->const_data_ptr());
-    const int64_t step = group_ids->stride(0);
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t id = given[b * step];
-      MEMLOC_CHECK(id >= 0 && id < num_groups, op, ": group_ids must be in [0, ", num_groups, "), got ", id);
-    }
-    const auto before = [&](int64_t a, int64_t b) { return given[a * step] < given[b * step]; };
-    std::stable_sort(examples.begin(), examples.end(), before);
-    for (int64_t i = 0; i < count; ++i) ids[i] = given[examples[i] * step];
-  }
-};
-
 // Blocks of tiles and slices for a chunk of the given size.
 template <typename Source>
 void share(GradSqnormChunk<Source>& c, int64_t num_groups) {
@@ -93,27 +72,27 @@ void share(GradSqnormChunk<Source>& c, int64_t num_groups) {
   c.slices = std::clamp<int64_t>(std::min(kTasks / tasks(), most), 1, c.count);
 }
 
-// Adds to what is zero; norms [batch] and dots [directions, batch] are in double.
-template <typename Source>
-void run(const Tensor& x, const Tensor& g, const Tensor& directions, const GradSqnormShape& s, const Order& order,
-         double* sqnorm, double* dots, Tensor& sums) {
-  using E = typename GradSqnormChunk<Source>::E;
+}  // namespace
+
+template <typename Source, typename E>
+void add_grads(const GradSqnormProblem<Source>& problem, const GradSqnormShape& s, const ExampleOrder& order,
+               const E* directions, int64_t num_directions, double* sqnorm, double* dots, E* sums, int64_t num_groups) {
   const GradSqnormKernels<Source> kernel = kernels<Source>();
   const GradSqnormLayout layout(s.inputs, s.outputs, s.y, s.x, kernel.tile_rows, kernel.tile_columns);
-  const int64_t batch = x.size(0), bytes = (layout.x_size() + layout.g_size()) * static_cast<int64_t>(sizeof(E));
+  const int64_t batch = static_cast<int64_t>(order.examples.size());
+  const int64_t bytes = (layout.x_size() + layout.g_size()) * static_cast<int64_t>(sizeof(E));
   const int64_t groups = std::clamp<int64_t>(kPackedBytes / bytes, 1, s.groups);
   const int64_t most = std::clamp<int64_t>(kPackedBytes / (bytes * groups), 1, batch);
-  const int64_t step = divide_up(batch, divide_up(batch, most)), num_groups = sums.size(0);
+  const int64_t step = divide_up(batch, divide_up(batch, most));
 
-  GradSqnormChunk<Source> c{problem_of<Source>(x, g, s), layout};
+  GradSqnormChunk<Source> c{problem, layout};
   c.sum_size = s.groups * s.outputs * layout.width * layout.offsets, c.slice_size = num_groups * c.sum_size;
   c.count = step, c.groups = groups;
-  c.directions = static_cast<const E*>(directions.const_data_ptr()), c.num_directions = directions.size(0);
+  c.directions = directions, c.num_directions = num_directions;
   share(c, num_groups);
   const int64_t slices = c.slices;
-  Tensor parts = sums;
-  if (slices > 1) parts = zeros(sums, {slices, c.slice_size}, sums.scalar_type());
-  c.sums = num_groups == 0 ? nullptr : static_cast<E*>(parts.mutable_data_ptr());
+  std::vector<E> parts(slices > 1 ? slices * c.slice_size : 0);
+  c.sums = num_groups == 0 ? nullptr : slices > 1 ? parts.data() : sums;
   const Packed packed(sizeof(E) * step * groups * (layout.x_size() + layout.g_size()));
   c.xs = static_cast<E*>(packed.get()), c.gs = c.xs + step * groups * layout.x_size();
   std::vector<double> partial((1 + c.num_directions) * c.blocks() * step);
@@ -133,20 +112,26 @@ void run(const Tensor& x, const Tensor& g, const Tensor& directions, const GradS
     }
   }
   if (slices > 1) {
-    E* const to = static_cast<E*>(sums.mutable_data_ptr());
     for (int64_t i = 0; i < slices; ++i) {
-      for (int64_t j = 0; j < c.slice_size; ++j) to[j] += c.sums[i * c.slice_size + j];
+      for (int64_t j = 0; j < c.slice_size; ++j) sums[j] += parts[i * c.slice_size + j];
     }
   }
 }
 
-}  // namespace
+template void add_grads(const GradSqnormProblem<c10::Half>&, const GradSqnormShape&, const ExampleOrder&, const float*,
+                        int64_t, double*, double*, float*, int64_t);
+template void add_grads(const GradSqnormProblem<c10::BFloat16>&, const GradSqnormShape&, const ExampleOrder&,
+                        const float*, int64_t, double*, double*, float*, int64_t);
+template void add_grads(const GradSqnormProblem<float>&, const GradSqnormShape&, const ExampleOrder&, const float*,
+                        int64_t, double*, double*, float*, int64_t);
+template void add_grads(const GradSqnormProblem<double>&, const GradSqnormShape&, const ExampleOrder&, const double*,
+                        int64_t, double*, double*, double*, int64_t);
 
 GradPass grad_pass(const char* op, const Tensor& x, const Tensor& g, const std::optional<Tensor>& directions,
                    const std::optional<Tensor>& group_ids, int64_t num_groups, const GradSqnormShape& s,
                    const std::vector<int64_t>& weight) {
   check_scratch(op, GradSqnormMethod::kDirect, s);
-  const Order order(op, x.size(0), group_ids, num_groups);
+  const ExampleOrder order(op, x.size(0), group_ids, num_groups);
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   std::vector<int64_t> sizes{num_groups};
   sizes.insert(sizes.end(), weight.begin(), weight.end());
@@ -156,8 +141,12 @@ GradPass grad_pass(const char* op, const Tensor& x, const Tensor& g, const std::
   Tensor sums = zeros(x, sizes, dtype);
   if (x.numel() != 0 && g.numel() != 0 && s.positions() > 0) {
     with_element(x, [&](auto element) {
-      run<decltype(element)>(x, g, along, s, order, static_cast<double*>(norms.mutable_data_ptr()),
-                             static_cast<double*>(dots.mutable_data_ptr()), sums);
+      using Source = decltype(element);
+      using E = typename ComputeIn<Source>::type;
+      add_grads<Source, E>(problem_of<Source>(x, g, s), s, order, static_cast<const E*>(along.const_data_ptr()),
+                           along.size(0), static_cast<double*>(norms.mutable_data_ptr()),
+                           static_cast<double*>(dots.mutable_data_ptr()), static_cast<E*>(sums.mutable_data_ptr()),
+                           num_groups);
     });
   }
   if (dtype == ScalarType::Double) return {dots, norms, sums};

@@ -36,4 +36,9 @@ inline torch::stable::Tensor image_of(const torch::stable::Tensor& t, const Grad
   return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
 }
 
+// Adds the squared norms [batch] to what is zero.
+template <typename Source>
+void add_sqnorms(GradSqnormMethod method, const GradSqnormProblem<Source>& problem, const GradSqnormShape& s,
+                 int64_t batch, double* out);
+
 }  // namespace memloc

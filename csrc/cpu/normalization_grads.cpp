@@ -179,19 +179,23 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> normalization_grads(con
   torch::stable::Tensor scale = normalization_grad(args), shift = normalization_grad(args);
   if (scale.numel() == 0) return {scale, shift};
   if (input.numel() == 0) return {torch::stable::zero_(scale), torch::stable::zero_(shift)};
-  const NormalizationGrads n = args.arrange(scale, shift);
-  const ScalarType type = input.scalar_type();
+  add_normalization_grads(args.arrange(scale, shift), input.scalar_type());
+  return {scale, shift};
+}
+
+}  // namespace
+
+void add_normalization_grads(const NormalizationGrads& n, torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
   const auto kernel = type == ScalarType::Half       ? add_half
                       : type == ScalarType::BFloat16 ? add_bfloat16
                       : type == ScalarType::Float    ? add_float
                                                      : add_double;
   const int64_t lines = n.batch * (n.channels_inside ? divide_up(n.channels, kBlock) : n.channels);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements * lines / input.numel());
+  const int64_t grain = std::max<int64_t>(1, kGrainElements * lines / (n.batch * n.channels * n.positions));
   torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) { kernel(n, begin, end); });
-  return {scale, shift};
 }
 
-}  // namespace
 }  // namespace memloc
 
 STABLE_TORCH_LIBRARY_IMPL(memloc_ext, CPU, m) {

@@ -53,7 +53,6 @@ class BackwardPass:
         constant_statistics: Whether batch normalisation takes the batch's statistics for constants.
         queries: What else is asked, or None.
         clipped: Whether parameters get their gradients from `clipped_gradients`, when all norms are known.
-        totals_later: Whether `note_totals` is called when all gradients of the parameters' own types are known.
         sqnorm: Squared norms ``[batch]`` of each parameter, by its ``id``.
         group_grad: Sums ``[groups.num, *shape]`` of the gradients of each group, by the ``id`` of each parameter.
         sum_sqnorm: Squared norm of the sum of all examples' gradients, where it was formed, in the same way.
@@ -70,7 +69,6 @@ class BackwardPass:
     constant_statistics: bool = False
     queries: Queries | None = None
     clipped: bool = False
-    totals_later: bool = False
     sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
     group_grad: dict[int, Tensor] = field(default_factory=dict, init=False)
     sum_sqnorm: dict[int, Tensor] = field(default_factory=dict, init=False)
@@ -140,8 +138,7 @@ class BackwardPass:
         if not wanted or gradient is None:
             return None
         if only_use:
-            if not self.totals_later or gradient.dtype != weight.tensor.dtype:
-                self.note_totals({key: gradient})
+            self.note_totals({key: gradient})
         else:
             if key not in self._sums:
                 like, dtype = weight.parameter, accumulated(gradient.dtype)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memloc_ext.accounting.example_axis import ExampleAxis
+from memloc_ext.accounting.fused import BUDGET, SMALL, Fused, fused
 from memloc_ext.accounting.layers.convolution import Convolution
 from memloc_ext.accounting.layers.elementwise import Broadcast
 from memloc_ext.accounting.layers.embedding import Embedding
@@ -46,8 +44,6 @@ _STATIC = frozenset(
     " ".join((_MOVES, _MORE_MOVES, _ELEMENTWISE, _MORE_ELEMENTWISE, _REDUCTIONS, _PRODUCTS, _MORE_PRODUCTS)).split()
 )
 """Functions that leave the examples in places that follow from shapes and numbers alone, never from values."""
-SMALL = 1 << 14  # elements of what layers are given that wait for each other
-STACKED = 4  # of them, from which on they are accounted as one
 _NUMBERS = (int, str, tuple, list, type(None))  # floating point ones move nothing
 
 
@@ -62,9 +58,8 @@ class Place:
         shape: Of the node's output.
         rows: Shape of the layer's output.
         last: Whether nothing below wants a gradient, beside its parameters.
-        like: Number of the first place with the same kind of layer and shapes.
-        likes: How many of the same there are, if they can be accounted as one; else 1.
-        small: Whether what it is given may wait for the end of the backward pass.
+        fused: How it is accounted together with others, or None.
+        waits: Whether what it is given may wait for the end of the backward pass.
     """
 
     node: int
@@ -72,10 +67,9 @@ class Place:
     parameters: Mapping[int, int]
     shape: tuple[int, ...]
     rows: tuple[int, ...]
-    last: bool
-    like: int = 0
-    likes: int = 1
-    small: bool = False
+    last: bool = False
+    fused: Fused | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,6 @@ class Pattern:
         leaves: Number of each leaf to the ``id`` of the parameter that it is, or 0.
         places: Of the layers.
         checked: Whether norms were held against plain autograd.
-        kept: Tensors that are the same in every step.
     """
 
     outputs: tuple[int, ...]
@@ -106,7 +99,6 @@ class Pattern:
     leaves: dict[int, int]
     places: list[Place]
     checked: bool
-    kept: dict[object, Tensor] = field(default_factory=dict)
 
     def match(self, outputs: Sequence[Tensor], reached: Collection[int]) -> list[Any] | None:
         """Return the nodes below what the model returned if the graph is this one, else None.
@@ -140,13 +132,6 @@ class Pattern:
             return None
         known = self.leaves.items()
         return nodes if all(key == 0 or id(nodes[i].variable) == key for i, key in known) else None
-
-    def keep(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """Return some numbers as a tensor, which is made once."""
-        key = (device, *numbers)
-        if key not in self.kept:
-            self.kept[key] = torch.tensor(numbers, device=device)
-        return self.kept[key]
 
 
 class Walk:
@@ -215,7 +200,7 @@ def pattern_of(
         places += found
     if numbers_of or len({place.node for place in places}) < len(places):
         return None
-    places = _with_likes(graph, [_with_end(graph, place, chains) for place in places], parameters)
+    places = _completed(graph, places, chains)
     return Pattern(
         chosen,
         tuple(axes),
@@ -280,30 +265,21 @@ def _place(graph: _Graph, layer: LayerFunction, parameters: dict[int, int], chai
         kept.running = (None, None)
     if isinstance(kept, Broadcast):
         kept.source = None  # pyright: ignore[reportAttributeAccessIssue]
-    return Place(node, kept, parameters, _shape(graph.nodes[node]), tuple(layer.output_shape or ()), False)
+    return Place(node, kept, parameters, _shape(graph.nodes[node]), tuple(layer.output_shape or ()))
 
 
-def _with_end(graph: _Graph, place: Place, chains: Collection[int]) -> Place:
-    """Return a place that knows whether its node has anything below beside its parameters."""
-    last = all(below < 0 or below in chains for below, _ in graph.edges[place.node])
-    return replace(place, last=last)
-
-
-def _with_likes(graph: _Graph, places: Sequence[Place], parameters: Mapping[int, nn.Parameter]) -> list[Place]:
-    """Return places that know which others are like them."""
-    same: dict[object, list[int]] = defaultdict(list)
-    small = []
-    for i, place in enumerate(places):
+def _completed(graph: _Graph, places: Sequence[Place], chains: Collection[int]) -> list[Place]:
+    """Return places that know what is below them, and which others they wait for."""
+    found, waiting = [], 0
+    for place in places:
         node = graph.nodes[place.node]
-        kept = [t for name in dir(node) if name.startswith("_saved_") and isinstance(t := getattr(node, name), Tensor)]
-        kept += [graph.nodes[leaf].variable for leaf in place.parameters.values()]
-        settings = {name: value for name, value in vars(place.layer).items() if name not in ("tracer", "weights")}
-        sizes = tuple((t.shape, t.dtype, t.device) for t in kept)
-        small.append(max(math.prod(place.shape), *(t.numel() for t in kept)) <= SMALL)
-        alike = (type(place.layer), repr(settings), place.shape, place.rows, sizes)
-        same[alike if small[i] and place.layer.axis.before == 1 else i].append(i)
-    likes = {i: group for group in same.values() for i in group}
-    return [replace(place, like=likes[i][0], likes=len(likes[i]), small=small[i]) for i, place in enumerate(places)]
+        last = all(below < 0 or below in chains for below, _ in graph.edges[place.node])
+        parameters = {i: graph.nodes[leaf].variable for i, leaf in place.parameters.items()}
+        own = fused(place.layer, node, place.shape, place.rows, parameters)
+        waits = own is not None and own.size <= SMALL and waiting + own.size <= BUDGET
+        waiting += own.size if own is not None and waits else 0
+        found.append(replace(place, last=last, fused=own, waits=waits))
+    return found
 
 
 def _numbers(nodes: Sequence[Any]) -> list[tuple[int, Callable[[Any], Any], Any]]:

@@ -2,6 +2,7 @@
 
 from memloc_ext import _libraries as _libraries
 from memloc_ext.ops import ablation as _ablation  # noqa: F401, registers its operators
+from memloc_ext.ops import account as _account  # noqa: F401
 from memloc_ext.ops.ablate_channels import ablate_channels, ablate_channels_
 from memloc_ext.ops.channel_saliency import channel_saliency
 from memloc_ext.ops.example_tied_conv2d import example_tied_conv2d

@@ -74,6 +74,18 @@ VALID: dict[str, Callable[[], list[Any]]] = {
     "linear_ablation_loss": lambda: [
         torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), ids(0, 4, 2), torch.randn(4)
     ],
+    "account": lambda: [
+        [torch.randn(3, 4, 5), torch.randn(3, 2, 5, 5), torch.randn(3, 4, 5), torch.randn(3, 4, 5)],
+        [torch.randn(3, 4, 2), torch.randn(3, 4, 3, 3), torch.randn(3, 4, 5), torch.randn(3, 4, 5)],
+        [torch.randn(3, 4, 1), torch.rand(3, 4, 1), torch.randn(4), torch.rand(4)],
+        [
+            0, 3, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1,
+            1, 3, 0, 1, 1, 1, 3, 3, 2, 2, 1, 1, 1, 1, 2,
+            2, 3, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1,
+            3, 3, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1,
+        ],
+        [-1.0, -1.0, -1.0, 0.1], ids(1, 0, 1), 2, True,
+    ],
     "normalization_grads": lambda: [
         torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 1), torch.rand(3, 2, 1)
     ],
