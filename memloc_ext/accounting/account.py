@@ -160,10 +160,7 @@ class OwnGradients:
         """Return answers ``[batch, *]`` times the factor, or a power of it."""
         if isinstance(self.factor, Tensor):
             return {name: self._times_each(t, self.factor, power) for name, t in answers.items()}
-        if not answers or self.factor == 1:
-            return answers
-        scaled = torch._foreach_mul(list(answers.values()), self.factor**power)  # pyright: ignore
-        return dict(zip(answers, scaled, strict=True))
+        return _times(answers, self.factor**power)
 
     def times_pairs(self, answers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return inner products ``[batch, batch]`` times the factors of both examples."""
@@ -178,6 +175,18 @@ class OwnGradients:
         for _ in range(power):  # float64 has room for squares that float32 has none for
             wide = wide * factors
         return torch.where(factors > 0, wide, 0).to(t.dtype)
+
+
+def _times(answers: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Return answers times a factor: of the same kind as one tensor, which takes less time than one by one."""
+    if not answers or factor == 1:
+        return answers
+    tensors = list(answers.values())
+    if len({(t.shape, t.dtype, t.device) for t in tensors}) == 1:
+        scaled: Sequence[Tensor] = torch.stack(tensors).mul_(factor).unbind()
+    else:
+        scaled = torch._foreach_mul(tensors, factor)  # pyright: ignore
+    return dict(zip(answers, scaled, strict=True))
 
 
 def account_of(
@@ -207,7 +216,7 @@ def account_of(
     if backward.sum_sqnorm and (factor := own.of_all) is not None:
         square = (factor / max(1, batch)) ** 2
         found = told(backward.sum_sqnorm, lambda _: ())
-        means = dict(zip(found, torch._foreach_mul(list(found.values()), square), strict=True))  # pyright: ignore
+        means = _times(found, square)
     account, asked = Account(own.times(told(backward.sqnorm), 2), group_grad, mean_sqnorm=means), backward.queries
     if asked is None:
         return account

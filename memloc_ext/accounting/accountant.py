@@ -151,13 +151,17 @@ class GradientAccountant:
             return maybe_current_level() is None and any(tracer is entered for entered, _ in self._tracers)
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
-            if mine():
+            if not mine():
+                return
+            with torch._C.DisableTorchFunction():
                 entered = tracer.enter_model(args, kwargs, self._shared(args, kwargs))
                 if entered is not None and self._check != "always":
                     begin(self._known, tracer, entered, checked=self._check == "first")
 
         def after(model: nn.Module, args: Any, output: Any) -> None:
-            if mine():
+            if not mine():
+                return
+            with torch._C.DisableTorchFunction():
                 tracer.leave_model(output)
                 if tracer.depth == 0 and not tracer.replaying:
                     end(tracer)
@@ -283,7 +287,7 @@ class GradientAccountant:
             batch,
             groups if weight_grads and exact is None else None,
             weight_grads and exact is None,
-            tracer.calls | found.uses,  # the larger count of each
+            tracer.calls | found.uses if tracer.calls else found.uses,  # the larger count of each
             slow,
             several_rows=batch_size is not None and not mistaken,
             queries=asked if asked is not None and asked.any else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,7 +18,7 @@ from memloc_ext.accounting.layers.elementwise import Broadcast
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.layers.linear import Linear
 from memloc_ext.accounting.layers.normalization import BatchNorm, GroupNorm, LayerNorm
-from memloc_ext.ops.account import CHANNEL_NORM, CONVOLUTION, LAYER_NORM, LINEAR, Layer, account
+from memloc_ext.ops.account import CHANNEL_NORM, CONVOLUTION, LAYER_NORM, LINEAR, Geometry, Layer, account
 from memloc_ext.ops.grad_sqnorm import plan_conv2d, plan_linear
 
 SMALL = 1 << 16  # bytes of what a layer is given, up to which it waits for the end of the backward pass
@@ -171,6 +171,48 @@ _KINDS: Mapping[type[LayerFunction], Callable[..., tuple[Layer, Any] | None]] = 
 }
 
 
+class Together:
+    """Some layers that are accounted by one call.
+
+    Args:
+        layers: At least one, all of the same device and kind of type.
+    """
+
+    def __init__(self, layers: Sequence[Fused]) -> None:
+        self.layers = layers
+        self._normal = [layer.layer.kind in (LAYER_NORM, CHANNEL_NORM) for layer in layers]
+        self._geometry = Geometry.of([layer.layer for layer in layers])
+        self._keys = [key for layer in layers for key in layer.keys]
+        self._shapes = [shape for layer in layers for shape in layer.shapes]
+
+    def account(self, backward: BackwardPass, given: Sequence[Any], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Tell a backward pass of the layers; return the parameters' gradients, by the ``id`` of each.
+
+        Args:
+            backward: Is told.
+            given: What was read of each layer, None if it only adds a bias.
+            gradients: Of each layer's output.
+        """
+        inputs, statistics = [], []
+        for read, gradient, normal in zip(given, gradients, self._normal, strict=True):
+            if normal:
+                inputs.append(read[0])
+                statistics += read[1:]
+            else:
+                inputs.append(gradient if read is None else read)
+        told = account(inputs, list(gradients), statistics, self._geometry, backward.groups, sums=backward.weight_grads)
+        sqnorm, squares, sums = told
+        keys, count = self._keys, len(self._keys)
+        backward.sqnorm.update(zip(keys, sqnorm.unbind(), strict=True))
+        if not backward.weight_grads:
+            return {}
+        backward.sum_sqnorm.update(zip(keys, squares.unbind(), strict=True))
+        if backward.groups is not None:
+            shapes = ((backward.groups.num, *shape) for shape in self._shapes)
+            backward.group_grad.update(zip(keys, map(_shaped, sums[count:], shapes), strict=True))
+        return dict(zip(keys, map(_shaped, sums[:count], self._shapes), strict=True))
+
+
 class Waiting:
     """Layers that wait for each other, up to a budget.
 
@@ -182,57 +224,26 @@ class Waiting:
     """
 
     def __init__(self, backward: BackwardPass) -> None:
-        self._backward = backward
+        self._backward, self._size = backward, 0
+        self._held: list[tuple[Fused, Any, Tensor]] = []
         self.written: dict[int, Tensor] = {}
-        self._clear()
 
-    def _clear(self) -> None:
-        self._inputs: list[Tensor] = []
-        self._gradients: list[Tensor] = []
-        self._statistics: list[Tensor] = []
-        self._layers: list[Fused] = []
-        self._size = 0
-
-    def add(self, layer: Fused, given: Any, gradient: Tensor) -> None:
-        """Have a layer wait, or all be accounted; ``given``: what it read."""
-        if self._layers and self._layers[-1].wide != layer.wide:
+    def add(self, layer: Fused, node: Any, gradient: Tensor) -> None:
+        """Have a layer wait, given the gradient of its node's output; or account all, if that is too much."""
+        if self._held and self._held[-1][0].wide != layer.wide:
             self.finish()
-        if layer.layer.kind in (LAYER_NORM, CHANNEL_NORM):
-            given, *statistics = given
-            self._statistics += statistics
-        self._inputs.append(gradient if layer.read is None else given)
-        self._gradients.append(gradient)
-        self._layers.append(layer)
+        self._held.append((layer, layer.read and layer.read(node), gradient))
         self._size += layer.size
         if self._size > BUDGET:
             self.finish()
 
     def finish(self) -> None:
         """Account what waits."""
-        if not self._layers:
-            return
-        backward, layers = self._backward, self._layers
-        sqnorm, squares, sums = account(
-            self._inputs,
-            self._gradients,
-            self._statistics,
-            [layer.layer for layer in layers],
-            backward.groups,
-            sums=backward.weight_grads,
-        )
-        self._clear()
-        keys = [key for layer in layers for key in layer.keys]
-        backward.sqnorm.update(zip(keys, sqnorm.unbind(), strict=True))
-        if not backward.weight_grads:
-            return
-        shapes = [shape for layer in layers for shape in layer.shapes]
-        backward.sum_sqnorm.update(zip(keys, squares.unbind(), strict=True))
-        totals, by_group = sums[: len(keys)], sums[len(keys) :]
-        self.written.update(zip(keys, map(_shaped, totals, shapes), strict=True))
-        if by_group:
-            each = zip(by_group, shapes, strict=True)
-            backward.group_grad.update(zip(keys, (_shaped(t, (len(t), *shape)) for t, shape in each), strict=True))
+        if self._held:
+            layers, given, gradients = zip(*self._held, strict=True)
+            self._held, self._size = [], 0
+            self.written.update(Together(layers).account(self._backward, given, gradients))
 
 
-def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return t if t.shape == shape else t.reshape(shape)

@@ -39,6 +39,7 @@ class Members:
                 if buffer is not None and id(buffer) not in met:
                     met.add(id(buffer))
                     found.buffers.append(buffer)
-            children = reversed(module._modules.items())
-            pending += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
+            if module._modules:
+                children = reversed(module._modules.items())
+                pending += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
         return found

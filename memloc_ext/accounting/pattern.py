@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -82,11 +83,17 @@ class Pattern:
         shapes: Of each of all these tensors.
         roots: Numbers of the nodes, and of their outputs, that the loss depends on.
         kinds: Of the nodes.
-        edges: Below each: number of a node, or -1, and of its output.
-        numbers: Of a node, what reads the numbers that it keeps, and these.
+        counts: Of the edges below each.
+        first: Which edges below each lead to a node that is met for the first time.
+        below: Number of the node of each edge, or -1.
+        results: Number of the output that each edge leads to.
+        numbers: Of a node, and what reads the numbers that it keeps.
+        values: These numbers.
         leaves: Number of each leaf to the ``id`` of the parameter that it is, or 0.
         places: Of the layers.
         checked: Whether norms were held against plain autograd.
+        others: Numbers of the leaves that are no parameters.
+        plans: How its layers are accounted, by what is asked.
     """
 
     outputs: tuple[int, ...]
@@ -94,11 +101,17 @@ class Pattern:
     shapes: tuple[tuple[int, ...], ...]
     roots: tuple[tuple[int, int], ...]
     kinds: list[type]
-    edges: list[tuple[tuple[int, int], ...]]
-    numbers: list[tuple[int, Callable[[Any], Any], Any]]
+    counts: list[int]
+    first: list[tuple[int, ...]]
+    below: list[int]
+    results: list[int]
+    numbers: list[tuple[int, Callable[[Any], Any]]]
+    values: list[Any]
     leaves: dict[int, int]
     places: list[Place]
     checked: bool
+    others: list[int]
+    plans: dict[object, Any] = field(default_factory=dict)
 
     def match(self, outputs: Sequence[Tensor], reached: Collection[int]) -> list[Any] | None:
         """Return the nodes below what the model returned if the graph is this one, else None.
@@ -109,24 +122,29 @@ class Pattern:
         """
         if tuple(sorted(reached)) != self.outputs or tuple(tuple(t.shape) for t in outputs) != self.shapes:
             return None
-        walk = Walk([outputs[i] for i in self.outputs])
-        nodes, roots = walk.nodes, walk.roots
-        if roots != self.roots:
-            return None
-        for i, edges in enumerate(self.edges):
-            below = nodes[i].next_functions
-            if len(below) != len(edges):
+        nodes: list[Any] = []
+        for (number, nr), t in zip(self.roots, (outputs[i] for i in self.outputs), strict=True):
+            if number == len(nodes):  # met for the first time
+                nodes.append(t.grad_fn)
+            if nodes[number] is not t.grad_fn or t.output_nr != nr:
                 return None
-            for (node, nr), (number, expected) in zip(below, edges, strict=True):
-                if nr != expected or (node is None) != (number < 0):
-                    return None
-                if number == len(nodes):  # met for the first time
-                    nodes.append(node)
-                elif number >= 0 and nodes[number] is not node:
-                    return None
-        if len(set(nodes)) != len(nodes) or list(map(type, nodes)) != self.kinds:
+        below: list[tuple[tuple[Any, int], ...]] = []
+        meet = nodes.append
+        try:
+            for node, first in zip(nodes, self.first, strict=False):  # grows on the way
+                edges = node.next_functions
+                below.append(edges)
+                for i in first:
+                    meet(edges[i][0])
+        except (AttributeError, IndexError):  # fewer edges
             return None
-        if any(numbers(nodes[i]) != values for i, numbers, values in self.numbers):
+        if len(set(nodes)) != len(self.kinds) or list(map(type, nodes)) != self.kinds:
+            return None
+        held = [*nodes, None]
+        expected = list(zip(map(held.__getitem__, self.below), self.results, strict=True))
+        if list(map(len, below)) != self.counts or list(chain.from_iterable(below)) != expected:
+            return None
+        if [read(nodes[i]) for i, read in self.numbers] != self.values:
             return None
         if any(_shape(nodes[place.node]) != place.shape for place in self.places):
             return None
@@ -200,19 +218,35 @@ def pattern_of(
         places += found
     if numbers_of or len({place.node for place in places}) < len(places):
         return None
-    places = _completed(graph, places, chains)
+    flat, met, numbers = (
+        [edge for own in edges for edge in own],
+        {number for number, _ in walk.roots},
+        _numbers(walk.nodes),
+    )
     return Pattern(
         chosen,
         tuple(axes),
         tuple(tuple(t.shape) for t in returned),
         walk.roots,
         [type(node) for node in walk],
-        edges,
-        _numbers(walk.nodes),
+        list(map(len, edges)),
+        [tuple(i for i, (number, _) in enumerate(own) if _adds(met, number)) for own in edges],
+        [number for number, _ in flat],
+        [nr for _, nr in flat],
+        numbers,
+        [read(walk.nodes[i]) for i, read in numbers],
         leaves,
-        places,
+        _completed(graph, places, chains),
         checked,
+        [i for i, key in leaves.items() if not key],
     )
+
+
+def _adds(met: set[int], number: int) -> bool:
+    """Return whether a number is a new one, of a node, and add it."""
+    new = number >= 0 and number not in met
+    met.add(number)
+    return new
 
 
 @dataclass(frozen=True)
@@ -282,15 +316,14 @@ def _completed(graph: _Graph, places: Sequence[Place], chains: Collection[int]) 
     return found
 
 
-def _numbers(nodes: Sequence[Any]) -> list[tuple[int, Callable[[Any], Any], Any]]:
-    """Return which nodes keep numbers, what reads them and their values."""
+def _numbers(nodes: Sequence[Any]) -> list[tuple[int, Callable[[Any], Any]]]:
+    """Return which nodes keep numbers, and what reads them."""
     found = []
     for i, node in enumerate(nodes):
         given = [] if hasattr(node, "variable") else [name for name in dir(node) if name.startswith("_saved_")]
         names = [name for name in given if not name.endswith("_strides") and _is_number(getattr(node, name))]
         if names:
-            read = attrgetter(*names)
-            found.append((i, read, read(node)))
+            found.append((i, attrgetter(*names)))
     return found
 
 

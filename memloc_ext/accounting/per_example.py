@@ -120,7 +120,7 @@ def add_to_grads(gradients: dict[Tensor, Tensor]) -> None:
     ``gradients``: is empty then.
     """
     with torch._C.DisableTorchFunction(), torch.enable_grad():
-        own = {leaf: t.to(leaf.dtype) for leaf, t in gradients.items()}
+        own = {leaf: t if t.dtype == leaf.dtype else t.to(leaf.dtype) for leaf, t in gradients.items()}
         gradients.clear()
         number = _Give.apply(own, *own)  # pyright: ignore
         number.backward(number)  # of no matter

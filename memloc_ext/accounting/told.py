@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from typing_extensions import Self
 from memloc_ext.accounting.backward_pass import BackwardPass, Repeated
 from memloc_ext.accounting.contributions import Contribution
 from memloc_ext.accounting.example_axis import ExampleAxis
-from memloc_ext.accounting.fused import Fused, Waiting
+from memloc_ext.accounting.fused import Fused, Together, Waiting
 from memloc_ext.accounting.layers.elementwise import Broadcast
 from memloc_ext.accounting.layers.layer_function import LayerFunction, exactly
 from memloc_ext.accounting.pattern import Pattern, Place
@@ -47,48 +48,91 @@ def run(
         retain_graph: Whether to keep the graph.
     """
     pattern, nodes = matched
-    own = [nodes[i].variable for i, key in pattern.leaves.items() if not key]
-    leaves = list({id(leaf): leaf for leaf in (*leaves, *own)}.values())
+    leaves = list({id(leaf): leaf for leaf in (*leaves, *(nodes[i].variable for i in pattern.others))}.values())
     together = backward.queries is None and not backward.clipped
+    plan = pattern.plans.get((together, backward.weight_grads))
+    if plan is None:
+        plan = pattern.plans[together, backward.weight_grads] = Plan(pattern, together, backward.weight_grads)
     told, handles = Told(backward, nodes), []
     waiting = told.waiting
-    edges: list[GradientEdge] = []
-    uses: list[Callable[[Tensor], None]] = []  # of what is captured
+    last: list[Place] = []
     with exactly(roots[0].device.type), without_hooks(leaves), tracer.accounting(backward):
+        given = [read and read(nodes[i]) for i, read in plan.captured]  # it is freed on the way
+        edges = [GradientEdge(nodes[i], 0) for i, _ in plan.captured]
         try:
-            for place in pattern.places:
-                node, fused = nodes[place.node], place.fused if together else None
-                if fused is None or not (fused.one_pass or not backward.weight_grads):
-                    use = partial(told.use, place, node)
-                elif place.waits:
-                    use = partial(waiting.add, fused, fused.read and fused.read(node))  # which is freed on the way
-                else:
-                    use = partial(told.wait, fused, node)
-                if place.last or use.func == waiting.add:
+            for place in plan.others:
+                node = nodes[place.node]
+                if place.last:
+                    last.append(place)
                     edges.append(GradientEdge(node, 0))
-                    uses.append(use)
                 else:
-                    handles.append(node.register_prehook(partial(_first, use)))
+                    handles.append(node.register_prehook(partial(_first, told.how(place, plan), node)))
             wanted = [*edges, *leaves]
             gradients = torch.autograd.grad(roots, wanted, cotangents, retain_graph=retain_graph, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
         with torch.no_grad():
-            for use, gradient in zip(uses, gradients, strict=False):
+            written = plan.account(backward, given, gradients[: len(given)])
+            for place, gradient in zip(last, gradients[len(given) :], strict=False):
                 if gradient is not None:
-                    use(gradient)
+                    told.how(place, plan)(nodes[place.node], gradient)
             waiting.finish()
             backward.finish()
-    written = told.written | {tracer.parameters[key]: t for key, t in waiting.written.items()}
+    written.update(waiting.written)
     others = zip(leaves, gradients[len(edges) :], strict=True)
-    return written | {leaf: t for leaf, t in others if t is not None}
+    result = {tracer.parameters[key]: t for key, t in written.items()} | told.written
+    return result | {leaf: t for leaf, t in others if t is not None}
 
 
-def _first(use: Callable[[Tensor], None], gradients: Sequence[Tensor | None]) -> None:
+class Plan:
+    """How the layers of a pattern are accounted.
+
+    Args:
+        pattern: Of the graph.
+        together: Whether layers may be accounted together.
+        sums: Whether parameters get gradients.
+
+    Attributes:
+        captured: Numbers of the nodes whose gradients are captured for one call, and what reads their layers.
+        others: Places of the other layers.
+    """
+
+    def __init__(self, pattern: Pattern, together: bool, sums: bool) -> None:
+        self._fused = {
+            p.node: p.fused for p in pattern.places if together and p.fused and (p.fused.one_pass or not sums)
+        }
+        taken = [place for place in pattern.places if place.waits and place.node in self._fused]
+        self._layers = [self._fused[place.node] for place in taken]
+        self._together = [Together(list(same)) for _, same in groupby(self._layers, lambda layer: layer.wide)]
+        self.captured = [(place.node, layer.read) for place, layer in zip(taken, self._layers, strict=True)]
+        nodes = {place.node for place in taken}
+        self.others = [place for place in pattern.places if place.node not in nodes]
+
+    def fused(self, place: Place) -> Fused | None:
+        """Return how a place is accounted together with others, or None."""
+        return self._fused.get(place.node)
+
+    def account(
+        self, backward: BackwardPass, given: Sequence[Any], gradients: Sequence[Tensor | None]
+    ) -> dict[int, Tensor]:
+        """Tell a backward pass of the captured layers; return gradients, by the ``id`` of each parameter."""
+        written: dict[int, Tensor] = {}
+        groups, begin = self._together, 0
+        if any(t is None for t in gradients):  # of what nothing reached
+            there = [i for i, t in enumerate(gradients) if t is not None]
+            given, gradients = [given[i] for i in there], [gradients[i] for i in there]
+            groups = [Together(list(same)) for _, same in groupby([self._layers[i] for i in there], lambda f: f.wide)]
+        for same in groups:
+            part = slice(begin, begin := begin + len(same.layers))
+            written |= same.account(backward, given[part], gradients[part])  # pyright: ignore[reportArgumentType]
+        return written
+
+
+def _first(use: Callable[[Any, Tensor], None], node: Any, gradients: Sequence[Tensor | None]) -> None:
     """Hand on the gradient of a node's first output, if there is one."""
     if (gradient := gradients[0]) is not None:
-        use(gradient)
+        use(node, gradient)
 
 
 class Told:
@@ -123,9 +167,10 @@ class Told:
         """See `BackwardPass`."""
         return self._whole.record(weight, contribution)
 
-    def wait(self, fused: Fused, node: Any, gradient: Tensor) -> None:
-        """Have a layer wait for others, given the gradient of its node's output."""
-        self.waiting.add(fused, fused.read and fused.read(node), gradient)
+    def how(self, place: Place, plan: Plan) -> Callable[[Any, Tensor], None]:
+        """Return what takes note of a layer, given its node and the gradient of that one's output."""
+        layer = plan.fused(place)
+        return partial(self.use, place) if layer is None else partial(self.waiting.add, layer)
 
     def use(self, place: Place, node: Any, gradient: Tensor) -> None:
         """Account a layer, given the gradient of its node's output."""

@@ -119,9 +119,8 @@ def found_untraced(known: Known, tracer: Tracer, root: Tensor, batch: int) -> Re
         warnings.warn(_OTHER, UserWarning, stacklevel=3)
         whole = reached(root, tracer, tracer.parameters)
         return Reached(unseen=whole.all, nodes=whole.nodes)
-    below = [nodes[i].variable for place in pattern.places for i in place.parameters.values()]
     found.matched = (pattern, nodes)
-    found.seen = {id(p): p for p in below}
+    found.seen = {key: tracer.parameters[key] for key in pattern.leaves.values() if key}
     found.uses.update(found.seen.keys())
     return found
 

@@ -47,22 +47,29 @@ class Layer(NamedTuple):
     eps: float = -1.0
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """The layer's part of the operator's ``geometry``."""
-        return (*self[:6], *self.geometry)
-
-    @property
     def convolution(self) -> tuple[list[int], list[int], list[int], list[int], int]:
         """See `conv2d_grad_sqnorm`."""
         *pairs, groups = self.geometry
         return pairs[:2], pairs[2:4], pairs[4:6], pairs[6:], groups
 
 
+class Geometry(NamedTuple):
+    """Layers as the operator takes them."""
+
+    numbers: list[int]
+    eps: list[float]
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer]) -> Geometry:
+        """Return that of some layers."""
+        return cls([n for layer in layers for n in (*layer[:6], *layer.geometry)], [layer.eps for layer in layers])
+
+
 def account(
     inputs: list[Tensor],
     grad_outputs: list[Tensor],
     statistics: list[Tensor],
-    layers: Sequence[Layer],
+    geometry: Geometry,
     groups: Groups | None,
     *,
     sums: bool,
@@ -76,7 +83,7 @@ def account(
         grad_outputs: Gradients of the loss by what they returned, of the dtype of ``inputs``.
         statistics: Means and reciprocal deviations, or variances, of each normalisation, float64 for float64, else
             float32.
-        layers: What each is.
+        geometry: What each layer is.
         groups: Of the examples, or None.
         sums: Whether to add up the gradients.
 
@@ -91,9 +98,7 @@ def account(
         TypeError: If a dtype does not.
     """
     ids, num = (None, 0) if groups is None else (groups.ids, groups.num)
-    numbers = [number for layer in layers for number in layer.numbers]
-    eps = [layer.eps for layer in layers]
-    return call_without_graph(_op, "account", inputs, grad_outputs, statistics, numbers, eps, ids, num, sums)
+    return call_without_graph(_op, "account", inputs, grad_outputs, statistics, *geometry, ids, num, sums)
 
 
 def compose(

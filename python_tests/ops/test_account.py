@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from valid_arguments import VALID
 
 from memloc_ext.ops import Groups
-from memloc_ext.ops.account import CHANNEL_NORM, CONVOLUTION, LAYER_NORM, LINEAR, Layer, account, compose
+from memloc_ext.ops.account import CHANNEL_NORM, CONVOLUTION, LAYER_NORM, LINEAR, Geometry, Layer, account, compose
 
 B = 3
 OP = torch.ops.memloc_ext.account.default
@@ -134,11 +134,16 @@ def exact(case: Case) -> list[Tensor]:
     return [torch.stack(same) for same in zip(*each, strict=True)]
 
 
-def given(cases: list[Case], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Layer]]:
+def given(cases: list[Case], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor], Geometry]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = [x[0] if layer.kind in (LAYER_NORM, CHANNEL_NORM) else x for layer, x, *_ in cases]
     statistics = [t.to(wide) for case in cases for t in case[3]]
-    return [x.to(dtype) for x in inputs], [c[2].to(dtype) for c in cases], statistics, [c[0] for c in cases]
+    return (
+        [x.to(dtype) for x in inputs],
+        [c[2].to(dtype) for c in cases],
+        statistics,
+        Geometry.of([c[0] for c in cases]),
+    )
 
 
 def check(results: Any, cases: list[Case], ids: Tensor | None, sums: bool, rtol: float) -> None:
@@ -184,15 +189,14 @@ def test_many_layers(run: Callable[..., Any], sums: bool) -> None:
     torch.manual_seed(0)
     cases = [make() for make in CASES.values()]
     ids = torch.tensor([2, 0, 2])
-    *tensors, layers = given(cases, torch.float64)
-    numbers, eps = [n for layer in layers for n in layer.numbers], [layer.eps for layer in layers]
+    *tensors, geometry = given(cases, torch.float64)
     for groups in (None, ids)[: 1 + sums]:
-        check(run(*tensors, numbers, eps, groups, 3, sums), cases, groups, sums, 1e-9)
+        check(run(*tensors, *geometry, groups, 3, sums), cases, groups, sums, 1e-9)
 
 
 def test_no_examples_and_no_positions() -> None:
     for x, g in ((torch.randn(0, 4, 5), torch.randn(0, 4, 6)), (torch.randn(2, 0, 5), torch.randn(2, 0, 6))):
-        sqnorm, squares, (weight, bias) = account([x], [g], [], [Layer(LINEAR, 3)], None, sums=True)
+        sqnorm, squares, (weight, bias) = account([x], [g], [], Geometry.of([Layer(LINEAR, 3)]), None, sums=True)
         assert sqnorm.shape == (2, len(x))
         assert not any(t.any() for t in (sqnorm, squares, weight, bias))
         assert weight.shape == (6, 5)
