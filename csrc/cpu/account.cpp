@@ -12,6 +12,7 @@
 #include "cpu/element_types.h"
 #include "cpu/grad_sqnorm_groups.h"
 #include "cpu/grad_sqnorm_tensors.h"
+#include "cpu/new_tensor.h"
 #include "cpu/squares.h"
 #include "normalization_grads_args.h"
 
@@ -24,20 +25,10 @@ using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kGrain = 32768;  // least elements worth a thread
 
-// Not by new_zeros, which takes longer than a small layer.
 template <typename E>
 Tensor zeros(const Sizes& sizes) {
-  double bytes = sizeof(E);
-  for (const int64_t size : sizes) bytes *= static_cast<double>(std::max<int64_t>(1, size));
-  MEMLOC_CHECK(bytes < 1e15, "account: a gradient must have less than 10^15 bytes, got ", bytes);
-  Sizes strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   const int32_t dtype = std::is_same_v<E, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  AtenTensorHandle made;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                           aoti_torch_device_type_cpu(), 0, &made) == AOTI_TORCH_SUCCESS,
-                  "account: out of memory");
-  const Tensor t(made);
+  const Tensor t = new_tensor("account", sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
   if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * sizeof(E));
   return t;
 }

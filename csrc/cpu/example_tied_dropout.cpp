@@ -6,6 +6,7 @@
 
 #include "cpu/cursor.h"
 #include "cpu/element_types.h"
+#include "cpu/new_tensor.h"
 #include "cpu/simd.h"
 #include "example_tied_dropout_args.h"
 
@@ -187,7 +188,7 @@ torch::stable::Tensor example_tied_dropout(const torch::stable::Tensor& x, const
   const ExampleTiedDropoutArgs args{x, example_ids, num_generalization, p_mem, seed, site, channel_dim};
   args.check();
   check_ids(example_ids);
-  torch::stable::Tensor y = torch::stable::empty_like(x);
+  torch::stable::Tensor y = new_like("example_tied_dropout", x);
   if (x.numel() == 0) return y;
   with_bits(x, [&](auto bits) { run<decltype(bits)>(y, args); });
   return y;

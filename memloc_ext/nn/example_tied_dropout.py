@@ -140,15 +140,15 @@ class ExampleTiedDropout(_TiedChannels):
                 check_example_ids(ids)
             skipping = skipping_in_force() if self.skip else None
             if skipping is None:
-                return self._train(x, ids, dim)
-            return skipping.site(self, x, ids, lambda x: self._train(x, ids, dim))
+                return self._train(x, ids, dim, kept)
+            return skipping.site(self, x, ids, lambda x: self._train(x, ids, dim, kept))
         factors = {"test": (1.0, self.p_mem), "drop": (self._rescale_factor(), 0.0), "drop_gen": (0.0, 1.0)}
         generalization, memorization = factors[mode]
         return _scale_pools(x, kept, generalization, memorization, dim)
 
-    def _train(self, x: Tensor, ids: Tensor, dim: int) -> Tensor:
+    def _train(self, x: Tensor, ids: Tensor, dim: int, kept: int) -> Tensor:
         if self.mask is None:
-            return call(x, ids, *self.draw(x.shape[dim]).values(), dim)
+            return call(x, ids, kept, self.p_mem, self.seed, self.site, dim)
         shape = [*ids.shape, *[1] * (x.dim() - ids.dim())]
         shape[dim] = x.shape[dim]
         return torch.where(

@@ -141,7 +141,20 @@ class _Function(torch.autograd.Function):
         return _vmap(_run, *arguments)
 
 
-_record = cast(Any, super(torch.autograd.Function, _Function)).apply  # where no transform has to be asked
+class _Recorded(torch.autograd.Function):
+    """The same where no transform has to be asked, in one call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _op(*arguments)
+        _Function.setup_context(ctx, arguments, output)
+        return output
+
+    backward, jvp = _Function.backward, _Function.jvp
+
+
+_record = cast(Any, super(torch.autograd.Function, _Recorded)).apply
 
 
 def _autograd(x: Tensor, *arguments: Any) -> Tensor:
