@@ -28,7 +28,12 @@ constexpr int64_t kGrain = 32768;  // least elements worth a thread
 template <typename E>
 Tensor zeros(const Sizes& sizes) {
   const int32_t dtype = std::is_same_v<E, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  const Tensor t = new_tensor("account", sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+  double elements = 1;
+  for (const int64_t size : sizes) elements *= static_cast<double>(std::max<int64_t>(1, size));
+  MEMLOC_CHECK(elements < 1e15, "account: a result must have less than 10^15 elements, got ", elements);
+  Sizes strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  const Tensor t = new_strided("account", sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
   if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * sizeof(E));
   return t;
 }

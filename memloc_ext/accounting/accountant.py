@@ -147,28 +147,32 @@ class GradientAccountant:
         """Have the tracer told when this thread runs the model."""
         sharded = gathering(self._model, tracer.members)
 
-        def mine() -> bool:
-            return maybe_current_level() is None and any(tracer is entered for entered, _ in self._tracers)
+        def mine(args: Any, kwargs: Any) -> bool:
+            if maybe_current_level() is not None:
+                return False
+            return any(tracer is entered for entered, _ in self._tracers) or tracer.recomputes(args, kwargs)
 
         def before(model: nn.Module, args: Any, kwargs: Any) -> None:
-            if not mine():
+            if not mine(args, kwargs):
                 return
+            tracer.look()
             with torch._C.DisableTorchFunction():
                 entered = tracer.enter_model(args, kwargs, self._shared(args, kwargs))
                 if entered is not None and self._check != "always":
                     begin(self._known, tracer, entered, checked=self._check == "first")
 
-        def after(model: nn.Module, args: Any, output: Any) -> None:
-            if not mine():
+        def after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not mine(args, kwargs):
                 return
             with torch._C.DisableTorchFunction():
                 tracer.leave_model(output)
                 if tracer.depth == 0 and not tracer.replaying:
                     end(tracer)
+            tracer.look_away()
 
         hooks = [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
-            self._model.register_forward_hook(after, always_call=True),
+            self._model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         return hooks + [watch(tracer, name, module, sharded) for name, module in sharded.items()]
 

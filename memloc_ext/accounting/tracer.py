@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Tracer(Places, TorchFunctionMode):
         self.unaccounted = False  # whether a plain one, by loss.backward(), went through a layer
         self.plain_backward = False  # whether one is under way, or was the last
         self.replaying = False  # whether the model runs again on other inputs, which is not to be seen
+        self._lookouts = set[int]()  # threads that see functions for as long as the model runs again
         self._below: int | None = None  # modes below this one, while it stands aside
         self._input_of_examples = input_of_examples
         self._model = model
@@ -146,6 +148,33 @@ class Tracer(Places, TorchFunctionMode):
         self._below = None
         for mode in (self, *reversed(held)):
             _push_mode(mode)
+
+    def recomputes(self, args: Any, kwargs: Any) -> bool:
+        """Return whether a backward pass in another thread runs the model again, as it ran in this one's `with`.
+
+        Autograd hands the modes of the thread that called it on to its own. Other threads are told by what the model
+        is given.
+        """
+        if torch._C._current_graph_task_id() < 0:
+            return False
+        tracers = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Tracer)]
+        if tracers:
+            return self in tracers
+        given = set(map(id, tensors_of((args, kwargs))))
+        return any(id(t) in given for own in self.passes for t in own.inputs)
+
+    def look(self) -> None:
+        """See the functions of this thread until `look_away`, if it does not yet."""
+        if self._below is None and self not in _get_current_function_mode_stack():
+            self._lookouts.add(threading.get_ident())
+            _push_mode(self)
+
+    def look_away(self) -> None:
+        """End what `look` began, if the model has returned."""
+        thread = threading.get_ident()
+        if thread in self._lookouts and self.depth == 0:
+            self._lookouts.remove(thread)
+            _pop_mode()
 
     @property
     def ran_untraced(self) -> bool:

@@ -3,14 +3,18 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from accounted import Model, Uncovered, account_of, assert_same, check, grads, small, sums, total
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memloc_ext import GradientAccountant
 from memloc_ext.accounting import Account
+from memloc_ext.accounting import accountant as accountant_module
 
 B = 4
 
@@ -121,6 +125,51 @@ def test_threads_share_an_accountant() -> None:
         with accountant:
             assert_same(results[i], sums(accountant, total(model, x), weight_grads=False))
     assert not model._forward_hooks
+
+
+def in_a_thread(run: Callable[[], Any]) -> Any:
+    """Return what a function returns in another thread."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(run()))
+    thread.start()
+    thread.join()
+    assert found, "raised"
+    return found[0]
+
+
+def test_the_model_is_recomputed_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on autograd's own thread for CUDA: there, what is traced must be traced again."""
+    run = accountant_module._run
+    model, x = small(), torch.randn(B, 3, requires_grad=True)
+    with GradientAccountant(model) as plain:
+        expected = sums(plain, total(model, x))
+    exact = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for _ in range(2):
+        model.zero_grad()
+        with GradientAccountant(model, check="never") as accountant, monkeypatch.context() as patch:
+            patch.setattr(accountant_module, "_run", lambda *arguments: in_a_thread(lambda: run(*arguments)))
+            loss = checkpoint(model, x, use_reentrant=False).square().sum()
+            assert_same(sums(accountant, loss), expected)
+        torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, exact)
+    model.zero_grad()
+    with GradientAccountant(model):
+        loss = checkpoint(model, x, use_reentrant=False).square().sum()
+        in_a_thread(loss.backward)
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, exact)
+
+
+def test_a_backward_pass_of_another_thread_stays_apart() -> None:
+    """It recomputes the same model on other inputs while an accountant is open here."""
+    model, x, other = small(), torch.randn(B, 3), torch.randn(2 * B, 3, requires_grad=True)
+    with GradientAccountant(model) as plain:
+        expected = sums(plain, total(model, x), weight_grads=False)
+    aside = checkpoint(model, other, use_reentrant=False).square().sum()
+    exact = torch.autograd.grad(total(model, other), other)[0]
+    with GradientAccountant(model) as accountant:
+        loss = total(model, x)
+        (found,) = in_a_thread(lambda: torch.autograd.grad(aside, other))
+        assert_same(sums(accountant, loss, weight_grads=False), expected)
+    torch.testing.assert_close(found, exact)
 
 
 # what is left behind
