@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memloc_ext.accounting.backward_pass import BackwardPass
 from memloc_ext.accounting.contributions import accumulated
+from memloc_ext.accounting.losses import read
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
 
@@ -154,7 +155,8 @@ class OwnGradients:
         """The factor if it is the same for all examples, else None."""
         if not isinstance(self.factor, Tensor):
             return self.factor
-        return float(self.factor[0]) if self.batch and bool((self.factor == self.factor[0]).all()) else None
+        values = read(self.factor) or (None,)
+        return values[0] if all(value == values[0] for value in values) else None
 
     def times(self, answers: dict[str, Tensor], power: int = 1) -> dict[str, Tensor]:
         """Return answers ``[batch, *]`` times the factor, or a power of it."""
@@ -292,7 +294,7 @@ def groups_of(
         )
     try:
         if num_groups is None:
-            num_groups = int(group_ids.max()) + 1 if batch else 1
+            num_groups = max(group_ids.tolist()) + 1 if batch else 1  # which waits for a device
         return Groups(group_ids, num_groups)
     except (TypeError, ValueError) as error:
         raise type(error)(f"GradientAccountant: {error}") from None

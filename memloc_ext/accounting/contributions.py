@@ -234,10 +234,20 @@ class EmbeddingContribution(Contribution):
         return squares.new_zeros(self.batch * self.shape[0]).index_add_(0, present, squares).reshape(self.batch, -1)
 
     def _row_squares(self) -> tuple[Tensor, Tensor]:
-        """Return the rows that examples use, ``example * num + index``, and the squared norms of their gradients."""
-        first = torch.arange(self.batch, device=self.device)[:, None] * self.shape[0]
-        present, keys = torch.unique(self.indices + first, return_inverse=True)
-        return present, self._sums(keys, len(present)).square().sum(1)
+        """Return rows that examples use, ``example * num + index``, and the squared norms of their gradients.
+
+        As many as there are positions, whatever the indices are; of those that an example does not fill, the squares
+        are 0.
+        """
+        indices, order = self.indices.sort(dim=1, stable=True)
+        new = torch.zeros_like(indices)
+        new[:, 1:] = indices[:, 1:] != indices[:, :-1]
+        example = torch.arange(self.batch, device=self.device)[:, None]
+        places = new.cumsum(1) + example * indices.shape[1]
+        keys = torch.empty_like(places).scatter_(1, order, places)
+        present = (example * self.shape[0]).expand_as(places).flatten()
+        present = present.scatter(0, places.flatten(), (indices + example * self.shape[0]).flatten())
+        return present, self._sums(keys, places.numel()).square().sum(1)
 
     def dot(self, directions: Tensor) -> Tensor:
         g = self.grad_output.to(self.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,11 @@ def remember_mean(tracer: Tracer, func: Any, args: Any, kwargs: Any, result: Ten
     node.metadata[tracer] = mean  # lives as long as the graph
 
 
+def read(t: Tensor) -> list[float] | None:
+    """Return the values of a tensor, which may wait for the device; None while a CUDA graph is captured."""
+    return None if t.is_cuda and torch.cuda.is_current_stream_capturing() else t.tolist()
+
+
 def check_loss(tracer: Tracer, nodes: Collection[Any], batch: int, *, mean: bool) -> bool:
     """Refuse a gradient penalty, and a mean in which examples have unequal weights, by the nodes of a loss's graph.
 
@@ -95,15 +101,15 @@ def check_loss(tracer: Tracer, nodes: Collection[Any], batch: int, *, mean: bool
 
 
 def _check_mean(call: _Mean, batch: int) -> None:
-    low, high = call.denominators(batch).aminmax()
+    low, high = read(torch.stack(call.denominators(batch).aminmax())) or (0.0, 0.0)
     eps = torch.finfo(torch.float64 if call.weight is None else call.weight.dtype).eps
-    if bool(high - low <= 4 * eps * high.abs()):
+    if high - low <= 4 * eps * abs(high):
         return
     counted = f"(target != {call.ignore_index})"
     weights = "weight" if call.target is None else counted if call.weight is None else f"weight[target] * {counted}"
     raise ValueError(
         f"GradientAccountant: loss_reduction='mean' needs a mean over the examples, and {call.name} divides by the "
-        f"batch's sum of {weights}, to which examples add from {float(low):g} to {float(high):g}; give "
+        f"batch's sum of {weights}, to which examples add from {low:g} to {high:g}; give "
         "example_weights=w / w.sum(), where w [batch] is the sum of each example; or losses by example, of "
         "reduction='none' and reshaped to [batch, *], with loss_reduction='none'"
     )
@@ -121,9 +127,9 @@ def check_example_weights(loss: Tensor, weights: Tensor | None, batch: int) -> N
             f"GradientAccountant: example_weights must be [{batch}] on {loss.device}, got {list(weights.shape)} on "
             f"{weights.device}"
         )
-    wrong = weights[~((weights >= 0) & weights.isfinite())]
-    if len(wrong):
+    wrong = [value for value in read(weights) or () if not 0 <= value < math.inf]
+    if wrong:
         raise ValueError(
-            f"GradientAccountant: example_weights must be finite and at least 0, got {float(wrong[0])}: each is the "
+            f"GradientAccountant: example_weights must be finite and at least 0, got {wrong[0]}: each is the "
             "factor of an example's own loss in the loss"
         )

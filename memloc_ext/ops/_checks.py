@@ -75,6 +75,13 @@ def readable(tensor: object) -> bool:
     return not (isinstance(tensor, FakeTensor) or torch.cuda.is_current_stream_capturing())
 
 
+def values_of(t: Tensor) -> list[Any] | None:
+    """Return the values of a tensor on the CPU, without an operator; None where they cannot be read at once."""
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(t) or isinstance(t, FakeTensor) or not t.is_cpu:
+        return None
+    return t.tolist()
+
+
 def check_devices(name: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of the first; those of None are not there."""
     (first, reference), *others = tensors.items()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memloc_ext.ops._checks import call_without_graph, check_devices, result_dtype
+from memloc_ext.ops._checks import call_without_graph, check_devices, result_dtype, values_of
 from memloc_ext.ops.grad_sqnorm import conv2d_grad_sqnorm, linear_grad_sqnorm, plan_conv2d, plan_linear
 
 _linear = torch.ops.memloc_ext.linear_grad_sqnorm_groups.default
@@ -19,6 +19,9 @@ _conv2d = torch.ops.memloc_ext.conv2d_grad_sqnorm_groups.default
 
 class Groups:
     """The group of each example of a batch, checked and sorted once for all layers that it passes.
+
+    The values of ids on CUDA are not checked, as that would wait for the device: one that is no group's fails there, or
+    leaves its example out.
 
     Args:
         group_ids: The group of each example, ``[batch]``, int64, in ``[0, num_groups)``.
@@ -40,9 +43,9 @@ class Groups:
             raise TypeError(f"num_groups must be an int, got {num_groups}")
         if num_groups < 1:
             raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-        outside = group_ids[(group_ids < 0) | (group_ids >= num_groups)]
-        if len(outside):
-            raise ValueError(f"group_ids must be in [0, {num_groups}), got {outside[0].item()}")
+        for value in values_of(group_ids) or ():
+            if not 0 <= value < num_groups:
+                raise ValueError(f"group_ids must be in [0, {num_groups}), got {value}")
         self.ids, self.num = group_ids, num_groups
 
     @classmethod
@@ -62,12 +65,22 @@ class Groups:
         return list(self.ids.argsort(stable=True).split(self.ids.bincount(minlength=self.num).tolist()))
 
     def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the rows of each group, of every tensor ``[batch, *]``."""
+        """Yield the rows of each group, of every tensor ``[batch, *]``.
+
+        Off the CPU that is all rows, of which those of other groups are 0: how many a group has is not read back.
+        """
         if self.num == 1:
             yield tensors
-            return
-        for rows in self._rows:
-            yield tuple(t.index_select(0, rows) for t in tensors)
+        elif self.ids.is_cpu:
+            for rows in self._rows:
+                yield tuple(t.index_select(0, rows) for t in tensors)
+        else:
+            yield from self._masked(*tensors)
+
+    def _masked(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for group in range(self.num):
+            own = self.ids == group
+            yield tuple(torch.where(own.reshape(-1, *[1] * (t.dim() - 1)), t, 0) for t in tensors)
 
 
 def linear_grad_sqnorm_groups(
@@ -104,7 +117,11 @@ def linear_group_grad(input: Tensor, grad_output: Tensor, groups: Groups) -> Ten
     dtype = result_dtype(input)
     sums = input.new_empty(groups.num, grad_output.shape[-1], input.shape[-1], dtype=dtype)
     for total, (x, g) in zip(sums, groups.split(input, grad_output), strict=True):
-        torch.mm(g.flatten(0, -2).to(dtype).t(), x.flatten(0, -2).to(dtype), out=total)
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        if x.is_cuda and x.dtype != dtype:  # as many digits as a product of float32, without a cast of what is large
+            torch.mm(g.t(), x, out_dtype=dtype, out=total)
+        else:
+            torch.mm(g.to(dtype).t(), x.to(dtype), out=total)
     return sums
 
 

@@ -19,6 +19,8 @@ from memloc_ext.accounting import Account
 from memloc_ext.accounting.check import known_of
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.models import ResNet9, ViT
+from memloc_ext.ops import Groups
+from memloc_ext.ops import account as ops_account
 
 B = 4
 
@@ -124,6 +126,43 @@ def test_operators_of_a_later_step(make: Callable[[], nn.Module], arguments: dic
     with Counted() as accounted, accountant:
         accountant.backward(F.cross_entropy(model(x), torch.arange(2)), **arguments)
     assert accounted.count <= 1.6 * plain.count
+
+
+class Unread(TorchDispatchMode):
+    """Refuses operators that read values back, or whose results have a size that follows from values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "unique_dim", "masked_select", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._schema.name.removeprefix("aten::") not in self.REFUSED, func
+        indices = args[1] if func._schema.name == "aten::index" else ()
+        assert not any(t is not None and t.dtype == torch.bool for t in indices), func
+        return func(*args, **(kwargs or {}))
+
+
+def text() -> Any:
+    torch.manual_seed(0)
+    layers = nn.Embedding(7, 6), nn.Flatten(), nn.LayerNorm(18), nn.Linear(18, 5), nn.ReLU(), nn.Linear(5, 4)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("make", [vit, resnet, text])
+@pytest.mark.parametrize("composed", [False, True])
+def test_nothing_is_read_back(make: Callable[[], Any], composed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a CUDA graph can be captured; composed: as on CUDA."""
+    model, ids = make(), torch.tensor([1, 0, 1])
+    x = torch.tensor([[1, 1, 3], [2, 0, 2], [6, 5, 4]]) if make is text else torch.randn(3, 3, 16, 16)
+    first = step(model, x, group_ids=ids, num_groups=2)
+    assert patterns(model)
+    if composed:
+        monkeypatch.setattr(ops_account, "_op", ops_account.compose)
+        monkeypatch.setattr(Groups, "split", Groups._masked)
+    accountant = GradientAccountant(model)
+    model.zero_grad()
+    with Unread(), accountant:
+        loss = F.cross_entropy(model(x), torch.arange(3))
+        account = accountant.backward(loss, group_ids=ids, num_groups=2)
+    assert_same(first, (account, {name: p.grad for name, p in model.named_parameters()}))
 
 
 def test_answers_to_queries_of_later_steps() -> None:
