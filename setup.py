@@ -54,7 +54,8 @@ if toolkit:
             library_dirs=[f"{toolkit}/lib64"],
             libraries=["cudart_static", "dl", "rt"],
             extra_compile_args={"cxx": [*COMMON, *HOST, "-DUSE_CUDA"], "nvcc": nvcc},
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch", *STRIP],  # pulls in libtorch_cuda where there is one
+            # pulls in libtorch_cuda where there is one; csrc/cuda/library.cpp lists the kernels
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--wrap=__cudaRegisterFunction", *STRIP],
         )
     )
 if with_host:
