@@ -58,7 +58,8 @@ if toolkit:
                 "cxx": [*COMMON, *HOST, "-DUSE_CUDA", f'-DMEMLOC_CUDA_ARCHS="{archs}"'],
                 "nvcc": nvcc,
             },
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch", *STRIP],  # pulls in libtorch_cuda where there is one
+            # pulls in libtorch_cuda where there is one; csrc/cuda/library.cpp lists the kernels
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--wrap=__cudaRegisterFunction", *STRIP],
         )
     )
 if pybind11:

@@ -31,4 +31,9 @@ template <typename Source>
 void add_sqnorms(GradSqnormMethod method, const GradSqnormProblem<Source>& problem, const GradSqnormShape& s,
                  int64_t batch, double* out);
 
+// Adds the squared norms [batch] to what is zero.
+template <typename Source>
+void add_sqnorms(GradSqnormMethod method, const GradSqnormProblem<Source>& problem, const GradSqnormShape& s,
+                 int64_t batch, double* out);
+
 }  // namespace memloc

@@ -11,7 +11,11 @@
 
 namespace memloc {
 
+// Loads all kernels for the current device, once; see library.cpp.
+void load_kernels(int32_t device);
+
 inline cudaStream_t current_stream(int32_t device) {
+  load_kernels(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);

@@ -10,8 +10,9 @@ What happens from `accountant.backward(loss)` down, and the file of each step:
   whose backward knows the layer's input and the gradient of its output.
 - `contributions`: what one use of a parameter adds to each example's gradient: norms and sums, not the gradient itself.
 - `uses`: all uses of a parameter, as one contribution to it. `backward_pass`: adds them up, for every parameter.
-- `untraced`: later steps of a model, which run on PyTorch's own layers and watch no function. `pattern`: what the first
-  step found in their autograd graph. `told`: what the nodes of such a graph tell a backward pass.
+- `untraced`: later steps of a model, which run on PyTorch's own layers and watch no function. `recognise`: finds the
+  layers in their autograd graph, in the first step; `pattern`: that graph. `told`: what the nodes of such a graph tell
+  a backward pass. `fused`: which layers one operator accounts together.
 - `queries`: what else is asked of the examples' gradients. `clipping`: sums of clipped gradients.
 - `graph`: which parameters a loss depends on. `losses`: whether it is the mean that it is said to be.
 - `per_example`: where the above cannot tell examples apart, a pass for each, by running the model again

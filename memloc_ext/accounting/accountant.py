@@ -218,8 +218,9 @@ class GradientAccountant:
 
         Args:
             loss: Of the batch, computed inside this ``with``.
-            group_ids: Group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``loss``.
-            num_groups: At least 1; by default the largest id and one.
+            group_ids: Group of each example, ``[batch]``, int64, in ``[0, num_groups)``, on the device of ``loss``. On
+                CUDA the values are not checked, as that would wait for the device.
+            num_groups: At least 1; by default the largest id and one, which waits for a device.
             loss_reduction: What ``loss`` is of the examples' own losses: their ``mean`` or ``sum``; or ``none``: one
                 loss per example, ``[batch, *]``, of which the sum is differentiated.
             example_weights: Factor of each example's own loss in ``loss`` (in the sum, for ``none``), ``[batch]``,

@@ -162,6 +162,8 @@ class BackwardPass:
         self, weight: ParameterView, contribution: Contribution, directions: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Note the sums over groups; return products with directions, squared norms and the sum over all examples."""
+        if self.groups is None and directions is None:
+            return None, *contribution.sqnorm_and_total()
         groups, dot = self.summation_groups(contribution.device), None
         if directions is None:
             sqnorm, sums = contribution.sqnorm_and_groups(groups)

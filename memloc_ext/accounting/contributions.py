@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memloc_ext import ops
-from memloc_ext.ops import Groups
+from memloc_ext.ops import Groups, plan_linear
 from memloc_ext.ops.grad_sqnorm_groups import linear_group_grad
 
 BUDGET = 1 << 26  # bytes of gradients that are materialised at a time, where nothing better is known
@@ -53,6 +53,18 @@ class Contribution:
         for begin, end in self._chunks():
             sums.index_add_(0, groups.ids[begin:end], self.gradients(begin, end))
         return self.sqnorm(), sums
+
+    def sqnorm_and_total(self) -> tuple[Tensor, Tensor]:
+        """Return `sqnorm` and `total`, in one pass where that takes less time."""
+        if not self.one_pass:
+            return self.sqnorm(), self.total()
+        sqnorm, sums = self.sqnorm_and_groups(Groups.single(self.batch, self.device))
+        return sqnorm, sums[0]
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether norms and sums are best found by one pass, of an operator on the CPU."""
+        return False
 
     def dot(self, directions: Tensor) -> Tensor:
         """Return the inner products of each example's gradient with ``[n, *shape]``: ``[n, batch]``."""
@@ -166,6 +178,13 @@ class LinearContribution(Contribution):
         if self._bias is not None:
             return squared_norms(self.input) * self._bias.sqnorm()
         return ops.linear_grad_sqnorm(self.input, self.grad_output)
+
+    @property
+    def one_pass(self) -> bool:
+        x, g = self.input, self.grad_output
+        if not x.is_cpu or self._bias is not None or not x.numel():
+            return False
+        return plan_linear(math.prod(x.shape[1:-1]), x.shape[-1], g.shape[-1]).fused
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         if self._bias is not None:

@@ -23,7 +23,7 @@ from memloc_ext.ops.grad_sqnorm import plan_conv2d, plan_linear
 
 SMALL = 1 << 16  # bytes of what a layer is given, up to which it waits for the end of the backward pass
 BUDGET = 1 << 22  # bytes of what waits
-_FEW = 1 << 14  # elements of a gradient that one pass is best for, whatever the plan says
+_FEW = 1 << 18  # multiply-adds of a gradient that one pass is best for, whatever the plan says
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +81,8 @@ def fused(
     given = [parameters[i] for i in sorted(parameters)]
     one_pass = device.type == "cuda" or kind.kind not in (LINEAR, CONVOLUTION) or not kind.parameters & 1
     if not one_pass:
-        one_pass = given[0].numel() <= _FEW or _planned(kind, shape, input)
+        positions = math.prod(shape) // max(1, given[0].shape[0])
+        one_pass = given[0].numel() * positions <= _FEW or _planned(kind, shape, input)
     return Fused(kind, read, tuple(map(id, given)), tuple(p.shape for p in given), size, (device, wide), one_pass)
 
 

@@ -24,7 +24,8 @@ from memloc_ext.accounting.graph import Reached, reached
 from memloc_ext.accounting.layers.elementwise import Broadcast
 from memloc_ext.accounting.layers.layer_function import LayerFunction
 from memloc_ext.accounting.outputs import Outputs, gradients_of, minimal
-from memloc_ext.accounting.pattern import Pattern, pattern_of
+from memloc_ext.accounting.pattern import Pattern
+from memloc_ext.accounting.recognise import pattern_of
 from memloc_ext.accounting.told import run
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.borrowing import any_of, any_sharded, kept_random_numbers, kept_state

@@ -151,7 +151,7 @@ class _Recorded(torch.autograd.Function):
         _Function.setup_context(ctx, arguments, output)
         return output
 
-    backward, jvp = _Function.backward, _Function.jvp
+    backward, jvp = _Function.backward, _Function.jvp  # pyright: ignore[reportAssignmentType]
 
 
 _record = cast(Any, super(torch.autograd.Function, _Recorded)).apply

@@ -1,7 +1,9 @@
 """Steps after the first run on PyTorch's own layers: the same numbers, and what does not fit is noticed."""
 
+import contextlib
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from memloc_ext import GradientAccountant, Projection
 from memloc_ext.accounting import Account
 from memloc_ext.accounting.check import known_of
+from memloc_ext.accounting.contributions import Contribution, LinearContribution
+from memloc_ext.accounting.layers.convolution import ConvolutionContribution
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.models import ResNet9, ViT
 from memloc_ext.ops import Groups
@@ -163,6 +167,63 @@ def test_nothing_is_read_back(make: Callable[[], Any], composed: bool, monkeypat
         loss = F.cross_entropy(model(x), torch.arange(3))
         account = accountant.backward(loss, group_ids=ids, num_groups=2)
     assert_same(first, (account, {name: p.grad for name, p in model.named_parameters()}))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts, and products by the types of their results."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Counter[object]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if isinstance(result, Tensor) and result.is_meta:  # which is computed nowhere
+            return result
+        if name == "_to_copy" and args[0].is_floating_point() and args[0].dtype != result.dtype:
+            self.seen[name, args[0].dtype, result.dtype] += 1
+        elif name in self.PRODUCTS:
+            first = next(t for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
+            self.seen[name, first.dtype] = 1
+        return result
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+@pytest.mark.parametrize("arguments", [{}, {"weight_grads": False}])
+@pytest.mark.parametrize("way", ["traced", "untraced", "composed"])
+def test_no_casts_and_products_beside_those_of_a_plain_step(
+    make: Callable[[], Any], arguments: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast; composed: as on CUDA."""
+    model, x = make(), torch.randn(3, 3, 16, 16)
+    if way == "traced":  # as on CUDA, where no pass of the CPU's finds norms and sums
+        monkeypatch.setattr(Contribution, "one_pass", False)
+        monkeypatch.setattr(LinearContribution, "one_pass", False)
+        monkeypatch.setattr(ConvolutionContribution, "one_pass", False)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            step(model, x)
+        assert patterns(model)
+    if way == "composed":
+        monkeypatch.setattr(ops_account, "_op", ops_account.compose)
+    known_of(model, (0, ())).traced_only = way == "traced"
+    accountant = GradientAccountant(model, check="never" if way == "traced" else "first")
+    seen = []
+    for account in (False, True):
+        model.zero_grad()
+        with Casts() as casts, accountant if account else contextlib.nullcontext():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x), torch.arange(3))
+            if account:
+                accountant.backward(loss, **arguments)
+            else:
+                loss.backward()
+        seen.append(casts.seen)
+    more = seen[1] - seen[0]
+    assert not more, more
 
 
 def test_answers_to_queries_of_later_steps() -> None:

@@ -5,7 +5,7 @@ it was given. Under ``make sanitize`` the same calls also show every access out 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -70,6 +70,13 @@ def spoilt(draw: Random, value: Any) -> Any:
     """Another argument in the place of one."""
     if isinstance(value, Tensor):
         return spoilt_tensor(draw, value)
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        place = draw.randrange(len(value))
+        others = (value[:place], value[place + 1 :])
+        return draw.choice(([*others[0], spoilt_tensor(draw, value[place]), *others[1]], value[1:], []))
+    if isinstance(value, list) and len(value) > 9:
+        place = draw.randrange(len(value))
+        return [*value[:place], draw.choice(NUMBERS), *value[place + 1 :]]
     if isinstance(value, list):
         return draw.choices(NUMBERS, k=draw.randint(0, 3))
     if isinstance(value, dict):
@@ -109,7 +116,7 @@ def test_only_errors_with_a_message_come_out(name: str) -> None:
 
 
 def check(name: str, values: list[Any]) -> None:
-    read = [v for v in values[1 if name.endswith("_") else 0 :] if isinstance(v, Tensor) and is_readable(v)]
+    read = [v for v in flat(values[1 if name.endswith("_") else 0 :]) if isinstance(v, Tensor) and is_readable(v)]
     before = [v.detach().clone() for v in read]
     try:
         result = call(name, values)
@@ -120,7 +127,7 @@ def check(name: str, values: list[Any]) -> None:
     else:
         message = "none"
     assert message.strip()
-    for t in result if isinstance(result, tuple) else () if result is None else (result,):
+    for t in flat(result if isinstance(result, tuple) else () if result is None else (result,)):
         assert isinstance(t, int | float if name == "plan" else Tensor)
         if isinstance(t, Tensor) and is_readable(t):
             t.detach().clone()  # all of it can be read
@@ -143,6 +150,11 @@ def test_no_groups_of_channels_are_refused_on_the_meta_device_too() -> None:
             (ValueError, RuntimeError), match="groups must divide the 4 input and 2 output channels, got 0"
         ):
             torch.ops.memloc_ext.conv2d_grad_sqnorm_groups(*moved[:-1], 0)
+
+
+def flat(values: Sequence[Any]) -> list[Any]:
+    """Return values, and those of lists among them."""
+    return [inner for v in values for inner in (v if isinstance(v, list) else [v])]
 
 
 def is_readable(t: Tensor) -> bool:

@@ -16,6 +16,7 @@ from memloc_ext.accounting.layers.layer_function import Forward, Gradients, Prod
 from memloc_ext.accounting.tracer import Tracer
 from memloc_ext.ops import Groups
 from memloc_ext.ops.example_tied_conv2d import compose
+from memloc_ext.ops.grad_sqnorm_groups import conv2d_is_fused
 
 aten = torch.ops.aten
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -73,6 +74,13 @@ class ConvolutionContribution(Contribution):
     def sqnorm(self) -> Tensor:
         planar = self._planar()
         return super().sqnorm() if planar is None else ops.conv2d_grad_sqnorm(*planar)
+
+    @property
+    def one_pass(self) -> bool:
+        planar = self._planar()
+        if planar is None or not self.input.is_cpu or not self.input.numel():
+            return False
+        return conv2d_is_fused(*planar)
 
     def sqnorm_and_groups(self, groups: Groups) -> tuple[Tensor, Tensor]:
         planar = self._planar()
