@@ -227,9 +227,9 @@ def _without(model: nn.Module, units: Sequence[tuple[str, int]], x: Tensor) -> i
     return predicted
 
 
-def resnet9() -> nn.Module:
+def resnet9(width: float = 1.0) -> nn.Module:
     """Return a ResNet-9 in evaluation mode, its normalisations as after training."""
-    model = ResNet9()
+    model = ResNet9(width=width)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None

@@ -6,8 +6,8 @@ Plain PyTorch unfolds the one channel, multiplies with its filters, and adds, sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu_time import GpuCase
 from bench.measure import interleaved, ratios
 from memloc_ext.ops.ablation import conv2d_ablation
 
@@ -37,7 +38,6 @@ class Case:
 
     def arguments(self, device: str) -> list[Any]:
         """Return the operator's arguments: evaluation-mode normalisation and ReLU follow the layer."""
-        torch.manual_seed(0)
         side = (self.size - 1) // self.stride + 1
         output = torch.randn(self.batch, self.outputs, side, side, device=device)
         change = torch.randn(self.variants, self.batch, self.size, self.size, device=device)
@@ -89,6 +89,7 @@ def check(case: Case, arguments: list[Any]) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conv2d_ablation(case: Case, benchmark: Any) -> None:
+    torch.manual_seed(0)
     arguments = case.arguments("cpu")
     result = check(case, arguments)
     times = interleaved(
@@ -102,16 +103,22 @@ def test_conv2d_ablation(case: Case, benchmark: Any) -> None:
     benchmark.pedantic(conv2d_ablation, arguments, rounds=5)
 
 
-def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
-    """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first."""
+def gpu_cases(tiny: bool) -> Iterator[GpuCase]:
+    """Yield for `bench.gpu` what to time beside a copy of the result: 8 times as many examples, or little of all."""
     for case in CASES:
-        large = Case(case.size, case.inputs, case.outputs, case.variants, 8 * case.batch, case.kernel, case.stride)
-        arguments = large.arguments("cuda")
-        result = check(large, arguments)
-        yield (
+        few = {"inputs": 8, "outputs": 8, "variants": 4, "batch": 2}
+        large = replace(case, **few) if tiny else replace(case, batch=8 * case.batch)
+        yield GpuCase(
             f"conv2d_ablation {large}",
-            lambda arguments=arguments: torch.ops.memloc_ext.conv2d_ablation(*arguments),
-            result.nbytes + arguments[0].nbytes + arguments[1].nbytes,
-            lambda result=result: result.clone(),
-            2 * result.nbytes,
+            lambda device, case=large: tuple(case.arguments(device)),
+            lambda *given, case=large: check(case, list(given)),
+            torch.ops.memloc_ext.conv2d_ablation,
+            lambda output, change, *_: output.expand(len(change), *output.shape).contiguous(),
+            traffic,
         )
+
+
+def traffic(output: Tensor, change: Tensor, *_: object) -> tuple[float, float]:
+    """Return the bytes of the operator, which reads outputs and changes once, and of writing as large a result."""
+    result = len(change) * output.nbytes
+    return result + output.nbytes + change.nbytes, result + output.nbytes

@@ -7,8 +7,8 @@ logits, or runs the classifier once per feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu_time import GpuCase
 from bench.measure import interleaved, ratios
 from memloc_ext.ops import channel_saliency
 from memloc_ext.ops.ablation import linear_ablation_loss
@@ -41,8 +42,7 @@ class Saliency:
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor]:
         """Return activation and gradient."""
-        generator = torch.Generator().manual_seed(0)
-        activation, grad = (torch.randn(self.shape, generator=generator).to(device, self.dtype) for _ in range(2))
+        activation, grad = (torch.randn(self.shape, device=device).to(self.dtype) for _ in range(2))
         if self.form != "nhwc":
             return activation, grad
         last = torch.channels_last
@@ -73,6 +73,7 @@ SALIENCIES = [
 
 @pytest.mark.parametrize("case", SALIENCIES, ids=str)
 def test_channel_saliency(case: Saliency, benchmark: Any) -> None:
+    torch.manual_seed(0)
     activation, grad = case.inputs("cpu")
     case.check(activation, grad)
     times = interleaved(
@@ -101,10 +102,9 @@ class Loss:
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return features, weight, bias, targets and a baseline of zeros."""
-        generator = torch.Generator().manual_seed(0)
         shapes = ((self.batch, self.features), (self.classes, self.features), (self.classes,))
-        drawn = [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in shapes]
-        targets = torch.randint(self.classes, (self.batch,), generator=generator).to(device)
+        drawn = [torch.randn(shape, device=device).to(self.dtype) for shape in shapes]
+        targets = torch.randint(self.classes, (self.batch,), device=device)
         return drawn[0].relu(), drawn[1] / self.features**0.5, drawn[2], targets, torch.zeros_like(drawn[0][0])
 
     @staticmethod
@@ -114,6 +114,11 @@ class Loss:
         logits = functional.linear(features, weight, bias) - moved
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
         return loss.view(logits.shape[:2]), logits.argmax(2)
+
+    def traffic(self, *_: Tensor) -> tuple[float, float]:
+        """Return the bytes of the results, and of the logits that are stored."""
+        results = self.batch * self.features
+        return (self.dtype.itemsize + 8) * results, self.dtype.itemsize * results * self.classes
 
     def check(self, *inputs: Tensor) -> None:
         """Fail unless the operator's losses are those of the reference in float64."""
@@ -129,6 +134,7 @@ LOSSES = [Loss(128, 512, 10), Loss(128, 512, 100), Loss(64, 512, 1000), Loss(128
 
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_linear_ablation_loss(case: Loss, benchmark: Any) -> None:
+    torch.manual_seed(0)
     inputs = case.inputs("cpu")
     case.check(*inputs)
     times = interleaved(
@@ -143,28 +149,22 @@ def test_linear_ablation_loss(case: Loss, benchmark: Any) -> None:
     benchmark.pedantic(linear_ablation_loss, inputs, rounds=5)
 
 
-def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
-    """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first."""
+def gpu_cases(tiny: bool) -> Iterator[GpuCase]:
+    """Yield for `bench.gpu` what to time, on inputs larger than the L2 cache, or on tiny ones."""
     for small in SALIENCIES:
-        case = Saliency((4 * small.shape[0], *small.shape[1:]), small.dtype, small.form)  # larger than the L2 cache
-        activation, grad = case.inputs("cuda")
-        case.check(activation, grad)
-        dim = case.channel_dim
-        yield (
+        shape = (2, *(min(n, 16) for n in small.shape[1:])) if tiny else (4 * small.shape[0], *small.shape[1:])
+        case = replace(small, shape=shape)
+        yield GpuCase(
             str(case),
-            lambda a=activation, g=grad, dim=dim: torch.ops.memloc_ext.channel_saliency(a, g, dim),
-            2 * activation.nbytes,
-            lambda a=activation: a.clone(),
-            2 * activation.nbytes,
+            case.inputs,
+            case.check,
+            lambda a, g, dim=case.channel_dim: torch.ops.memloc_ext.channel_saliency(a, g, dim),
+            lambda a, g: a.clone(),
+            lambda a, g: (2 * a.nbytes, 2 * a.nbytes),
+            at_least=0.85,
         )
-    for loss in LOSSES:
-        inputs = loss.inputs("cuda")
-        loss.check(*inputs)
-        results = loss.batch * loss.features
-        yield (
-            str(loss),
-            lambda inputs=inputs: torch.ops.memloc_ext.linear_ablation_loss(*inputs),
-            (loss.dtype.itemsize + 8) * results,
-            lambda loss=loss, inputs=inputs: loss.stored(*inputs),
-            loss.dtype.itemsize * results * loss.classes,
+    for few in LOSSES:
+        loss = replace(few, batch=4, features=32) if tiny else few
+        yield GpuCase(
+            str(loss), loss.inputs, loss.check, torch.ops.memloc_ext.linear_ablation_loss, loss.stored, loss.traffic
         )

@@ -6,8 +6,10 @@ operator; dense products and a table of masks, a row for each example, as in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.gpu_time import GpuCase
 from bench.measure import interleaved, ratios
 from memloc_ext.ops import example_tied_dropout, example_tied_mlp
 from memloc_ext.reference import example_tied_mlp as reference
@@ -43,6 +46,21 @@ class Case:
         kept = int(self.p_gen * self.h)
         return {"activation": "gelu", "num_generalization": kept, "p_mem": self.p_mem, "seed": 0}
 
+    @property
+    def draw(self) -> tuple[int, float, int]:
+        """The arguments that say what is kept, in the order of `keep_mask`."""
+        return self.settings["num_generalization"], self.p_mem, 0
+
+    def inputs(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Return x, ids, the four parameters, and a gradient of the output."""
+
+        def tensor(*sizes: int) -> Tensor:
+            return (torch.randn(sizes, device=device) / sizes[-1] ** 0.5).to(dtype).requires_grad_()
+
+        x, ids = tensor(self.batch, self.tokens, self.d), torch.randperm(EXAMPLES, device=device)[: self.batch]
+        weights = tensor(self.h, self.d), tensor(self.h), tensor(self.d, self.h), tensor(self.d)
+        return x, ids, *weights, torch.randn_like(x)
+
 
 CASES = [
     Case(768, 3072, 256, 8, 0.2, 0.1),
@@ -52,6 +70,24 @@ CASES = [
     Case(768, 3072, 1, 256, 0.2, 0.1),  # an id each: dense products are taken
     Case(768, 3072, 256, 8, 0.2, 0.95),
 ]
+
+
+def _mlp(x: Tensor, weights: Sequence[Tensor], drop: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.linear(drop(F.gelu(F.linear(x, *weights[:2]))), *weights[2:])
+
+
+def dense(case: Case, x: Tensor, ids: Tensor, *weights: Tensor) -> Tensor:
+    """Run dense products and the dropout's operator; the last of the weights is the gradient of the output."""
+    return _mlp(x, weights[:4], lambda t: example_tied_dropout(t, ids, *case.draw, channel_dim=-1))
+
+
+def check(case: Case, x: Tensor, ids: Tensor, *weights: Tensor) -> None:
+    """Fail unless the operator gives what the reference gives in float64, to the rounding of its type."""
+    wide = [t.detach().double() for t in (x, *weights[:4])]
+    expected = reference.example_tied_mlp(wide[0], ids, *wide[1:], **case.settings)
+    actual = example_tied_mlp(x, ids, *weights[:4], **case.settings).double()
+    rounding = 1e-5 if x.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual, expected, rtol=10 * rounding, atol=rounding)
 
 
 def saved(function: Callable[[], Tensor], leaves: list[Tensor]) -> int:
@@ -73,35 +109,18 @@ def saved(function: Callable[[], Tensor], leaves: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_example_tied_mlp(case: Case, benchmark: Any) -> None:
-    make = torch.Generator().manual_seed(0)
-
-    def tensor(*sizes: int) -> Tensor:
-        return (torch.randn(sizes, generator=make) / sizes[-1] ** 0.5).requires_grad_()
-
-    x, ids = tensor(case.batch, case.tokens, case.d), torch.randperm(EXAMPLES, generator=make)[: case.batch]
-    weights = (tensor(case.h, case.d), tensor(case.h), tensor(case.d, case.h), tensor(case.d))
-    w_in, b_in, w_out, b_out = weights
-    grad = torch.randn(x.shape, generator=make)
-    draw = [case.settings[name] for name in ("num_generalization", "p_mem", "seed")]
+    torch.manual_seed(0)
+    given = case.inputs("cpu")
+    x, ids, *weights, grad = given
+    draw = case.draw
     table = keep_mask(torch.arange(EXAMPLES), case.h, *draw).float()
-
-    def with_dropout(drop: Callable[[Tensor], Tensor]) -> Tensor:
-        return F.linear(drop(F.gelu(F.linear(x, w_in, b_in))), w_out, b_out)
-
-    def own_dropout(hidden: Tensor) -> Tensor:
-        return example_tied_dropout(hidden, ids, *draw, channel_dim=-1)
-
     outputs: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: example_tied_mlp(x, ids, *weights, **case.settings),
-        "dense products and the dropout": lambda: with_dropout(
-            lambda t: example_tied_dropout(t, ids, *draw, channel_dim=-1)
-        ),
-        "dense products and a table of masks": lambda: with_dropout(lambda t: t * table[ids].unsqueeze(1)),
-        "without dropout": lambda: with_dropout(lambda t: t),
+        "dense products and the dropout": lambda: dense(case, *given),
+        "dense products and a table of masks": lambda: _mlp(x, weights, lambda t: t * table[ids].unsqueeze(1)),
+        "without dropout": lambda: _mlp(x, weights, lambda t: t),
     }
-    torch.testing.assert_close(
-        outputs["ours"](), reference.example_tied_mlp(x, ids, *weights, **case.settings), rtol=1e-4, atol=1e-5
-    )
+    check(case, *given)
     leaves = [x, *weights]
     times = interleaved({name: lambda f=f: torch.autograd.grad(f(), leaves, grad) for name, f in outputs.items()})
     benchmark.extra_info["time over"] = ratios(times, "ours")
@@ -111,3 +130,28 @@ def test_example_tied_mlp(case: Case, benchmark: Any) -> None:
         name: round(elements["ours"] / count, 3) for name, count in elements.items() if name != "ours"
     }
     benchmark.pedantic(outputs["ours"], rounds=5)
+
+
+def gpu_cases(tiny: bool) -> Iterator[GpuCase]:
+    """Yield for `bench.gpu` forward and backward pass beside dense products and the dropout's operator."""
+    for case, dtype in itertools.product(CASES, (torch.bfloat16, torch.float32)):
+        large = Case(16, 32, 4, 3, case.p_gen, case.p_mem) if tiny else replace(case, batch=4 * case.batch)
+
+        def passes(run: Callable[..., Tensor], *given: Tensor) -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(run(*given), [t for t in given[:-1] if t.requires_grad], given[-1])
+
+        def ours(*given: Tensor, case: Case = large) -> Tensor:
+            return example_tied_mlp(*given[:6], **case.settings)
+
+        yield GpuCase(
+            f"example_tied_mlp {large}-{str(dtype).removeprefix('torch.')}",
+            lambda device, case=large, dtype=dtype: case.inputs(device, dtype),
+            functools.partial(check, large),
+            functools.partial(passes, ours),
+            functools.partial(passes, functools.partial(dense, large)),
+            lambda *given: (
+                bytes := 2.0 * sum(t.nbytes for t in given),
+                bytes,
+            ),  # each is read, and most have a gradient
+        )

@@ -10,7 +10,8 @@ a little over half of its products, which are symmetric.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from bench.gpu_time import GpuCase
 from bench.measure import interleaved, ratios
 from bench.peak import peak
 from bench.peers import PEERS
@@ -48,10 +50,10 @@ class Linear:
     def __str__(self) -> str:
         return f"linear-{self.batch}x{self.positions}-{self.inputs}-to-{self.outputs}"
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Return the input and the gradient of the output."""
-        x = torch.randn(self.batch, self.positions, self.inputs)
-        return x.relu(), torch.randn(self.batch, self.positions, self.outputs)
+        x = torch.randn(self.batch, self.positions, self.inputs, device=device)
+        return x.relu(), torch.randn(self.batch, self.positions, self.outputs, device=device)
 
     def plan(self) -> Plan:
         """Return the way that is taken."""
@@ -96,11 +98,11 @@ class Conv2d:
         k, s, p = self.kernel, self.stride, self.padding
         return (k, k), (s, s), (p, p), (1, 1)
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Return the input and the gradient of the output."""
-        x = torch.randn(self.batch, self.inputs, self.size, self.size).relu()
+        x = torch.randn(self.batch, self.inputs, self.size, self.size, device=device).relu()
         side = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
-        return x, torch.randn(self.batch, self.outputs, side, side)
+        return x, torch.randn(self.batch, self.outputs, side, side, device=device)
 
     def plan(self) -> Plan:
         """Return the way that is taken."""
@@ -195,22 +197,44 @@ def test_training_step(name: str, benchmark: Any) -> None:
     benchmark.pedantic(steps["norms + batch gradient"], rounds=3)
 
 
-def gpu_cases() -> Iterator[tuple[str, Callable[[], object], int, Callable[[], object], int]]:
-    """Yield for `bench.gpu`: name, what to time and its bytes, what to compare with and its bytes; checked first.
+def gpu_cases(tiny: bool) -> Iterator[GpuCase]:
+    """Yield for `bench.gpu` every way beside the layer's own weight gradient, and `auto` beside materialising.
 
-    Every way beside the layer's own weight gradient, and the one that is taken beside materialising. In float32,
-    library products follow torch's precision setting, exact by default; cuDNN's convolutions take TF32 by default.
+    In float32, library products follow torch's precision setting, exact by default; cuDNN's convolutions take TF32 by
+    default.
     """
-    for case in CASES:
-        large = replace(case, batch=8 * case.batch)
-        for dtype in (torch.float32, torch.bfloat16):
-            x, g = (t.to("cuda", dtype) for t in large.tensors())
-            exact = case.materialised(x[:3].double(), g[:3].double())
-            name = f"grad_sqnorm {large}-{str(dtype).removeprefix('torch.')}"
-            for method in ("auto", "direct", case.gram):
-                torch.testing.assert_close(large.norms(x[:3], g[:3], method).double(), exact, rtol=1e-4, atol=0)
-                ours = functools.partial(large.norms, x, g, method)
-                weights = functools.partial(large.weight_gradient, x, g)
-                yield f"{name} {method}, peer: weight gradient", ours, x.nbytes + g.nbytes, weights, x.nbytes + g.nbytes
-            ours, peer = functools.partial(large.norms, x, g), functools.partial(large.materialised, x, g)
-            yield f"{name} auto, peer: materialised", ours, x.nbytes + g.nbytes, peer, x.nbytes + g.nbytes
+    for case, dtype in itertools.product(CASES, (torch.bfloat16, torch.float32)):
+        channels = {"inputs": min(case.inputs, 8), "outputs": min(case.outputs, 8)}
+        large = replace(case, batch=4, **channels) if tiny else replace(case, batch=8 * case.batch)
+        counts = large.plan().multiply_adds
+        for method in ("auto", "direct", case.gram):
+            operations = 2.0 * large.batch * counts.get(method, 0)  # of whole products: half a Gram matrix is enough
+            yield GpuCase(
+                f"grad_sqnorm {large}-{str(dtype).removeprefix('torch.')} {method}",
+                functools.partial(drawn, large, dtype),
+                functools.partial(check, large, method),
+                lambda x, g, case=large, method=method: case.norms(x, g, method),
+                large.weight_gradient,
+                lambda x, g: (x.nbytes + g.nbytes,) * 2,
+                lambda *_, count=operations: count,
+            )
+        yield GpuCase(
+            f"grad_sqnorm {large}-{str(dtype).removeprefix('torch.')} auto, peer: materialised",
+            functools.partial(drawn, large, dtype),
+            functools.partial(check, large, "auto"),
+            large.norms,
+            large.materialised,
+            lambda x, g: (x.nbytes + g.nbytes,) * 2,
+        )
+
+
+def drawn(case: Linear | Conv2d, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Return the input and the gradient of the output in a type."""
+    x, g = case.tensors(device)
+    return x.to(dtype), g.to(dtype)
+
+
+def check(case: Linear | Conv2d, method: str, x: Tensor, g: Tensor) -> None:
+    """Fail unless the norms of three examples are those that materialising them in float64 gives."""
+    exact = case.materialised(x[:3].double(), g[:3].double())
+    torch.testing.assert_close(case.norms(x[:3], g[:3], method).double(), exact, rtol=1e-4, atol=0)

@@ -1,119 +1,267 @@
-"""Build, check and time every CUDA operator, and whole models, on this machine's GPU: ``python bench/gpu.py``.
+"""Build, check and time every CUDA operator, and whole models, in six minutes of a GPU: ``python bench/gpu.py``.
 
-Times are CUDA events, medians, on inputs larger than the L2 cache, beside those of a peer in the same run: the ceiling,
-which for a memory-bound operator is a copy on the device, or what one would run without the operator. The result file
-is written after every step, so that a run that is cut short leaves what it had.
+Steps run in groups: a smoke test with the card's ceilings, the goals, the operators, the tests that need a GPU. Each
+group has a process of its own, which is replaced when a step hangs or leaves the device unusable; every step has a
+limit, and its result is written when it ends, so that a run which is cut short leaves what it had. docs/gpu.md says how
+to use it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
+import argparse
+import contextlib
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+from bench import slug  # noqa: E402
+from bench.gpu_summary import summary  # noqa: E402
 
-COPY_SHARE = {"example_tied_dropout": 0.85, "channel_saliency": 0.85}
-"""Operators that only move bytes, and the share of a copy's bandwidth that they are meant to reach at least."""
-
-
-def operators(file: Path) -> Iterable[dict[str, Any]]:
-    """Time the cases of one ``bench_*.py`` and yield a record of each."""
-    from bench.measure import seconds
-
-    cases = getattr(importlib.import_module(f"bench.{file.stem}"), "gpu_cases", tuple)
-    for name, ours, our_bytes, peer, peer_bytes in cases():
-        (low, taken, high), (_, peer_taken, _) = seconds(ours, "cuda"), seconds(peer, "cuda")
-        bandwidth, peers = our_bytes / taken, peer_bytes / peer_taken
-        share = next((share for operator, share in COPY_SHARE.items() if name.startswith(operator)), None)
-        goal = {} if share is None else {"at_least": share, "met": bandwidth / peers >= share}
-        yield {
-            "case": name,
-            "time_over_peer": round(taken / peer_taken, 3),
-            "microseconds": round(1e6 * taken, 1),
-            "quartiles": [round(1e6 * low, 1), round(1e6 * high, 1)],
-            "bandwidth_GB_per_s": round(bandwidth / 1e9),
-            "peer_GB_per_s": round(peers / 1e9),
-            "share_of_peer_bandwidth": round(bandwidth / peers, 3),
-            **goal,
-        }
-        torch.cuda.empty_cache()
+MINUTES = 6.0
+ENDS = {"smoke": 60, "goals": 215, "operators": 285, "tests": 350}
+"""Seconds after the build at which a group ends at the latest; what one leaves is there for the next."""
+START_LIMIT = 60
+"""Seconds in which a process has to say what it is going to do, or to begin the next step."""
+BUILD_LIMIT = 300
+TEST_PROCESSES = 4
 
 
-def steps() -> dict[str, Callable[[], Iterable[dict[str, Any]]]]:
-    """Return what is measured, by name: each yields records."""
-    from bench import gpu_goals
+class Run:
+    """What was measured so far, in a folder.
 
-    def goal(one: Callable[[], gpu_goals.Goal]) -> Iterable[dict[str, Any]]:
-        yield one().record()
+    Args:
+        folder: Takes ``gpu.json``, ``summary.txt`` and ``log.txt``.
+        **about: What the result file begins with.
+    """
 
-    def goals(name: str, precision: str) -> Iterable[dict[str, Any]]:
-        yield from (goal.record() for goal in gpu_goals.accounting("cuda", name, precision))
+    def __init__(self, folder: Path, **about: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.lock, self.stopped = folder, threading.Lock(), False
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.log = (folder / "log.txt").open("wb")
+        self.result: dict[str, Any] = {**about, "machine": {}, "ceilings": [], "goals": [], "cases": [], "tests": {}}
+        self.result |= {"failures": {}, "not_run": {}, "seconds": {}, "step_seconds": {}}
 
-    found: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {}
-    for name in gpu_goals.MODELS:
-        for precision in gpu_goals.PRECISIONS:
-            found[f"accounting of {name}, {precision}"] = functools.partial(goals, name, precision)
-    found["scan"] = functools.partial(goal, lambda: gpu_goals.scan("cuda"))
-    found["search"] = functools.partial(goal, lambda: gpu_goals.search("cuda"))
-    for file in sorted(HERE.glob("bench_*.py")):
-        found[file.stem] = functools.partial(operators, file)
-    return found
+    def write(self) -> None:
+        """Write the result and its summary, each whole or not at all."""
+        files = {"gpu.json": json.dumps(self.result, indent=1), "summary.txt": summary(self.result) + "\n"}
+        for name, text in files.items():
+            partial = self.folder / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.folder / name)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Put a record where it belongs."""
+        if "machine" in record:
+            self.result |= record
+        elif "test" in record:
+            self.result["tests"][record["outcome"]] = self.result["tests"].get(record["outcome"], 0) + 1
+        else:
+            kinds = {"ceiling": "ceilings", "bound": "goals"}
+            self.result[next((kinds[key] for key in kinds if key in record), "cases")].append(record)
+            print(json.dumps(record), flush=True)
+
+    def fail(self, name: str, why: str) -> None:
+        """Note the first thing that went wrong with a step."""
+        self.result["failures"].setdefault(name, why)
+        print(f"FAILED {name}: {why[-500:]}", flush=True)
+
+    def group(self, name: str, command: Sequence[str], until: float) -> None:
+        """Run the steps of a group, in another process after each that had to be stopped.
+
+        Args:
+            name: For what went wrong with none of its steps.
+            command: Takes the descriptor it tells its steps to as an argument ``{}``, and names of steps on its input.
+            until: Time, as of `time.monotonic`, at which it is stopped.
+        """
+        done: set[str] = set()
+        while not self.stopped:
+            before = len(done)
+            try:
+                left = self._attempt(name, command, done, until)
+            except Exception:
+                left = []
+                self.fail(name, traceback.format_exc())
+            with self.lock:
+                if left and (time.monotonic() >= until or len(done) == before):
+                    self.result["not_run"][name] = left
+                self.write()
+            if not left or name in self.result["not_run"]:
+                return
+
+    def _attempt(self, group: str, command: Sequence[str], done: set[str], until: float) -> list[str]:
+        """Run a process for the steps that are not done, which it adds to; return what is left then."""
+        receive, send = os.pipe()
+        process = subprocess.Popen(
+            [part.format(send) for part in command],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            pass_fds=[send],
+            start_new_session=True,
+        )
+        os.close(send)
+        self.processes.add(process)
+        plan, current, began, buffer = list[str](), None, 0.0, b""
+        limit, why, deadline = START_LIMIT, "", time.monotonic() + START_LIMIT
+        try:
+            assert process.stdin is not None
+            with process.stdin:
+                process.stdin.write(json.dumps(sorted(done)).encode())
+            while True:
+                wait = min(deadline, until) - time.monotonic()
+                if not select.select([receive], [], [], max(wait, 0))[0]:
+                    why = f"stopped after its limit of {limit} s" if deadline <= until else "stopped: no time was left"
+                    break
+                chunk = os.read(receive, 1 << 16)
+                if not chunk:
+                    break
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for message in map(json.loads, lines):
+                    with self.lock:
+                        match message:
+                            case {"plan": plan}:
+                                pass
+                            case {"begin": current, "limit": limit}:
+                                began = time.monotonic()
+                                done.add(current)
+                            case {"record": record}:
+                                self.add(record)
+                            case {"failed": text}:
+                                self.fail(current or group, text)
+                            case {"end": name}:
+                                self.result["step_seconds"][name] = round(time.monotonic() - began, 2)
+                                current, limit = None, START_LIMIT
+                        if "plan" not in message and "begin" not in message:
+                            self.write()
+                    deadline = time.monotonic() + limit
+        except BrokenPipeError:  # it ended before it read what is done
+            pass
+        finally:
+            os.close(receive)
+            kill(process, wait=not why)
+            self.processes.discard(process)
+        left = [name for name in plan if name not in done]
+        if not why and (process.returncode or current):
+            why = f"its process ended with {process.returncode}; see log.txt"
+        told = current in self.result["failures"]  # what broke the device
+        if why and not told and not self.stopped and (current or not plan or (left and deadline <= until)):
+            with self.lock:
+                self.fail(current or group, why)
+        return left
+
+    def stop(self, *_: object) -> None:
+        """End all processes, and the program."""
+        self.stopped = True
+        for process in list(self.processes):
+            kill(process, wait=False)
+        sys.exit("bench.gpu: stopped")
 
 
-def build() -> None:
+def kill(process: subprocess.Popen[bytes], wait: bool) -> None:
+    """End a process and those that it has started; one that has closed its pipe may get some seconds to end itself."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5 if wait else 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # the driver lets go of a process whose kernel hangs when it has stopped that
+
+
+def card(query: str) -> str:
+    """Return what the driver's tool says of the first GPU, or an empty text."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def build(run: Run) -> None:
     """Build the extension for this GPU alone, which takes a part of the time."""
-    major, minor = torch.cuda.get_device_capability()
-    archs = {"MEMLOC_CUDA": "1", "MEMLOC_CUDA_ARCHS": f"{major}.{minor}{'a' if major >= 9 else ''}"}
+    capability = card("compute_cap")
+    suffix = "a" if capability.split(".")[0] == "9" else ""
+    archs = {"MEMLOC_CUDA_ARCHS": capability + suffix} if capability else {}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=HERE.parent, env={**archs, **os.environ}, check=True)
+    environment = {"MEMLOC_CUDA": "1", **archs, **os.environ}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=run.log, stderr=run.log, start_new_session=True
+    )
+    run.processes.add(process)
+    try:
+        code = process.wait(BUILD_LIMIT)
+    except subprocess.TimeoutExpired:
+        code = f"no result in {BUILD_LIMIT} s"
+    kill(process, wait=False)
+    run.processes.discard(process)
+    if code != 0:  # an earlier build may be there, and is measured then
+        run.fail("build", f"setup.py ended with {code}; see log.txt")
+
+
+def shards(dry_run: bool) -> list[list[str]]:
+    """Return arguments of pytest for each of the processes that run the tests."""
+    if dry_run:
+        return [["python_tests/ops/test_threads.py"]]
+    files = [file for file in sorted((ROOT / "python_tests").rglob("test_*.py")) if "mark.cuda" in file.read_text()]
+    files += [file for file in sorted((ROOT / "python_tests/ops").glob("test_*.py")) if file not in files]
+    files.sort(key=lambda file: ("ops" not in file.parts, -file.stat().st_size))
+    return [["-m", "cuda", *map(str, files[first::TEST_PROCESSES])] for first in range(TEST_PROCESSES)]
 
 
 def main() -> None:
-    """Print a line per measurement and write ``results/<gpu>/gpu.json``; exit with 1 if a test or a step fails."""
-    if not torch.cuda.is_available():
-        sys.exit("bench.gpu: torch sees no CUDA device")
-    begin = time.perf_counter()
-    build()
-    from bench.measure import folder, machine
-    from memloc_ext.files import write_json
-
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda"],
-        cwd=HERE.parent,
-        env={**os.environ, "MEMLOC_REQUIRE_CUDA": "1"},
-        check=False,
+    """Print a line per measurement and a summary; exit with 1 if a test or a step fails or is left out."""
+    parser = argparse.ArgumentParser(prog="python bench/gpu.py", description=__doc__)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: bench/results/<the card's name>")
+    parser.add_argument("--no-build", action="store_true", help="measure the libraries that are there")
+    parser.add_argument("--dry-run", action="store_true", help="every step on tiny inputs, on the CPU, without a build")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="in all, after the build; %(default)g by default"
     )
-    passed = tests.returncode == 0
-    result: dict[str, Any] = {"command": "python bench/gpu.py", "machine": machine(), "tests_passed": passed}
-    result |= {"goals": [], "cases": [], "failures": {}, "seconds": {}}
-    result["seconds"]["build and tests"] = round(time.perf_counter() - begin, 1)
-    path = folder() / "gpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, measure in steps().items():
-        start = time.perf_counter()
-        try:
-            for record in measure():
-                print(record, flush=True)
-                result["goals" if "bound" in record else "cases"].append(record)
-        except Exception:  # one that fails leaves the others their time
-            result["failures"][name] = traceback.format_exc(limit=-1)
-            print(f"FAILED {name}: {traceback.format_exc()}", flush=True)
-        result["seconds"][name] = round(time.perf_counter() - start, 1)
-        write_json(path, result)
-        torch.cuda.empty_cache()
-    print(f"written: {path.relative_to(HERE.parent)}, {time.perf_counter() - begin:.0f} s")
-    sys.exit(0 if passed and not result["failures"] else 1)
+    options = parser.parse_args()
+    device = "cpu" if options.dry_run else "cuda"
+    usual = ROOT / "build" / "gpu-dry-run" if options.dry_run else HERE / "results" / slug(card("name") or "gpu")
+    run = Run(options.output or usual, command=f"python bench/gpu.py {' '.join(sys.argv[1:])}".strip())
+    signal.signal(signal.SIGTERM, run.stop)
+    signal.signal(signal.SIGINT, run.stop)
+    if not options.dry_run:
+        os.environ["MEMLOC_REQUIRE_CUDA"] = "1"
+    worker = [sys.executable, str(HERE / "gpu_worker.py")]
+    try:
+        begin = time.monotonic()
+        if not (options.no_build or options.dry_run):
+            build(run)
+            run.result["seconds"]["build"] = round(time.monotonic() - begin, 1)
+        begin = time.monotonic()
+        for group, seconds in ENDS.items():
+            start, until = time.monotonic(), begin + seconds * options.minutes / MINUTES
+            if group == "tests":
+                parts = shards(options.dry_run)
+                names = [f"tests {i + 1} of {len(parts)}" for i in range(len(parts))]
+                commands = [[*worker, name, device, "{}", *files] for name, files in zip(names, parts, strict=True)]
+                with ThreadPoolExecutor(len(parts)) as pool:
+                    list(pool.map(run.group, names, commands, [until] * len(parts)))
+            else:
+                run.group(group, [*worker, group, device, "{}"], until)
+            run.result["seconds"][group] = round(time.monotonic() - start, 1)
+    finally:
+        run.write()
+        print(f"\n{summary(run.result)}\nwritten: {run.folder}", flush=True)
+    sys.exit(1 if run.result["failures"] or run.result["not_run"] else 0)
 
 
 if __name__ == "__main__":

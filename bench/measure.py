@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench import slug
 from memloc_ext._version import __version__
 from memloc_ext.info import build_info
 
@@ -42,28 +43,6 @@ def interleaved(
             function()
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def seconds(function: Callable[[], object], device: str, rounds: int = 30) -> tuple[float, float, float]:
-    """Return the quartiles of the time of a call, on a GPU between two events of its stream."""
-    on_gpu = torch.device(device).type == "cuda"
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(rounds):
-        if on_gpu:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-    low, median, high = statistics.quantiles(times, n=4)
-    return low, median, high
 
 
 def ratios(times: Mapping[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
@@ -116,4 +95,4 @@ def folder() -> Path:
     """Return the folder for the results of this machine, named after its GPU or its processor."""
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"{cpu_name()}-{torch.get_num_threads()}-threads"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return RESULTS / slug(name)
