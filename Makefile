@@ -49,9 +49,19 @@ lint: $(READY)
 	$(ACTIVATE) clang-format --dry-run --Werror $$(find csrc tools python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(ACTIVATE) pyright
 
-wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl; with CUDA kernels where torch and the toolkit have CUDA
-	rm -rf dist build/lib.* build/bdist.*  # or what an earlier build left there is packed too
-	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# One for this Python, with the pybind11 module, and one for every Python from 3.10 on, without; they share compiled objects,
+# but not the folders that are packed, with all that an earlier build left there.
+wheel: export MEMLOC_CUDA_ARCHS := $(or $(MEMLOC_CUDA_ARCHS),$(TORCH_CUDA_ARCH_LIST),8.0+PTX;9.0a;10.0;12.0)
+wheel: $(if $(VENV),$(VENV)/.installed,)  ## dist/*.whl, two of them; with CUDA kernels where torch and the toolkit have CUDA
+	rm -rf dist build/wheel
+	for host in 1 0; do \
+		rm -rf build/lib.* build/bdist.*; \
+		MEMLOC_HOST=$$host $(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel . || exit 1; \
+	done
+	for wheel in build/wheel/*.whl; do \
+		$(ACTIVATE) auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcuda.so*' \
+			--wheel-dir dist $$wheel || exit 1; \
+	done
 	@ls dist
 
 cuda-check: $(READY)  ## compile and link every .cu without a GPU; fail on a register spill, or narrow loads where wide ones belong

@@ -1,12 +1,14 @@
 """Build memloc_ext's extension modules; the switches for users are described in the README."""
 
 import glob
+import importlib
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder on the path
+with_host = (os.environ.get("MEMLOC_HOST") or "1") != "0"
 try:
-    import pybind11
+    pybind11 = importlib.import_module("pybind11") if with_host else None
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
@@ -20,7 +22,6 @@ from tools.cuda_toolkit import choose_cuda, gencode
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 toolkit, archs = choose_cuda(torch.version.cuda)
-with_host = (os.environ.get("MEMLOC_HOST") or "1") != "0"
 print(f"memloc_ext: torch {torch.__version__}, CUDA kernels: {archs if toolkit else 'no'}", file=sys.stderr)
 
 # Oldest torch that the binaries load in: 2.10. Source paths are cut from messages, so that a build tells no folder.
@@ -53,11 +54,14 @@ if toolkit:
             include_dirs=[f"{toolkit}/include"],
             library_dirs=[f"{toolkit}/lib64"],
             libraries=["cudart_static", "dl", "rt"],
-            extra_compile_args={"cxx": [*COMMON, *HOST, "-DUSE_CUDA"], "nvcc": nvcc},
+            extra_compile_args={
+                "cxx": [*COMMON, *HOST, "-DUSE_CUDA", f'-DMEMLOC_CUDA_ARCHS="{archs}"'],
+                "nvcc": nvcc,
+            },
             extra_link_args=["-Wl,--no-as-needed", "-ltorch", *STRIP],  # pulls in libtorch_cuda where there is one
         )
     )
-if with_host:
+if pybind11:
     host = Extension("memloc_ext._host", sorted(glob.glob("csrc/host/*.cpp")), language="c++")
     host.define_macros = [("MEMLOC_CUDA_ARCHS", f'"{archs if toolkit else ""}"')]
     host.include_dirs.append(pybind11.get_include())

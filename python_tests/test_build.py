@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,46 @@ def test_cuda_follows_torch_the_toolkit_and_the_switch(toolkit: Path, monkeypatc
     monkeypatch.setenv("MEMLOC_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 0, 1 or unset, got 'yes'"):
         cuda_toolkit.choose_cuda(None)
+
+
+RUNTIME = """
+#pragma once
+#include <cstring>
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice = 209, cudaErrorUnsupportedPtxVersion = 222, other };
+struct cudaDeviceProp { char name[256]; int major, minor; };
+inline const char* cudaGetErrorString(cudaError_t) { return "no kernel image is available"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 3, cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* card, int device) {
+  std::strcpy(card->name, device == 3 ? "NVIDIA H900" : "another");
+  card->major = MAJOR;
+  card->minor = 0;
+  return cudaSuccess;
+}
+"""
+PROGRAM = """
+#include "cuda/no_code.h"
+#include <cstdio>
+int main() {
+  using namespace memloc;
+  if (is_no_code(cudaSuccess) || is_no_code(other) || !is_no_code(cudaErrorUnsupportedPtxVersion)) return 1;
+  std::puts(no_code(cudaErrorNoKernelImageForDevice, "channel_saliency").c_str());
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+@pytest.mark.parametrize(("major", "arch"), [(9, "9.0a"), (12, "12.0")])
+def test_a_card_without_code_is_named_with_what_to_build_for(major: int, arch: str, tmp_path: Path) -> None:
+    (tmp_path / "cuda_runtime_api.h").write_text(RUNTIME)
+    (tmp_path / "main.cpp").write_text(PROGRAM)
+    defined = [f"-DMAJOR={major}", '-DMEMLOC_CUDA_ARCHS="8.0;8.6"']
+    command = ["c++", "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}", *defined, tmp_path / "main.cpp"]
+    subprocess.run([*command, "-o", tmp_path / "main"], check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "CUDA error in channel_saliency: no kernel image is available: NVIDIA H900 has no code in this build of "
+        f"memloc_ext, which is for 8.0;8.6; build it with MEMLOC_CUDA_ARCHS={arch}\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and memloc_ext.has_cuda_kernels, reason="the GPU is there")

@@ -31,9 +31,9 @@ def test_a_wheel_holds_the_package_and_nothing_else() -> None:
 
 
 def test_tags_follow_the_modules() -> None:
-    platform = check_wheel.sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    machine = check_wheel.sysconfig.get_platform().partition("-")[2].replace("-", "_")
 
-    def wrong(tag: str, *names: str) -> list[str]:
+    def wrong(tag: str, *names: str, platform: str = f"manylinux_2_34_{machine}") -> list[str]:
         wheel = Path(f"memloc_ext-0.1.0-{tag}-{platform}.whl")
         return check_wheel.check_tags(wheel, modules(*names), f"Tag: {tag}-{platform}\n")
 
@@ -43,6 +43,18 @@ def test_tags_follow_the_modules() -> None:
     assert "its tag has to be cp310-abi3-" in wrong(f"{TAG}-{TAG}", "_C.abi3")[0]
     assert f"its tag has to be {TAG}-{TAG}-" in wrong("cp310-abi3", "_C.abi3", host)[0]
     assert "is for one Python only" in wrong("cp310-abi3", f"_C.cpython-3{sys.version_info.minor}")[0]
+    assert "-manylinux_*, got cp310-abi3-linux_" in wrong("cp310-abi3", "_C.abi3", platform=f"linux_{machine}")[0]
+    assert "-manylinux_*, got" in wrong("cp310-abi3", "_C.abi3", platform="manylinux_2_34_mips")[0]
+
+
+@needs_compiler
+def test_a_library_that_needs_a_later_glibc_than_its_tag_is_refused(tmp_path: Path) -> None:
+    library = tmp_path / "_C.so"
+    (tmp_path / "a.c").write_text("#include <stdio.h>\nvoid say(void) { puts(\"x\"); }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "a.c"], check=True)
+    (wrong,) = check_wheel.check_glibc(library, "memloc_ext-0.1.0-cp310-abi3-manylinux_2_1_x86_64.whl")
+    assert "later than the tag says" in wrong
+    assert check_wheel.check_glibc(library, "memloc_ext-0.1.0-cp310-abi3-manylinux_2_99_x86_64.whl") == []
 
 
 @needs_compiler

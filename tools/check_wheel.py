@@ -32,7 +32,8 @@ def expected_files() -> set[str]:
 
 def check_files(names: list[str], modules: list[re.Match[str]]) -> list[str]:
     """Return what is there and should not be, or the other way round."""
-    found = {name for name in names if ".dist-info/" not in name} - {module[0] for module in modules}
+    files = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
+    found = files - {module[0] for module in modules}
     wrong = [f"{name} is in it" for name in sorted(found - expected_files())]
     wrong += [f"{name} is not in it" for name in sorted(expected_files() - found)]
     if "_C" not in {module["name"] for module in modules} or len(names) != len(set(names)):
@@ -44,10 +45,22 @@ def check_tags(wheel: Path, modules: list[re.Match[str]], metadata: str) -> list
     """Return where tags are not those of the modules: the host module pins the version of Python, others do not."""
     host = [module["abi"] for module in modules if module["name"] == "_host"]
     python = host[0].replace("cpython-", "cp") if host else "cp310"
-    tag = f"{python}-{python if host else 'abi3'}-{re.sub('[-.]', '_', sysconfig.get_platform())}"
+    abi = f"{python}-{python if host else 'abi3'}"
+    machine = re.escape(sysconfig.get_platform().partition("-")[2].replace("-", "_"))
     tags = set(map(str, parse_wheel_filename(wheel.name)[3])) | set(re.findall(r"^Tag: (\S+)", metadata, re.MULTILINE))
-    wrong = [f"its tag has to be {tag}, got {' '.join(sorted(tags))}"] if tags != {tag} else []
+    fine = len(tags) == 1 and re.fullmatch(rf"{abi}-manylinux_\d+_\d+_{machine}", *tags)
+    wrong = [] if fine else [f"its tag has to be {abi}-manylinux_*, got {' '.join(sorted(tags))}"]
     return wrong + [f"{m[0]} is for one Python only" for m in modules if m["name"] != "_host" and m["abi"] != "abi3"]
+
+
+def check_glibc(library: Path, wheel: str) -> list[str]:
+    """Return whether a library asks for a later glibc than the tag of its wheel says."""
+    tag = re.search(r"manylinux_(\d+)_(\d+)_", wheel)
+    command = ["readelf", "--wide", "--version-info", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = max(((int(a), int(b)) for a, b in re.findall(r"GLIBC_(\d+)\.(\d+)", text)), default=(0, 0))
+    late = tag is not None and needed > (int(tag[1]), int(tag[2]))
+    return [f"{library.name} needs glibc {needed[0]}.{needed[1]}, later than the tag says"] if late else []
 
 
 def check_library(library: Path) -> list[str]:
@@ -81,7 +94,7 @@ def check_wheel(wheel: Path) -> list[str]:
         for module in modules:
             library = Path(archive.extract(module[0], folder))
             print(f"  {module[0]}: {library.stat().st_size} bytes")
-            wrong += check_library(library)
+            wrong += check_library(library) + check_glibc(library, wheel.name)
         audited = [Path(folder, module[0]) for module in modules if module["name"] != "_host"]  # which knows no torch
         command = [Path(sys.executable).with_name("torch-abi-audit"), "--check", "both", *audited]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,9 +104,9 @@ def check_wheel(wheel: Path) -> list[str]:
 
 
 def main() -> None:
-    """Check all wheels that are named, and exit with 1 if something is wrong with one."""
-    if len(sys.argv) < 2:
-        sys.exit("usage: python tools/check_wheel.py WHEEL...")
+    """Check all wheels that are named, and exit with 1 if something is wrong with one, or one of the two is missing."""
+    if len(sys.argv) != 3 or sum("-abi3-" in name for name in sys.argv[1:]) != 1:
+        sys.exit("usage: python tools/check_wheel.py dist/*.whl, the one for this Python and the abi3 one")
     wrong = [f"{name}: {sentence}" for name in sys.argv[1:] for sentence in check_wheel(Path(name))]
     sys.exit("\n".join(wrong) or None)
 

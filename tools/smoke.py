@@ -15,6 +15,9 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Li
 memloc_ext.nn.insert_example_tied_dropout(model, after=["1"])
 with memloc_ext.example_ids(ids):
     model(torch.randn(4, 8)).sum().backward()
+plan = memloc_ext.ops.plan_linear(64, 256, 768)  # by the host module, or by the operators' library without it
+if plan.method != "gram" or plan.multiply_adds["direct"] != 64 * 256 * 768:
+    sys.exit(f"smoke: the cost model says {plan}")
 info = subprocess.run([sys.executable, "-m", "memloc_ext", "info"], capture_output=True, text=True, check=True).stdout
 if memloc_ext.__version__ not in info or "example_tied_dropout" not in info:
     sys.exit(f"smoke: `python -m memloc_ext info` printed\n{info}")

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cuda/element_type.h"
+#include "cuda/no_code.h"
 
 namespace memloc {
 
@@ -17,6 +18,7 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 inline void check_cuda(cudaError_t error, const char* op) {
+  if (is_no_code(error)) fail(no_code(error, op));
   MEMLOC_CHECK(error == cudaSuccess, "CUDA error in ", op, ": ", cudaGetErrorString(error));
 }
 
