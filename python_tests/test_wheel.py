@@ -50,7 +50,7 @@ def test_tags_follow_the_modules() -> None:
 @needs_compiler
 def test_a_library_that_needs_a_later_glibc_than_its_tag_is_refused(tmp_path: Path) -> None:
     library = tmp_path / "_C.so"
-    (tmp_path / "a.c").write_text("#include <stdio.h>\nvoid say(void) { puts(\"x\"); }")
+    (tmp_path / "a.c").write_text('#include <stdio.h>\nvoid say(void) { puts("x"); }')
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "a.c"], check=True)
     (wrong,) = check_wheel.check_glibc(library, "memloc_ext-0.1.0-cp310-abi3-manylinux_2_1_x86_64.whl")
     assert "later than the tag says" in wrong
