@@ -6,9 +6,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder on the path
-with_host = (os.environ.get("MEMLOC_HOST") or "1") != "0"
 try:
-    pybind11 = importlib.import_module("pybind11") if with_host else None
+    pybind11 = importlib.import_module("pybind11") if os.environ.get("MEMLOC_HOST") != "0" else None
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
@@ -74,5 +73,5 @@ if os.environ.get("MEMLOC_EXTENSIONS") == "0":  # for `make`, which has built th
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={} if with_host else {"bdist_wheel": {"py_limited_api": "cp310"}},  # pybind11 pins the Python version
+    options={} if pybind11 else {"bdist_wheel": {"py_limited_api": "cp310"}},  # pybind11 pins the Python version
 )
