@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Try a built wheel under another torch, without CUDA's libraries: tools/try_torch.sh 2.10.0 dist/*.whl [pytest's arguments].
+# Try a built wheel under another torch, without CUDA's libraries: tools/try_torch.sh 2.10.0 dist/*-abi3-*.whl [pytest's arguments].
 # PYTHON names another interpreter.
 set -euo pipefail
 version=$1 wheel=$(realpath "$2") root=$(cd "$(dirname "$0")/.." && pwd)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -136,12 +137,50 @@ def run_layer(layer: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
     if layer.is_convolution:
         stride, padding, dilation = layer.geometry()
         weight, padding = trimmed(x[0], weight, stride, padding, dilation)
-        out = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, dilation).unflatten(0, x.shape[:2])
+        arguments = x.flatten(0, 1), weight, bias, stride, padding, dilation
+        if layer.relu and has_fused(x):
+            out = _fused(*arguments, None if residual is None else residual.flatten(0, 1))
+            if out is not None:
+                return out.unflatten(0, x.shape[:2])
+        out = F.conv2d(*arguments).unflatten(0, x.shape[:2])
     else:
         out = F.linear(x, weight, bias)
     if residual is not None:
         out += residual
     return out.relu_() if layer.relu else out
+
+
+def has_fused(x: Tensor) -> bool:
+    """Whether cuDNN has convolutions for a tensor that add a residual and end in a ReLU; they have no gradient."""
+    types = (torch.float16, torch.float32)
+    return x.is_cuda and x.dtype in types and torch.backends.cudnn.enabled and not torch.is_grad_enabled()
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: Tensor | None,
+) -> Tensor | None:
+    """Return the ReLU of a convolution and a residual in one kernel, None where cuDNN has none of that kind."""
+    kind = (x.dtype, weight.shape, *stride, *padding, *dilation, residual is None)
+    if kind in _WITHOUT:
+        return None
+    try:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, 1)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1, bias, stride, padding, dilation, 1)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # no engine for these sizes
+        _WITHOUT.add(kind)
+        return None
+
+
+_WITHOUT = set[object]()
 
 
 def run_layer_on_channel(

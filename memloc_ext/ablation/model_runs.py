@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memloc_ext.ablation.deltas import Slab
 from memloc_ext.ablation.edits import SiteHook, apply_ablation, hooked
 from memloc_ext.ablation.interpreter import Edit, Graph, Suffix, with_slab
-from memloc_ext.ablation.network import Network, Query
+from memloc_ext.ablation.network import Network, Query, memory_budget
 from memloc_ext.ablation.recorder import record
 from memloc_ext.ablation.recording import UnsupportedError
 from memloc_ext.ablation.signature import Judged, Signature, check_output, judge, opened
@@ -76,7 +76,7 @@ class ModelNetwork(Network):
         sizes = zip(recording.shapes, recording.dtypes, strict=True)
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
         self.needed = {*recording.inputs, *recording.outputs}
-        self.share = query.memory_budget
+        self.share = memory_budget(query.memory_budget, given[0].device)
         self.examples_at_once = max(1, self.share // max(1, size))
         self.gradients_at_once = self.examples_at_once
         self.rows_at_once = [self.examples_at_once] * len(self.suffixes)

@@ -20,6 +20,7 @@ from memloc_ext.tasks import Classification, Task, wide
 
 HOWS = ("zero", "mean", "filter")
 _SHARE = 2  # of the memory budget: half for the unchanged network's values, half for the variants'
+_ON_CPU, _MOST_ON_GPU = 1 << 30, 1 << 34  # bytes of the memory budget where none is given
 _CACHED = 1 << 25  # bytes of a chunk of variants on the CPU; more gains nothing there
 
 
@@ -31,7 +32,7 @@ class Query:
         task: Of the model.
         sites: See `ablation_losses`.
         how: See `ablation_losses`.
-        memory_budget: Bytes.
+        memory_budget: Bytes; None for `memory_budget`.
         edited: Whether units of all sites may be switched off in what is compared with.
         weights: Whether what the sites' layers read is needed too: ``how`` is ``filter``.
     """
@@ -39,9 +40,20 @@ class Query:
     task: Task
     sites: Sequence[str] | None
     how: str
-    memory_budget: int
+    memory_budget: int | None
     edited: bool = False
     weights: bool = False
+
+
+def memory_budget(given: int | None, device: torch.device) -> int:
+    """Return the bytes that are given, or by default 1 GiB, and on a GPU a quarter of what is free, at most 16 GiB."""
+    if given is not None:
+        return int(given)
+    if device.type != "cuda":
+        return _ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what PyTorch holds back
+    return min(free // 4, _MOST_ON_GPU)
 
 
 class Network:
@@ -143,7 +155,7 @@ class Network:
         example = sum(sizes[v] for v in self.needed) + 2 * max(sizes.values())
         example += sum(sizes[v] for place in self.places for v in place.values) if query.edited else 0
         row_bytes = max((2 * suffix.bytes_per_row for suffix in self.suffixes), default=0)
-        least, budget = _SHARE * max(example, row_bytes, 1), int(query.memory_budget)
+        least, budget = _SHARE * max(example, row_bytes, 1), memory_budget(query.memory_budget, device)
         if budget < least:
             raise ValueError(
                 f"memory_budget must be at least {least} bytes for this model and these sites, got {budget}"

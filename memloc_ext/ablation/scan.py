@@ -47,7 +47,7 @@ def ablation_losses(
     *,
     task: TaskName | Task = "classification",
     reference: Any = None,
-    memory_budget: int = 1 << 30,
+    memory_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> AblationLosses:
     """Return the exact loss of every example with every unit of some sites switched off, one unit at a time.
@@ -72,7 +72,8 @@ def ablation_losses(
             normalisation.
         task: ``classification``, ``tokens``, or an object with ``loss`` and ``right``, see `memloc_ext.tasks`.
         reference: Examples for ``mean``, of the form of ``x``; by default ``x``.
-        memory_budget: Bytes of activations that may be held at a time, the results not counted.
+        memory_budget: Bytes of activations that may be held at a time, the results not counted. By default 1 GiB, and
+            on a GPU a quarter of the memory that is free at the first call, at most 16 GiB.
         progress: Called with the number of units that are done, each time some are, for long scans.
 
     Returns:

@@ -106,41 +106,39 @@ def _joined(parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor |
 
 
 class Switched:
-    """Each example's set of switched-off units, as masks ``[examples, units]`` per site.
+    """Each example's set of switched-off units.
 
     Attributes:
+        mask: ``[examples, units]``, bool, units numbered through all sites.
         starts: Number of each site's first unit when they are numbered through all sites, then how many there are.
     """
 
-    def __init__(self, network: Network, baselines: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-        self.network, self.baselines, self.masks = network, baselines, list(masks)
+    def __init__(self, network: Network, baselines: Sequence[Tensor], mask: Tensor) -> None:
+        self.network, self.baselines, self.mask = network, baselines, mask
         self.starts = list(accumulate((len(b) for b in baselines), initial=0))
 
     @classmethod
     def none(cls, network: Network, baselines: Sequence[Tensor], examples: int) -> Switched:
         """Return the empty sets of so many examples."""
-        masks = [torch.zeros(examples, len(b), dtype=torch.bool, device=b.device) for b in baselines]
-        return cls(network, baselines, masks)
+        units = sum(map(len, baselines))
+        return cls(network, baselines, torch.zeros(examples, units, dtype=torch.bool, device=baselines[0].device))
 
     def of(self, examples: Tensor) -> Switched:
         """Return the sets of some examples, ``[*]`` of their indices; copies."""
-        return Switched(self.network, self.baselines, [mask[examples] for mask in self.masks])
+        return Switched(self.network, self.baselines, self.mask[examples])
 
     def edits(self) -> dict[int, Edit]:
         """Return what `Graph.examples` and `Suffix.run` are to be given."""
         edits: dict[int, Edit] = {}
-        for place, baseline, mask in zip(self.network.places, self.baselines, self.masks, strict=True):
-            if bool(mask.any()):
-                for value in place.values:
-                    edits[value] = _edit(mask, baseline, place.dim)
+        masks = self.mask.split([len(b) for b in self.baselines], 1)
+        used = torch.stack([mask.any() for mask in masks]).tolist()
+        for place, baseline, mask, here in zip(self.network.places, self.baselines, masks, used, strict=True):
+            edits |= dict.fromkeys(place.values, _edit(mask, baseline, place.dim)) if here else {}
         return edits
 
     def add(self, examples: Tensor, chosen: Candidates) -> None:
         """Add one unit to the sets of some examples."""
-        units = chosen.units[:, 0]
-        for mask, start, end in zip(self.masks, self.starts, self.starts[1:], strict=False):
-            here = (units >= start) & (units < end)
-            mask[examples[here], units[here] - start] = True
+        self.mask[examples, chosen.units[:, 0]] = True
 
     def bytes_per_example(self, units: int) -> int:
         """Return how much memory so many units of an example take besides the masks."""
@@ -188,7 +186,7 @@ class Switched:
 
     def best(self, scores: Tensor, population: Tensor | None, count: int) -> Candidates:
         """Return the units with the largest scores, ``[examples, units]``, of those that are not switched off."""
-        scores, units = finite(scores).masked_fill(torch.cat(self.masks, 1), -torch.inf).topk(count, 1)
+        scores, units = finite(scores).masked_fill(self.mask, -torch.inf).topk(count, 1)
         return Candidates(units, scores, torch.zeros_like(scores) if population is None else population[units])
 
     def total(self, inputs: Sequence[Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
@@ -197,10 +195,23 @@ class Switched:
 
 
 def _edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
+    """Return what switches units off; on a GPU it does not wait to know how many they are."""
+
     def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
         row, unit = mask[rows].nonzero(as_tuple=True)
         offsets = torch.searchsorted(row, torch.arange(len(rows) + 1, device=row.device))
         return ablate_channels(t, offsets, unit, baseline.to(t.dtype), dim + 1)
+
+    return masked_edit(mask, baseline, dim) if mask.is_cuda else edit
+
+
+def masked_edit(mask: Tensor, baseline: Tensor, dim: int) -> Edit:
+    """Return what replaces the units of a mask, ``[examples, units]``, by their baseline, ``[units]``, in one pass."""
+
+    def edit(t: Tensor, rows: Tensor, read: Callable[[int], Tensor]) -> Tensor:
+        shape = [1] * (t.dim() - 1)
+        shape[dim] = len(baseline)
+        return torch.where(mask[rows].reshape(-1, *shape), baseline.to(t.dtype).reshape(shape), t)
 
     return edit
 
@@ -248,7 +259,7 @@ def first_order(
             if grad is None:
                 continue
             own = channel_saliency(activation.detach(), grad, place.dim + 1)
-            if bool(baseline.any()):
+            if network.how != "zero":
                 own = own - baseline * grad.movedim(place.dim + 1, 1).flatten(2).sum(2)
             change = change - own
         changes.append(change / scale)

@@ -30,9 +30,13 @@ def verify(network: Network, candidates: Candidates, sets: Sets, inputs: Sequenc
     )
     with torch.no_grad():
         unchanged = network.graph.examples(inputs, network.needed, edits)
-        for s, suffix in enumerate(network.suffixes):
-            here = (candidates.units >= sets.starts[s]) & (candidates.units < sets.starts[s + 1])
-            rows, columns = here.nonzero(as_tuple=True)
+        ends = torch.tensor(sets.starts[1:], device=device)
+        places = torch.bucketize(candidates.units.reshape(-1).contiguous(), ends, right=True)  # the site of each
+        counts = (places[:, None] == torch.arange(len(ends), device=device)).sum(0).tolist()
+        for s, (suffix, here) in enumerate(
+            zip(network.suffixes, places.argsort(stable=True).split(counts), strict=True)
+        ):
+            rows, columns = here // shape[1], here % shape[1]
             for begin in range(0, len(rows), network.rows_at_once[s]):
                 part = slice(begin, begin + network.rows_at_once[s])
                 row, column = rows[part], columns[part]
@@ -82,20 +86,20 @@ class Population:
 
     def _total(self, own: Sets, weights: Tensor) -> tuple[Tensor, float]:
         """Return the effect of units on the weighted loss over all of them, and it, with one example's set off."""
-        total, value, step = torch.zeros((), device=self.y.device), 0.0, self.network.gradients_at_once
+        total, step = torch.zeros((), device=self.y.device), self.network.gradients_at_once
+        value = torch.zeros((), dtype=torch.float64, device=self.y.device)
         for begin in range(0, len(self.y), step):
             part = slice(begin, begin + step)
             labels, weight = self.y[part], weights[part]
 
             def loss(output: Any, labels: Tensor = labels, weight: Tensor = weight) -> Tensor:
-                nonlocal value
                 result = (example_losses(self.network.task, output, labels, len(labels)) * weight).sum() / len(self.y)
-                value += float(result.detach())
+                value.add_(result.detach())
                 return result
 
             sets = own.of(torch.zeros(len(labels), dtype=torch.int64, device=labels.device))
             total = total + sets.total([t[part] for t in self.inputs], loss)
-        return total, value
+        return total, float(value)
 
 
 def reference_inputs(network: Network, x: Any, y: Tensor, ids: Tensor | None = None) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memloc_ext.ablation.network import Network
-from memloc_ext.ablation.signature import Judged, check_classes
+from memloc_ext.ablation.signature import check_classes
 from memloc_ext.ablation.sites import producer
 from memloc_ext.ablation.unit_sets import Candidates, Switched, finite
 from memloc_ext.ablation.weight_sets import ChangedWeights
@@ -84,7 +84,7 @@ class NetworkSearch:
         start = [] if self.population is None else [self.population.loss]
         searches = [  # without a status as long as they go on
             Found([], "" if right else ALREADY_WRONG, [loss], list(start), [] if label is None else [label])
-            for loss, right, label in zip(*_listed(judged), strict=True)
+            for loss, right, label in zip(*_listed(*judged), strict=True)
         ]
         seeds = seeds_of(inputs[: len(inputs) - network.signature.named], settings.seed)
         copies = [noisy_copies(t, settings.eot, settings.noise, seeds) for t in inputs]
@@ -141,12 +141,11 @@ class NetworkSearch:
         switched.add(index, chosen)
         if settings.is_exhaustive:
             self.ranks += (candidates.scores > chosen.scores).sum(1).tolist()
-        changes = effects.gather(1, best)[:, 0].tolist()
-        taken = _listed(judged.map(lambda t: t.gather(1, best)[:, 0]))
+        taken = judged.map(lambda t: t.gather(1, best)[:, 0])
+        picked, changes, *listed = _listed(chosen.units[:, 0], effects.gather(1, best)[:, 0], *taken)
         off = len(done[0].units) + 1
         ends = EXHAUSTED if off == units else CAPPED if off >= settings.max_units else ""
-        picked = chosen.units[:, 0].tolist()
-        for i, unit, change, loss, right, predicted in zip(active, picked, changes, *taken, strict=True):
+        for i, unit, change, loss, right, predicted in zip(active, picked, changes, *listed, strict=True):
             site = bisect.bisect_right(own.starts, unit) - 1
             _take(searches[i], (self.network.sites[site].name, unit - own.starts[site]), change, loss, predicted)
             searches[i] = replace(searches[i], status=ends if right else FLIPPED)
@@ -197,6 +196,11 @@ def _take(search: Found, unit: tuple[str, int], change: float, loss: float, pred
         search.population_losses.append(search.population_losses[-1] + change)
 
 
-def _listed(judged: Judged) -> tuple[Sequence[float], Sequence[bool], Sequence[int | None]]:
-    loss, right, predicted = judged
-    return loss.tolist(), right.tolist(), [None] * len(loss) if predicted is None else predicted.tolist()
+def _listed(*columns: Tensor | None) -> list[Sequence[Any]]:
+    """Return the numbers of tensors ``[examples]``, read from their device at once; of one that is None, Nones."""
+    there = [t for t in columns if t is not None]
+    read = zip(there, torch.stack([t.double() for t in there]).tolist(), strict=True)
+    # whole numbers are below 2^53
+    listed = [row if t.is_floating_point() else [*map(bool if t.dtype == torch.bool else int, row)] for t, row in read]
+    found = iter(listed)
+    return [[None] * len(there[0]) if t is None else next(found) for t in columns]

@@ -41,7 +41,7 @@ def localize(
     eot: int = 5,
     noise: float = 0.01,
     seed: int = 0,
-    memory_budget: int = 1 << 30,
+    memory_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Localization:
     r"""Find the few units that must be switched off, or changed, until each example is not predicted as its label.
@@ -122,7 +122,7 @@ class Searches:
     settings: Settings
     reference: tuple[Any, ...] | None
     sites: Sequence[str] | None = None
-    memory_budget: int = 1 << 30
+    memory_budget: int | None = None
     _search: NetworkSearch | None = field(default=None, init=False)
 
     def run(self, x: Any, y: Tensor, progress: Callable[[int], object] | None = None) -> Localization:
