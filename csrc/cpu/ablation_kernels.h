@@ -5,6 +5,7 @@
 
 #include "conv2d.h"
 #include "cpu/compute.h"
+#include "cpu/instruction_set.h"
 #include "summation.h"
 
 namespace memloc {
@@ -41,11 +42,7 @@ struct AblationKernels {
   int64_t lanes;      // of a vector
 };
 
-template <typename Source>
-AblationKernels<Source> ablation_baseline();
-template <typename Source>
-AblationKernels<Source> ablation_avx2();
-template <typename Source>
-AblationKernels<Source> ablation_avx512();
+template <InstructionSet kSet, typename Source>
+AblationKernels<Source> ablation_kernels();
 
 }  // namespace memloc

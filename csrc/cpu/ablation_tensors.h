@@ -19,11 +19,7 @@ namespace memloc {
 
 template <typename Source>
 AblationKernels<Source> ablation_kernels() {
-#if MEMLOC_INSTRUCTION_SETS
-  if (instruction_set() == InstructionSet::kAvx512) return ablation_avx512<Source>();
-  if (instruction_set() == InstructionSet::kAvx2) return ablation_avx2<Source>();
-#endif
-  return ablation_baseline<Source>();
+  return for_this_machine([](auto set) { return ablation_kernels<set.value, Source>(); });
 }
 
 inline void check_channels(const AblationArgs& args) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/compute.h"
+#include "cpu/instruction_set.h"
 #include "grad_sqnorm.h"
 #include "summation.h"
 
@@ -119,11 +120,7 @@ struct GradSqnormKernels {
   int64_t tile_rows, tile_columns;
 };
 
-template <typename Source>
-GradSqnormKernels<Source> grad_sqnorm_baseline();
-template <typename Source>
-GradSqnormKernels<Source> grad_sqnorm_avx2();
-template <typename Source>
-GradSqnormKernels<Source> grad_sqnorm_avx512();
+template <InstructionSet kSet, typename Source>
+GradSqnormKernels<Source> grad_sqnorm_kernels();
 
 }  // namespace memloc

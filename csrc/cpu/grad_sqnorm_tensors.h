@@ -12,11 +12,7 @@ namespace memloc {
 
 template <typename Source>
 GradSqnormKernels<Source> kernels() {
-#if MEMLOC_INSTRUCTION_SETS
-  if (instruction_set() == InstructionSet::kAvx512) return grad_sqnorm_avx512<Source>();
-  if (instruction_set() == InstructionSet::kAvx2) return grad_sqnorm_avx2<Source>();
-#endif
-  return grad_sqnorm_baseline<Source>();
+  return for_this_machine([](auto set) { return grad_sqnorm_kernels<set.value, Source>(); });
 }
 
 template <typename Source>

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MEMLOC_INSTRUCTION_SETS 1
@@ -26,6 +27,17 @@ inline InstructionSet instruction_set() {
   if (avx2 && wanted != "baseline") return InstructionSet::kAvx2;
 #endif
   return InstructionSet::kBaseline;
+}
+
+// make(std::integral_constant<InstructionSet, ...>) for that set.
+template <typename Make>
+auto for_this_machine(const Make& make) {
+#if MEMLOC_INSTRUCTION_SETS
+  const InstructionSet set = instruction_set();
+  if (set == InstructionSet::kAvx512) return make(std::integral_constant<InstructionSet, InstructionSet::kAvx512>());
+  if (set == InstructionSet::kAvx2) return make(std::integral_constant<InstructionSet, InstructionSet::kAvx2>());
+#endif
+  return make(std::integral_constant<InstructionSet, InstructionSet::kBaseline>());
 }
 
 }  // namespace memloc

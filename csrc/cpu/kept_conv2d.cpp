@@ -22,11 +22,7 @@ using Numbers = std::vector<int64_t>;
 
 template <typename E>
 KeptConv2dKernels<E> kernels() {
-#if MEMLOC_INSTRUCTION_SETS
-  if (instruction_set() == InstructionSet::kAvx512) return kept_conv2d_avx512<E>();
-  if (instruction_set() == InstructionSet::kAvx2) return kept_conv2d_avx2<E>();
-#endif
-  return kept_conv2d_baseline<E>();
+  return for_this_machine([](auto set) { return kept_conv2d_kernels<set.value, E>(); });
 }
 
 // Whether processors multiply this 16-bit type itself, several times faster than floats.

@@ -6,6 +6,7 @@
 
 #include "conv2d.h"
 #include "cpu/compute.h"
+#include "cpu/instruction_set.h"
 #include "summation.h"
 
 namespace memloc {
@@ -45,11 +46,7 @@ struct KeptConv2dKernels {
   int64_t tile_columns;
 };
 
-template <typename E>
-KeptConv2dKernels<E> kept_conv2d_baseline();
-template <typename E>
-KeptConv2dKernels<E> kept_conv2d_avx2();
-template <typename E>
-KeptConv2dKernels<E> kept_conv2d_avx512();
+template <InstructionSet kSet, typename E>
+KeptConv2dKernels<E> kept_conv2d_kernels();
 
 }  // namespace memloc

@@ -25,11 +25,7 @@ constexpr int64_t kTurned = 32;  // rows and columns of a block that is turned o
 
 template <typename E>
 KeptLinearKernels<E> kernels() {
-#if MEMLOC_INSTRUCTION_SETS
-  if (instruction_set() == InstructionSet::kAvx512) return kept_linear_avx512<E>();
-  if (instruction_set() == InstructionSet::kAvx2) return kept_linear_avx2<E>();
-#endif
-  return kept_linear_baseline<E>();
+  return for_this_machine([](auto set) { return kept_linear_kernels<set.value, E>(); });
 }
 
 void check(const KeptLinearArgs& args) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/compute.h"
+#include "cpu/instruction_set.h"
 #include "summation.h"
 
 namespace memloc {
@@ -37,11 +38,7 @@ struct KeptLinearKernels {
   void (*product)(const KeptProduct<E>&, int64_t begin, int64_t end);  // at most kKeptColumns of the result
 };
 
-template <typename E>
-KeptLinearKernels<E> kept_linear_baseline();
-template <typename E>
-KeptLinearKernels<E> kept_linear_avx2();
-template <typename E>
-KeptLinearKernels<E> kept_linear_avx512();
+template <InstructionSet kSet, typename E>
+KeptLinearKernels<E> kept_linear_kernels();
 
 }  // namespace memloc

@@ -257,13 +257,18 @@ def kept_mlp(x: Tensor, activation: str, plan: Plan, *weights: Tensor | None) ->
     device = x.device.type
     if torch.is_autocast_enabled(device):
         given = cast_for_autocast(device, given)
+    rows = cast(Tensor, given[0]).flatten(0, -2)
     with torch.autocast(device, enabled=False):
-        y = cast(Tensor, KeptMlp.apply(activation, plan, given[0].flatten(0, -2), *given[1:]))
+        if plan.kept is None:
+            own = Weights(*given[1:])  # pyright: ignore[reportArgumentType]
+            y = composition(rows, own, activation, lambda hidden: plan.thinned(plan.dropout(hidden), 0))
+        else:
+            y = cast(Tensor, KeptMlp.apply(activation, plan, rows, *given[1:]))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class KeptMlp(torch.autograd.Function):
-    """The MLP on rows ``[rows, d]``; second derivatives are those of dense products."""
+    """The MLP on rows ``[rows, d]`` with channels kept by some runs; second derivatives are those of dense products."""
 
     @staticmethod
     def forward(ctx: Any, activation: str, plan: Plan, rows: Tensor, *weights: Tensor | None) -> Tensor:

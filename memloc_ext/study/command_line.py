@@ -1,10 +1,13 @@
-"""The command line: ``memloc run``, its single stages, and ``memloc info``."""
+"""Find where a neural network memorizes: the whole study, or one of its stages."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -27,10 +30,10 @@ class _Command:
     stages: ClassVar[tuple[StageName, ...]]
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     output: Path | None = None
-    """Folder of the report and of the stages' results, which any command reuses; by default the former is
-    runs/<dataset>-<model>-seed<seed>, and the latter lie beside it in runs."""
+    """Folder of all results. By default the report goes to runs/<dataset>-<model>-seed<seed>, and the results of
+    stages go to runs, where later commands find them."""
     seeds: int = 1
-    """Repeat everything with so many seeds, from --seed on, each in a folder of its own; the report has the spread."""
+    """Number of seeds, the first being --seed. The report gives means and standard deviations."""
     tensorboard: bool = False
     """Log every epoch for TensorBoard."""
 
@@ -80,13 +83,13 @@ class _Command:
 
 @dataclasses.dataclass(frozen=True)
 class Run(_Command):
-    """The whole study: plain training and every probe of it, example-tied dropout and its controls, and a report."""
+    """Run the whole study: all stages, and a report."""
 
     stages = (*STAGES, "report")
     only: tuple[StageName, ...] = ()
-    """Do these stages alone, and those that they need."""
+    """Run only these stages, and those that they need."""
     skip: tuple[StageName, ...] = ()
-    """Leave out these stages, and those that need them."""
+    """Skip these stages, and those that need them."""
 
     def config(self) -> StudyConfig:
         """Return the settings: without the stage ``account``, training keeps no account."""
@@ -108,29 +111,34 @@ class Run(_Command):
 _SINGLE: dict[str, tuple[str, tuple[StageName, ...]]] = {
     "train": ("Train a model without dropout, with a checkpoint after every epoch.", ("train",)),
     "account": (
-        "Train a model without dropout and keep an account of its gradients: which examples move which layers.",
+        "Train a model, and measure how much clean and memorized examples contribute to the gradient of each layer.",
         ("train", "account"),
     ),
     "rewind": (
-        "Train a model without dropout, and put one layer group after another back to its weights of earlier epochs.",
+        "Train a model, then rewind one layer group at a time to an earlier epoch and measure accuracy.",
         ("train", "rewind"),
     ),
     "retrain": (
-        "Train a model without dropout, and train one layer group after another again, on clean examples alone.",
+        "Train a model, then reset one layer group at a time, retrain it on clean examples and measure accuracy.",
         ("train", "retrain"),
     ),
     "localize": (
-        "Train a model without and one with example-tied dropout, and search for the units that flip single examples.",
+        "Train a model with and one without example-tied dropout, and find the units that flip single predictions.",
         ("train", "localize", "dropout", "localize-dropout"),
     ),
     "audit": (
-        "Train a model without and one with example-tied dropout, and rank the training examples by how memorized they "
-        "are, each with a suggested label.",
+        "Train a model with and one without example-tied dropout, and rank the training examples by how memorized "
+        "they are.",
         ("train", "audit", "dropout", "audit-dropout"),
     ),
     "dropout": ("Train a model with example-tied dropout and evaluate it in every mode.", ("dropout",)),
 }
-"""Commands of some stages and a report of these: what they do, and the stages."""
+"""Commands that run some stages and report them: what they do, and the stages."""
+
+_COMMON = {
+    "output", "dataset", "model", "noise", "epochs", "batch_size", "learning_rate", "p_gen", "p_mem", "seed",
+}  # fmt: skip
+"""Settings that ``--help`` shows; ``--help-all`` shows all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
         import tyro
     except ImportError:
         sys.exit("memloc: this command needs more packages; run: pip install 'memloc_ext[study]'")
-    subcommand = tyro.conf.subcommand
-    commands: Any = Annotated[Run, subcommand("run")]
-    for name, (text, stages) in _SINGLE.items():
-        single = type(name.title(), (_Command,), {"__doc__": text, "stages": (*stages, "report")})
-        commands |= Annotated[single, subcommand(name)]
-    commands |= Annotated[Info, subcommand("info")]
+    commands: Any = Annotated[Info, tyro.conf.subcommand("info")]
+    for name, kind in reversed(_commands().items()):
+        if name == arguments[0] and not {"-h", "--help"}.isdisjoint(arguments):
+            kind = type(_with_common_settings(kind(), tyro.conf.Suppress))
+        commands = Annotated[kind, tyro.conf.subcommand(name)] | commands
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     in_full, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"memloc: {shown(str(text))}\n"
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
@@ -171,6 +179,33 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("memloc: interrupted; the same command goes on from the last finished epoch")
     finally:
         warnings.formatwarning = in_full
+
+
+def _commands() -> dict[str, type[_Command]]:
+    """Return the commands that take settings, by name."""
+    single = {
+        name: type(name.title(), (_Command,), {"__doc__": text, "stages": (*stages, "report")})
+        for name, (text, stages) in _SINGLE.items()
+    }
+    return {"run": Run, **single}
+
+
+def _with_common_settings(settings: Any, suppress: Any) -> Any:
+    """Return the same settings in a class of which help shows those of `_COMMON` only."""
+    kind, hints = type(settings), typing.get_type_hints(type(settings))
+    values, annotations = {}, {}
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        nested = dataclasses.is_dataclass(value)
+        values[name] = _with_common_settings(value, suppress) if nested else value
+        hint = type(values[name]) if nested else hints[name]
+        annotations[name] = hint if nested or name in _COMMON else Annotated[hint, suppress]
+    defaults = {
+        name: dataclasses.field(default_factory=functools.partial(copy.copy, value)) for name, value in values.items()
+    }
+    note = " --help-all shows every setting." if issubclass(kind, _Command) else ""
+    namespace = {"__annotations__": annotations, "__doc__": f"{kind.__doc__}{note}", "__post_init__": lambda _: None}
+    return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), namespace | defaults))(**values)
 
 
 def _say(line: str) -> None:

@@ -19,27 +19,25 @@ Variant = Literal["plain", "example_tied", "standard", "fixed"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples, and which of them have to be memorized.
+    """Which examples, and which of them are to be memorized.
 
     Attributes:
-        dataset: digits, mnist, cifar10, svhn, or folder:PATH with train/ and test/ in it, a folder per class in each;
-            or package.module:factory, which is called with the seed and returns a training and a test set, see
-            `memloc_ext.examples`, whose items are the same each time.
-        root: Folder of the data sets' files; digits needs none.
-        download: Fetch the files that are missing.
-        image_size: Side in pixels that the images of a folder are resized to, stretched if they are not square; by
-            default the longer side of the first training image.
-        normalization: Mean and standard deviation of the images' pixels: paper for 0.5 and 0.5, or imagenet, which has
-            3 channels; a data set of one's own has its own.
-        examples: Train on so many of the training examples only, at least 1, drawn by the seed; by default on all.
-        test_examples: Evaluate on so many of the test examples only, likewise.
-        noise: Share of training examples that get a wrong label, in [0, 1]; none of a data set of one's own that says
-            itself which are memorized, or of other tasks than classification.
-        noise_kind: uniform: any wrong class; repo: as the authors' code draws it, which leaves one out.
-        memorized: File of a mask, of indices or of scores, in place of label noise; of all training examples, or of
-            those that examples and the seed choose.
-        below: Memorized are the scores below this (C-scores: 0.5).
-        above: Memorized are the scores above this (Feldman-Zhang).
+        dataset: digits, mnist, cifar10, svhn; folder:PATH, with train/CLASS/ and test/CLASS/; or
+            package.module:factory, a function of the seed that returns a training and a test set.
+        root: Folder of the data set's files. Digits needs none.
+        download: Download missing files.
+        image_size: Side in pixels to which images of a folder are resized, without keeping the aspect ratio. By default
+            the longer side of the first training image.
+        normalization: Mean and standard deviation of the pixels: paper (0.5 and 0.5) or imagenet (of 3 channels).
+        examples: Number of training examples, at least 1, drawn by the seed. By default all.
+        test_examples: Number of test examples, at least 1, drawn by the seed. By default all.
+        noise: Share of training examples that get a wrong label, in [0, 1]. None do if the data set says which examples
+            are memorized, or if the task is not classification.
+        noise_kind: uniform draws any wrong class; repo draws as the authors' code does, which never draws one class.
+        memorized: File that says which training examples are memorized, instead of label noise: a mask, indices or
+            scores.
+        below: Examples with a score below this are memorized (0.5 for C-scores).
+        above: Examples with a score above this are memorized (for Feldman-Zhang scores).
     """
 
     dataset: str = "digits"
@@ -73,9 +71,9 @@ class ModelConfig:
     """Which model.
 
     Attributes:
-        model: lenet, resnet9, resnet18, resnet50 or vit; or package.module:factory, which is called with the seed and
-            returns a module; or torchvision:NAME or timm:NAME.
-        width: Factor on the channels of resnet9; by default 1, and 0.5 on digits, whose images are small.
+        model: lenet, resnet9, resnet18, resnet50, vit, torchvision:NAME, timm:NAME; or package.module:factory, a
+            function of the seed that returns a module.
+        width: Factor on the channels of resnet9. By default 1, and 0.5 for digits.
     """
 
     model: str = "resnet9"
@@ -84,17 +82,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DropoutConfig:
-    """How the dropouts are set.
+    """Settings of example-tied and standard dropout.
 
     Attributes:
         p_gen: Share of generalization channels, in [0, 1].
         p_mem: Probability that an example keeps a memorization channel, in [0, 1].
-        rescale: What drop multiplies generalization channels by, see ExampleTiedDropout.
-        sites: Modules after which dropout goes; by default the model's own sites.
-        channel_dim: Dimension of the channels in what these return: 1, or -1 for tokens. By default the model's own, or
-            1; three dimensions are then refused but behind a module that tells, such as Conv1d.
+        rescale: Factor on generalization channels in mode drop, see `memloc_ext.nn.ExampleTiedDropout`.
+        sites: Modules that are followed by dropout. By default the model's own sites.
+        channel_dim: Dimension of the channels in the outputs of the sites: 1, or -1 for tokens. By default it is found
+            from the model.
         standard_p: Probability that standard dropout zeroes an activation, in [0, 1].
-        skip_channels: Whether training skips the work for channels that are not kept; results are equal to rounding.
+        skip_channels: Do not compute channels that are dropped. Results are equal to rounding.
     """
 
     p_gen: float = 0.2
@@ -111,11 +109,11 @@ class DropoutConfig:
 
 @dataclass(frozen=True)
 class RewindConfig:
-    """Which layer groups are rewound, and how far.
+    """Settings of layer rewinding.
 
     Attributes:
-        rewind_epochs: Epochs whose weights the groups get back, each at least 0; none for the paper's, see `rewind`.
-        rewind_groups: Names of layer groups; none for all of the model's.
+        rewind_epochs: Epochs to which layer groups are rewound, each at least 0. By default the paper's.
+        rewind_groups: Names of layer groups. By default all.
     """
 
     rewind_epochs: tuple[int, ...] = ()
@@ -128,16 +126,16 @@ class RewindConfig:
 
 @dataclass(frozen=True)
 class RetrainConfig:
-    """Which layer groups are trained anew, and how; the defaults are the paper's but for the batch size.
+    """Settings of layer retraining; the defaults are the paper's except for the batch size.
 
     The schedule is triangular; momentum and weight decay are those of `memloc_ext.training.TrainConfig`.
 
     Attributes:
-        retrain_epochs: Largest number of passes over the clean examples, at least 1.
-        retrain_learning_rate: Peak of the schedule, positive.
-        retrain_batch_size: Examples in a batch, at least 1.
-        patience: Epochs in a row with every clean example fitted after which the training stops, at least 1.
-        retrain_groups: Names of layer groups; none for all of the model's.
+        retrain_epochs: Maximum number of epochs on the clean examples, at least 1.
+        retrain_learning_rate: Peak learning rate, positive.
+        retrain_batch_size: Batch size, at least 1.
+        patience: Stop after this many epochs in a row in which every clean example is fitted, at least 1.
+        retrain_groups: Names of layer groups. By default all.
 
     Source: Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023, section on layer retraining.
     """
@@ -161,12 +159,12 @@ class RetrainConfig:
 
 @dataclass(frozen=True)
 class LocalizationConfig:
-    """How many examples are localized, and how far.
+    """Settings of neuron localization.
 
     Attributes:
-        localized: Training examples whose units are searched for, at least 1: so many memorized and so many clean ones.
-        max_units: Largest number of units that are switched off for an example, at least 1.
-        edited: Of these examples, how many of each kind have accuracy measured after each of their units, at least 0.
+        localized: Number of memorized and of clean training examples to localize, at least 1.
+        max_units: Maximum number of units that are switched off for one example, at least 1.
+        edited: Number of these examples, of each kind, for which accuracy is measured after each unit, at least 0.
     """
 
     localized: int = 100
@@ -181,12 +179,12 @@ class LocalizationConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """How training examples are ranked by how memorized they are, and how many a report shows.
+    """Settings of the audit.
 
     Attributes:
-        top: Most suspect examples in the report, at least 1.
-        score: What ranks the examples, see `memloc_ext.audit`; by default drop with example-tied dropout, loss without,
-            where there is no drop.
+        top: Number of most suspect examples in the report, at least 1.
+        score: Score that ranks the examples, see `memloc_ext.audit`. By default drop with example-tied dropout, and
+            loss without.
     """
 
     top: int = 50
@@ -202,21 +200,20 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """All settings of a study; ``train.seed`` also names the noise, the initial weights and the dropout masks.
+    """Settings of a study.
 
     Attributes:
-        data: The examples.
+        data: The data.
         model: The model.
-        dropout: The dropouts.
-        train: The training.
-        rewind: The layer groups that are put back to earlier epochs.
-        retrain: The layer groups that are trained anew.
-        localization: The search for the units that flip examples.
-        audit: The ranking of training examples.
-        task: What the model is to predict, see `memloc_ext.tasks`.
-        account: Keep an account of the gradients of plain training. That takes longer, and is another training than
-            one without: the weights differ by rounding.
-        device: cpu, cuda, cuda:1, ...; auto is a GPU where there is one and the build has kernels for it.
+        dropout: Dropout.
+        train: Training.
+        rewind: Layer rewinding.
+        retrain: Layer retraining.
+        localization: Neuron localization.
+        audit: The audit.
+        task: What the model predicts: a class per example, or per token, see `memloc_ext.tasks`.
+        account: Account the gradients of plain training. Takes longer, and changes the weights by rounding.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one and the package has CUDA kernels.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,17 +20,15 @@ class TrainConfig:
     """How to train; the defaults are the paper's for its layer-level probes.
 
     Attributes:
-        epochs: Passes over the split, at least 1.
-        batch_size: Examples in a batch, at least 1; the last batch of an epoch may be smaller. If a model with batch
-            norm would have a last batch of one example, that example joins the batch before.
-        learning_rate: Peak of the schedule, positive.
-        momentum: Of SGD, in ``[0, 1)``.
-        weight_decay: Of SGD, on every parameter, at least 0.
-        schedule: How the learning rate follows the iterations, see `cosine` and `triangular`.
-        precision: Type of the forward pass under autocast; weights stay float32. ``float16`` scales the loss.
-        compile: Run the forward pass through ``torch.compile``.
-        seed: In [0, 2**63); names the order of the examples and the draws of standard dropout (in a study also the
-            initial weights, the label noise and the dropout masks).
+        epochs: Number of epochs, at least 1.
+        batch_size: Batch size, at least 1. With batch norm, a last batch of one example is joined to the one before.
+        learning_rate: Peak learning rate, positive.
+        momentum: Momentum of SGD, in [0, 1).
+        weight_decay: Weight decay of SGD, on every parameter, at least 0.
+        schedule: Learning-rate schedule per step, see `cosine` and `triangular`.
+        precision: Data type of the forward pass under autocast. Weights stay float32; float16 scales the loss.
+        compile: Run the forward pass with torch.compile.
+        seed: Seed of the order of examples, standard dropout and, in a study, of all else random, in [0, 2**63).
 
     Raises:
         ValueError: If a value breaks the above.

@@ -34,9 +34,30 @@ def test_no_argument_is_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_nothing_heavier_than_torch() -> None:
-    done = command("run", "--help")
+    done = command("run", "--help-all")
     assert "--retrain-epochs" in done.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert {"torch", "tyro", "memloc_ext"} < imported
     heavy = {"sklearn", "scipy", "pandas", "torchvision", "PIL", "matplotlib", "jinja2", "transformers", "lightning"}
     assert not imported & (heavy | {"sympy", "tensorboard"})
+
+
+@pytest.mark.parametrize("name", ["run", "audit"])
+def test_help_fits_on_a_screen_and_help_all_has_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(option: str) -> set[str]:
+        with pytest.raises(SystemExit) as ended:
+            main([name, option])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert len(re.findall(r"^.*\w.*$", text, re.MULTILINE)) <= 40 or option == "--help-all"
+        assert ("--help-all" in text) == (option != "--help-all")
+        return set(re.findall(r"^\W*(--[a-z][a-z-]*)", text, re.MULTILINE))
+
+    common = {"--output", "--dataset", "--model", "--noise", "--epochs", "--batch-size", "--learning-rate", "--seed"}
+    assert shown("--help") == shown("-h") == common | {"--p-gen", "--p-mem"}
+    assert shown("--help-all") > common | {
+        "--device",
+        "--retrain-epochs",
+        "--score",
+        "--only" if name == "run" else "--top",
+    }
