@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
       layout.start_of(line, &at_a, &at_g);
       const T* const from_a = a + b * layout.batch.a + piece * kLanes + at_a;
       const T* const from_g = g + b * layout.batch.g + piece * kLanes + at_g;
-      const int64_t rows = int64_t{blockDim.y};
-      for (int64_t run = threadIdx.y; run < inner.size; run += kRun * rows) {
-        const int64_t end = min(run + kRun * rows, inner.size);
+      const int rows = blockDim.y;
+      for (int64_t run = threadIdx.y; run < inner.size; run += int64_t{kRun} * rows) {
+        const int64_t end = min(run + int64_t{kRun} * rows, inner.size);
         Compute<T> sum[kLanes] = {};
 #pragma unroll 1
         for (int64_t i = run; i < end; i += kInFlight * rows) {
