@@ -189,5 +189,5 @@ def test_the_same_bits_twice() -> None:
 
 def test_compiles_without_a_break() -> None:
     x, g, ids = randn(5, 40, 16), randn(5, 40, 8), torch.zeros(5, dtype=torch.long).cuda()
-    compiled = torch.compile(lambda *t: linear_grad_sqnorm_groups(*t, ids, 1), fullgraph=True)
+    compiled = torch.compile(lambda x, g: linear_grad_sqnorm_groups(x, g, ids, 1), fullgraph=True)
     torch.testing.assert_close(compiled(x, g), linear_grad_sqnorm_groups(x, g, ids, 1))
