@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -160,7 +161,7 @@ def forward(rows: Tensor, weights: Weights, activation: str, plan: Plan) -> tupl
     y = F.linear(hidden, weights.w_out[:, :g], weights.b_out)
     if kept is None:
         return y, [*shared, hidden]
-    own = [kept_linear(rows, w[g:], None if b is None else b[g:], kept) for w, b in weights.first]
+    own = [kept_linear(rows, w[g:], None if b is None else b[g:].contiguous(), kept) for w, b in weights.first]
     own_hidden = plan.thinned(_activate(own, activation), 1)
     add_kept_input_(y, own_hidden, _turned(weights.w_out[:, g:]), kept)
     return y, [*shared, hidden, *own, own_hidden]
@@ -281,15 +282,21 @@ class KeptMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Return the gradients of the rows and the weights."""
-        inputs, values = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+        saved = ctx.saved_tensors  # once: checkpointing gives them once
+        inputs, values = saved[:7], list(saved[7:])
         rows, weights = inputs[0], Weights(*inputs[1:])
-        needed = ctx.needs_input_grad[2:]
+        needed, again = ctx.needs_input_grad[2:], torch.is_grad_enabled()
+        batched = is_legacy_batchedtensor(grad)  # of is_grads_batched
         with torch.autocast(grad.device.type, enabled=False):
-            if not torch.is_grad_enabled():
+            if not again and not batched:
                 return None, None, *backward(grad, rows, weights, values, ctx.activation, ctx.plan, needed)
             if ctx.plan.p:
-                raise RuntimeError("kept_mlp: no second derivatives behind ordinary dropout that is active; set p to 0")
-            y = composition(rows, weights, ctx.activation, ctx.plan.dropout)
+                raise RuntimeError(
+                    "kept_mlp: behind ordinary dropout that is active there are no second derivatives, and no passes "
+                    "of many gradients; set p to 0"
+                )
+            with torch.enable_grad():
+                y = composition(rows, weights, ctx.activation, ctx.plan.dropout)
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
             return None, None, *(next(found) if need else None for need in needed)

@@ -6,6 +6,7 @@ from accuracy import assert_stable, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memloc_ext.ops import example_tied_mlp, kept_mlp
 from memloc_ext.reference import example_tied_mlp as reference
@@ -124,13 +125,14 @@ def test_empty_and_single_sizes(sizes: dict[str, Any], way: str, device: torch.d
     check(arguments(**sizes, device=device))
 
 
-def test_any_strides(way: str, device: torch.device) -> None:
+@pytest.mark.parametrize("names", ["x example_ids w_in b_in w_out b_out w_gate b_gate", "b_in b_out b_gate"])
+def test_any_strides(names: str, way: str, device: torch.device) -> None:
     given = arguments(gated=True, device=device)
 
     def apart(t: Tensor) -> Tensor:
-        return torch.stack([t, t], -1)[..., 0].transpose(0, -1).contiguous().transpose(0, -1)
+        return torch.stack([t, t], -1).transpose(0, -2).contiguous().transpose(0, -2)[..., 0]
 
-    views = {name: apart(t) if isinstance(t, Tensor) else t for name, t in given.items()}
+    views = {name: apart(t) if name in names.split() else t for name, t in given.items()}
     for own, expected in zip(results(example_tied_mlp, views), results(example_tied_mlp, given), strict=True):
         torch.testing.assert_close(own, expected)
 
@@ -241,6 +243,23 @@ def test_gradients_to_second_order(way: str, device: torch.device) -> None:
     inputs = [given[name] for name in names]
     assert torch.autograd.gradcheck(f, inputs)
     assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_a_pass_of_many_gradients(way: str) -> None:
+    given = arguments()
+    inputs = [t for t in given.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    y = example_tied_mlp(**given)
+    grads = torch.stack([y.detach(), y.detach().sin()])
+    found = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for each, grad in enumerate(grads):
+        one_by_one = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+        torch.testing.assert_close(tuple(t[each] for t in found), one_by_one)
+
+
+def test_checkpointing(way: str) -> None:
+    given = arguments(gated=True)
+    actual = results(lambda **given: checkpoint(example_tied_mlp, **given, use_reentrant=False), given)
+    torch.testing.assert_close(actual, results(example_tied_mlp, given))
 
 
 @pytest.mark.parametrize("names", [("x",), ("w_out",), ("b_in", "w_gate"), ("w_in", "b_out", "b_gate")])
