@@ -87,7 +87,10 @@ def _enter(model: nn.Module, _: Any) -> None:
         while _stack():
             _close(_stack().pop()[1])
     skipping = None
-    if not is_watched() and any(getattr(m, "skip", False) and m.mode == "train" for m in model.modules()):
+    modules = [m for m in model.modules() if m is not model]
+    hooked = any(m._backward_hooks or m._backward_pre_hooks for m in modules)  # they wait for gradients of activations
+    skips = any(getattr(m, "skip", False) and m.mode == "train" for m in modules)
+    if skips and not hooked and not is_watched():
         skipping = Skipping(model, _known.setdefault(model, Chains()))
         skipping.__enter__()
     _stack().append((model, skipping))

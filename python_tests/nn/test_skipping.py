@@ -415,6 +415,24 @@ def test_gradients_of_activations_are_watched(called: list[str]) -> None:
         torch.testing.assert_close(models[1].held.grad, models[0].held.grad)  # pyright: ignore
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("hooked", ["0", "1", "2"])
+def test_backward_hooks_of_modules(hooked: str, register: str, called: list[str]) -> None:
+    models = pair(mlp(nn.ReLU()), ["1"])
+    for model in models:
+        step(model, X, torch.arange(5), lambda m, x: m(x))
+    told = []
+    for model in models:
+        seen: list[Tensor] = []
+        handle = getattr(model.get_submodule(hooked), register)(lambda *grads, seen=seen: seen.extend(grads[-1]))
+        told.append((*step(model, X, torch.arange(5), lambda m, x: m(x)), seen))
+        handle.remove()
+    torch.testing.assert_close(*told, rtol=1e-9, atol=1e-9)
+    assert not called
+    step(models[1], X, torch.arange(5), lambda m, x: m(x))
+    assert called == [MLP]
+
+
 def test_convolutions_behind_what_works_in_place(called: list[str]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 5, 3), nn.Flatten())
     hold(model, ["0"], IMAGES, called, [CONV])
