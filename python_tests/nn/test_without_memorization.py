@@ -250,6 +250,32 @@ def test_a_site_that_the_code_cannot_do_without_stays(hard_coded: bool) -> None:
     assert small.first.weight.shape == ((8, 4) if hard_coded else (4, 4))
 
 
+@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.Hardtanh(-30, 30)], ids=str)
+def test_a_factor_does_not_go_through_a_clamp(clamp: nn.Module) -> None:
+    model = lively(nn.Sequential(nn.Linear(4, 12), clamp, nn.Linear(12, 3)))
+    model[0].weight.data *= 200
+    insert_example_tied_dropout(model, ["0"], p_gen=0.25, rescale="authors")
+    assert sites(shipped(model, rows())) == [(12, 9, 0)]
+    model = lively(nn.Sequential(nn.Linear(4, 12), clamp, nn.ReLU(), nn.Linear(12, 3)))
+    model[0].weight.data *= 200
+    insert_example_tied_dropout(model, ["1"], p_gen=0.25, rescale="authors")
+    assert sites(shipped(model, rows())) == [(12, 9, 0)]
+
+
+def test_recurrent_layers_around_a_site_stay() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.GRU(4, 8, batch_first=True), nn.LSTM(8, 6, batch_first=True)
+            self.site, self.head = nn.Identity(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.site(self.first(x)[0]))[0])
+
+    model = insert_example_tied_dropout(lively(Recurrent()), ["site"], p_gen=0.5, channel_dim=-1, rescale="authors")
+    assert sites(shipped(model, torch.randn(3, 5, 4, dtype=torch.float64))) == [(8, 0, 4)]
+
+
 class Direct(nn.Module):
     """Dropouts that the user's code calls, one of them in two places, with ids and without, and a gate."""
 

@@ -167,9 +167,14 @@ def _scaled_tie(step: Step, scale: Tensor) -> Tie | None:
 
 
 def _multiplies(step: Step, before: Tensor, after: Tensor) -> bool:
-    sample = torch.randn(before.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain, scaled = (step.run(lambda _, x=x: x)[0] for x in (sample, sample * before))
-    return plain.is_floating_point() and torch.allclose(plain.double() * after, scaled.double(), rtol=1e-9)
+    normal = torch.randn(before.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for size in (1e-4, 1.0, 1e4):  # a clamp multiplies what is inside of its limits
+        plain, scaled = (step.run(lambda _, x=x: x)[0] for x in (size * normal, size * normal * before))
+        if not plain.is_floating_point():
+            return False
+        if not torch.allclose(plain.double() * after, scaled.double(), rtol=1e-9, atol=1e-8 * size):
+            return False
+    return True
 
 
 def _vector(scale: Tensor, dim: int) -> Tensor | None:

@@ -47,7 +47,8 @@ class Value:
     """A tensor of a recorded pass.
 
     Attributes:
-        tensor: As it was in the pass.
+        tensor: As it was in the pass, but for what worked in place later.
+        shape: Of the tensor when the value was made.
         keep: Which indices have to stay.
         zero: Which indices are 0 for any input.
         uses: The steps that read it.
@@ -56,15 +57,10 @@ class Value:
     """
 
     def __init__(self, tensor: Tensor, made: Step | None = None) -> None:
-        self.tensor, self.made, self.opaque = tensor, made, False
+        self.tensor, self.shape, self.made, self.opaque = tensor, tensor.shape, made, False
         self.keep: Flags = [np.zeros(size, bool) for size in tensor.shape]
         self.zero: Flags = [np.zeros(size, bool) for size in tensor.shape]
         self.uses: list[Step] = []
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the tensor."""
-        return self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,7 @@ class Step:
         for dim, size in enumerate(x.shape):
             part = torch.arange(0, size, 2)
             found = self._attempted(sample.index_select(dim, part)) if size > 1 else None
-            if whole is None or found is None:
+            if whole is None or found is None or len(found) != len(whole):  # a smaller tensor has fewer parts
                 continue
             places = [(x, dim)]
             for value, before, after in zip(self.results, whole, found, strict=True):
@@ -179,7 +175,7 @@ class Step:
 
     def _attempted(self, sample: Tensor) -> list[Tensor] | None:
         try:
-            return self.run(lambda _: sample)
+            return self.run(lambda _: sample.clone())  # it may work in place
         except (RuntimeError, IndexError, TypeError, ValueError):  # it wants another shape or dtype
             return None
 
