@@ -98,6 +98,7 @@ def kernel(
 
 def test_spills_and_narrow_accesses_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check, "WIDE", {("linear_ablation_kernel", "linear_kernel"): ("loads", "stores")})
+    monkeypatch.setattr(cuda_check, "TENSOR_CORE", {})
     fine = [kernel("linear_kernel<__half, 8>"), kernel("linear_kernel<float, 1>", stores=Counter({4: 1}))]
     assert cuda_check.problems(fine) == []
     narrow = kernel("linear_kernel<float, 4>", stores=Counter({4: 4}))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from valid_arguments import VALID
 from valid_arguments import call as call_operator
 
@@ -22,7 +23,7 @@ def arguments(name: str, device: str) -> tuple[list[Any], list[Any]]:
     """Return the same arguments on the CPU and on a device."""
     torch.manual_seed(0)
     values = VALID[name]()
-    return values, [value.to(device, copy=True) if isinstance(value, Tensor) else value for value in values]
+    return values, tree_map_only(Tensor, lambda value: value.to(device, copy=True), values)
 
 
 def call(name: str, values: list[Any]) -> list[Tensor]:
@@ -30,7 +31,7 @@ def call(name: str, values: list[Any]) -> list[Tensor]:
     result = call_operator(name, values)
     if name.endswith("_"):
         return [values[0]]
-    return list(result) if isinstance(result, tuple) else [result]
+    return tree_leaves(result)
 
 
 def check(name: str, actual: list[Tensor], values: list[Any], device: str) -> None:
@@ -52,8 +53,7 @@ def test_on_another_stream_right_after_what_it_needs(name: str) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # cycles: on any other stream the operator would be done before this
-        late = [value.clone() if isinstance(value, Tensor) else value for value in moved]
-        actual = call(name, late)
+        actual = call(name, tree_map_only(Tensor, Tensor.clone, moved))
     torch.cuda.current_stream().wait_stream(stream)
     check(name, actual, values, "cuda")
 
@@ -75,12 +75,12 @@ def test_in_a_graph_that_is_replayed_on_other_values(name: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(name, [value.clone() if isinstance(value, Tensor) else value for value in moved])
+        call(name, tree_map_only(Tensor, Tensor.clone, moved))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             actual = call(name, moved)
     torch.cuda.current_stream().wait_stream(stream)
-    for value, own in zip(moved, values, strict=True):
+    for value, own in zip(tree_leaves(moved), tree_leaves(values), strict=True):
         if isinstance(value, Tensor) and value.is_floating_point():
             own.mul_(0.5)
             value.copy_(own)

@@ -1,6 +1,6 @@
 """Figure: accuracy with the memorization channels on and off, of the README.
 
-    python scripts/figure_channels_off.py docs/figures/channels_off.png
+    python scripts/readme_figure.py docs/figures/channels_off.png
 
 The numbers are those of ``bench/results/dropout_modes_digits.json``, means of three seeds.
 """
