@@ -21,9 +21,9 @@ from tools.cuda_on_cpu.build import build
 aten = torch.library.Library("aten", "IMPL")
 
 
-def _bmm_into(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
-    """``aten::bmm.dtype_out``, which torch has for CUDA alone."""
-    return torch.bmm(a.to(out_dtype), b.to(out_dtype), out=out)
+def _product_into(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """``aten::mm.dtype_out`` and ``aten::bmm.dtype_out``, which torch has for CUDA alone."""
+    return torch.matmul(a.to(out_dtype), b.to(out_dtype), out=out)
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -64,7 +64,8 @@ def pytest_configure() -> None:
         preloaded = os.environ.get("LD_PRELOAD", "")
         patch.delenv("LD_PRELOAD", raising=False)  # which compilers do without, and the processes of tests do not
         build(sanitize="libasan" in preloaded)
-    aten.impl("bmm.dtype_out", _bmm_into, "CPU")
+    for name in ("mm.dtype_out", "bmm.dtype_out"):
+        aten.impl(name, _product_into, "CPU")
     for name in ("Stream", "CUDAGraph", "mem_get_info", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _needs_a_device)
     torch.cuda.synchronize = lambda *_: None
