@@ -1,4 +1,4 @@
-"""Build memloc_ext's extension modules; the switches for users are described in the README."""
+"""Build memloc_ext's extension modules; docs/wheels.md describes the variables that it reads."""
 
 import glob
 import importlib

@@ -133,7 +133,8 @@ class Switched:
         masks = self.mask.split([len(b) for b in self.baselines], 1)
         used = torch.stack([mask.any() for mask in masks]).tolist()
         for place, baseline, mask, here in zip(self.network.places, self.baselines, masks, used, strict=True):
-            edits |= dict.fromkeys(place.values, _edit(mask, baseline, place.dim)) if here else {}
+            if here:
+                edits |= dict.fromkeys(place.values, _edit(mask, baseline, place.dim))
         return edits
 
     def add(self, examples: Tensor, chosen: Candidates) -> None:

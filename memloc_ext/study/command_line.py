@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import re
 import sys
 import typing
@@ -200,9 +198,7 @@ def _with_common_settings(settings: Any, suppress: Any) -> Any:
         values[name] = _with_common_settings(value, suppress) if nested else value
         hint = type(values[name]) if nested else hints[name]
         annotations[name] = hint if nested or name in _COMMON else Annotated[hint, suppress]
-    defaults = {
-        name: dataclasses.field(default_factory=functools.partial(copy.copy, value)) for name, value in values.items()
-    }
+    defaults = {name: dataclasses.field(default_factory=lambda value=value: value) for name, value in values.items()}
     note = " --help-all shows every setting." if issubclass(kind, _Command) else ""
     namespace = {"__annotations__": annotations, "__doc__": f"{kind.__doc__}{note}", "__post_init__": lambda _: None}
     return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), namespace | defaults))(**values)

@@ -33,7 +33,8 @@ class DataConfig:
         test_examples: Number of test examples, at least 1, drawn by the seed. By default all.
         noise: Share of training examples that get a wrong label, in [0, 1]. None do if the data set says which examples
             are memorized, or if the task is not classification.
-        noise_kind: uniform draws any wrong class; repo draws as the authors' code does, which never draws one class.
+        noise_kind: uniform draws any wrong class; repo draws as the authors' code does, which
+            leaves out one wrong class.
         memorized: File that says which training examples are memorized, instead of label noise: a mask, indices or
             scores.
         below: Examples with a score below this are memorized (0.5 for C-scores).
